@@ -1,0 +1,85 @@
+//! The event log: one room writes it.
+
+use std::time::Duration;
+
+use spacetimedb::{ReducerContext, Table, reducer};
+
+use crate::access::{require_admin, require_member};
+use crate::config::{self, ENABLE_AUDIT_LOG};
+use crate::sequence::{self, EVENTS};
+use crate::tables::{EventLog, event_log};
+use crate::types::EventData;
+
+/// Writes an event whatever the flags say: for what must never go unrecorded.
+pub fn record(ctx: &ReducerContext, event_type: &str, source: Option<String>, correlation_id: Option<String>, data: EventData) {
+    let sequence = sequence::next(ctx, EVENTS);
+    let event_id = sequence::event_id(ctx, sequence);
+    ctx.db.event_log().insert(EventLog {
+        sequence,
+        correlation_id: correlation_id.unwrap_or_else(|| correlation_of_call(ctx)),
+        event_id,
+        event_type: event_type.to_owned(),
+        source,
+        timestamp: ctx.timestamp,
+        data,
+    });
+}
+
+/// Writes an event unless `enable_audit_log` is off.
+pub fn audit(ctx: &ReducerContext, event_type: &str, source: Option<String>, data: EventData) {
+    if config::flag(ctx, ENABLE_AUDIT_LOG) {
+        record(ctx, event_type, source, None, data);
+    }
+}
+
+/// An event of the client's own.
+#[reducer]
+pub fn record_event(
+    ctx: &ReducerContext,
+    event_type: String,
+    source: Option<String>,
+    correlation_id: Option<String>,
+    data: EventData,
+) -> Result<(), String> {
+    require_member(ctx)?;
+    if event_type.trim().is_empty() {
+        return Err("the event type is empty; give it a name such as ORDER_PLACED".into());
+    }
+    record(ctx, &event_type, source, correlation_id, data);
+    Ok(())
+}
+
+/// Removes events up to and including `through_sequence` that are older than `min_age_seconds`.
+///
+/// Only from the start of the log: it stops at the first event that is too young, so that no hole appears.
+#[reducer]
+pub fn trim_event_log(ctx: &ReducerContext, through_sequence: u64, min_age_seconds: u64) -> Result<(), String> {
+    require_admin(ctx)?;
+    let age = Duration::from_secs(min_age_seconds);
+    let mut old: Vec<(u64, _)> = ctx
+        .db
+        .event_log()
+        .iter()
+        .filter(|event| event.sequence <= through_sequence)
+        .map(|event| (event.sequence, event.timestamp))
+        .collect();
+    old.sort_unstable_by_key(|(sequence, _)| *sequence);
+    for (sequence, timestamp) in old {
+        let age_of_event = ctx.timestamp.duration_since(timestamp).unwrap_or_default();
+        if age_of_event < age {
+            break;
+        }
+        ctx.db.event_log().sequence().delete(sequence);
+    }
+    Ok(())
+}
+
+/// All events of one reducer call share an id: the call's time and its first sequence are unique together.
+fn correlation_of_call(ctx: &ReducerContext) -> String {
+    let caller = ctx.sender.to_byte_array();
+    let time = ctx.timestamp.to_micros_since_unix_epoch() as u64;
+    let tail = caller.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    format!("{time:016x}{tail:016x}")
+}

@@ -1,0 +1,267 @@
+//! Backups: what is new since the last one, then a restore point that names it all.
+//!
+//! Invariants: the server's files are only read; log goes up in order, so the archive is always an unbroken prefix; the
+//! control database is captured after the logs, and the restore point is written last.
+
+pub mod log;
+pub mod snapshot;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::backup::log::LogArchive;
+use crate::clock::{Clock, Stopwatch};
+use crate::datadir::control_db::{ControlDbCopy, Database};
+use crate::datadir::{DataDir, DataDirError};
+use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::progress::{Progress, Tally};
+use crate::repository::instance::{Capture, InstanceError};
+use crate::repository::manifest::{self, DatabasePoint, RestorePoint};
+use crate::repository::{Repository, RepositoryError, paths};
+
+/// zstd's own default: what a first backup is measured against.
+pub const DEFAULT_LEVEL: i32 = 3;
+/// Bytes of log or pages in one object, and so the unit of memory and of work.
+pub const OBJECT_SIZE: usize = 4 << 20;
+/// Objects being compressed at once.
+pub const WORKERS: usize = 2;
+
+/// What can go wrong with a backup.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
+    #[error("{0} holds no database with a transaction yet; publish a module first")]
+    Empty(PathBuf),
+    #[error(
+        "keys would lie in the repository unencrypted; give an age --recipient when the repository is made, \
+         or allow it with --allow-plain-keys"
+    )]
+    PlainKeys,
+    #[error("a worker of the backup stopped: {0}")]
+    Worker(String),
+}
+
+/// How a backup is taken.
+#[derive(Debug, Clone, Default)]
+pub struct BackupOptions {
+    pub label: Option<String>,
+    /// The directory of the token keys, if they are to be captured.
+    pub key_dir: Option<PathBuf>,
+    pub allow_plain_keys: bool,
+    /// zstd level; `None` for [`DEFAULT_LEVEL`].
+    pub level: Option<i32>,
+}
+
+/// What a backup did. Field names are stable.
+#[derive(Debug, Clone, Serialize)]
+pub struct BackupReport {
+    pub restore_point: RestorePointId,
+    pub label: Option<String>,
+    pub databases: Vec<DatabaseReport>,
+    pub bytes_read: u64,
+    pub bytes_written: u64,
+    pub objects_written: u64,
+    pub duration_ms: u64,
+    /// What the operator should know although the backup succeeded.
+    pub problems: Vec<String>,
+}
+
+/// Where one database stands, in a backup's or restore's report.
+#[derive(Debug, Clone, Serialize)]
+pub struct DatabaseReport {
+    pub identity: Identity,
+    pub name: String,
+    pub timeline: TimelineId,
+    pub offset: Offset,
+    pub time: Option<Timestamp>,
+}
+
+/// What every step of a backup works with.
+pub(crate) struct Work {
+    pub repository: Repository,
+    pub clock: Arc<dyn Clock>,
+    pub progress: Arc<dyn Progress>,
+    pub tally: Arc<Tally>,
+    pub level: i32,
+}
+
+/// Archives what is new and makes a restore point.
+///
+/// # Errors
+/// When the data directory or the repository fails. What was uploaded by then stays and is not uploaded again.
+pub async fn create(
+    repository: &Repository,
+    data: &DataDir,
+    options: &BackupOptions,
+    clock: Arc<dyn Clock>,
+    progress: Arc<dyn Progress>,
+) -> Result<BackupReport, BackupError> {
+    let stopwatch = Stopwatch::start();
+    if options.key_dir.is_some() && !repository.keys.seals() && !options.allow_plain_keys {
+        return Err(BackupError::PlainKeys);
+    }
+    let work = Arc::new(Work {
+        repository: repository.clone(),
+        clock,
+        progress,
+        tally: Arc::new(Tally::default()),
+        level: options.level.unwrap_or(DEFAULT_LEVEL),
+    });
+    let mut problems = Vec::new();
+    let mut archived: Vec<(Identity, LogArchive)> = Vec::new();
+    // A database that appears while we work is found in the next copy, and then archived as well.
+    let control = loop {
+        let control = copy_control_db(data).await?;
+        let new: Vec<_> = control
+            .databases
+            .iter()
+            .filter(|database| !archived.iter().any(|(identity, _)| *identity == database.identity))
+            .cloned()
+            .collect();
+        if new.is_empty() {
+            break control;
+        }
+        for database in new {
+            let archive = archive_database(&work, data, &database, &mut problems).await?;
+            archived.push((database.identity, archive));
+        }
+    };
+    let points: Vec<DatabasePoint> =
+        control.databases.iter().filter_map(|database| point_of(database, &archived)).collect();
+    if points.is_empty() {
+        return Err(BackupError::Empty(data.root().to_owned()));
+    }
+    let point = seal_restore_point(&work, data, control, points, options).await?;
+    Ok(BackupReport {
+        restore_point: point.id,
+        label: point.label,
+        databases: point.databases.iter().map(DatabaseReport::of).collect(),
+        bytes_read: work.tally.bytes_read(),
+        bytes_written: work.tally.bytes_written(),
+        objects_written: work.tally.objects_written(),
+        duration_ms: stopwatch.elapsed_ms(),
+        problems,
+    })
+}
+
+impl DatabaseReport {
+    pub fn of(point: &DatabasePoint) -> Self {
+        Self {
+            identity: point.identity,
+            name: point.name.clone(),
+            timeline: point.timeline,
+            offset: point.offset,
+            time: point.time,
+        }
+    }
+}
+
+async fn archive_database(
+    work: &Arc<Work>,
+    data: &DataDir,
+    database: &Database,
+    problems: &mut Vec<String>,
+) -> Result<LogArchive, BackupError> {
+    let name = database.display_name();
+    let Some(replica) = database.replica.map(|id| data.replica(id)) else {
+        problems.push(format!("database {name} has no replica on this server and is not in the backup"));
+        return Ok(LogArchive::default());
+    };
+    work.progress.phase(&format!("log of {name}"), None);
+    let archive = log::archive(work, database.identity, &replica.log_path()).await?;
+    problems.extend(archive.problems.iter().map(|problem| format!("database {name}: {problem}")));
+    if let Some(tip) = &archive.tip {
+        work.progress.phase(&format!("snapshot of {name}"), None);
+        let found = snapshot::archive(work, database.identity, archive.timeline, tip.last, &replica).await?;
+        problems.extend(found.into_iter().map(|problem| format!("database {name}: {problem}")));
+    } else {
+        problems.push(format!("database {name} has no transaction yet and is not in the backup"));
+    }
+    Ok(archive)
+}
+
+fn point_of(database: &Database, archived: &[(Identity, LogArchive)]) -> Option<DatabasePoint> {
+    let (_, archive) = archived.iter().find(|(identity, _)| *identity == database.identity)?;
+    let tip = archive.tip?;
+    Some(DatabasePoint {
+        identity: database.identity,
+        name: database.display_name(),
+        owner: database.owner,
+        replica: database.replica?,
+        timeline: archive.timeline,
+        offset: tip.last,
+        time: tip.time.and_then(|micros| Timestamp::from_microsecond(micros).ok()),
+        chain: tip.chain,
+        initial_program: database.initial_program,
+    })
+}
+
+async fn seal_restore_point(
+    work: &Arc<Work>,
+    data: &DataDir,
+    control: ControlDbCopy,
+    databases: Vec<DatabasePoint>,
+    options: &BackupOptions,
+) -> Result<RestorePoint, BackupError> {
+    work.progress.phase("instance", None);
+    let capture = {
+        let (data, key_dir) = (data.clone(), options.key_dir.clone());
+        blocking(move || Capture::take(&data, &control, key_dir.as_deref())).await??
+    };
+    let instance = upload_instance(work, &capture).await?;
+    let created_at = work.clock.now();
+    let point = RestorePoint {
+        format: manifest::FORMAT,
+        id: RestorePointId(new_id(created_at)),
+        label: options.label.clone(),
+        created_at,
+        server_version: data.metadata()?.map(|metadata| metadata.version),
+        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        instance,
+        instance_state: capture.state,
+        has_keys: capture.has_keys,
+        databases,
+    };
+    let bytes = work.repository.put_restore_point(&point).await?;
+    work.tally.wrote_object(bytes);
+    Ok(point)
+}
+
+/// Uploads the capture unless the newest restore point's says the same.
+async fn upload_instance(work: &Work, capture: &Capture) -> Result<crate::ids::ContentHash, BackupError> {
+    if let Some(id) = work.repository.restore_point_ids().await?.last()
+        && let Ok(newest) = work.repository.restore_point(*id).await
+        && newest.instance_state == capture.state
+        && newest.has_keys == capture.has_keys
+        && work.repository.exists(&paths::instance(newest.instance)).await?
+    {
+        return Ok(newest.instance);
+    }
+    let (id, bytes) = capture.encode(work.level, &work.repository.keys)?;
+    let len = bytes.len();
+    work.repository.put(&paths::instance(id), bytes.into()).await?;
+    work.tally.wrote_object(len);
+    Ok(id)
+}
+
+async fn copy_control_db(data: &DataDir) -> Result<ControlDbCopy, BackupError> {
+    let data = data.clone();
+    Ok(blocking(move || ControlDbCopy::take(&data)).await??)
+}
+
+fn new_id(at: Timestamp) -> ulid::Ulid {
+    ulid::Ulid::from_parts(u64::try_from(at.as_millisecond()).unwrap_or(0), ulid::Ulid::new().random())
+}
+
+/// Runs `work` on a thread that may block.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, BackupError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| BackupError::Worker(error.to_string()))
+}

@@ -1,0 +1,353 @@
+//! The log's way into the repository: find where the archive ends, prove that the log continues it, upload what is new.
+//!
+//! Whether the log continues the archive is decided by content: the archive's last commits are hashed again from the log.
+//! Where they differ a new timeline begins at the last link that both share, and the old timeline stays as it is.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::StreamExt;
+use object_store::path::Path as Key;
+use tokio::sync::mpsc;
+
+use crate::backup::{BackupError, OBJECT_SIZE, WORKERS, Work, blocking};
+use crate::datadir::DataDirError;
+use crate::datadir::log::{Batch, LogReader, Tail, segments};
+use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
+use crate::repository::manifest::{Timeline, TimelineReason};
+use crate::repository::timeline::LogEntry;
+use crate::repository::{Repository, RepositoryError, paths};
+
+/// What is archived of one database after a backup.
+#[derive(Debug, Clone)]
+pub struct LogArchive {
+    pub timeline: TimelineId,
+    /// `None` while nothing is archived.
+    pub tip: Option<Tip>,
+    pub problems: Vec<String>,
+}
+
+/// The end of an archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tip {
+    pub last: Offset,
+    pub chain: ContentHash,
+    /// The latest time up to `last`, microseconds.
+    pub time: Option<i64>,
+}
+
+impl Default for LogArchive {
+    fn default() -> Self {
+        Self { timeline: TimelineId::FIRST, tip: None, problems: Vec::new() }
+    }
+}
+
+/// Where the archive goes on.
+struct Continuation {
+    timeline: TimelineId,
+    tip: ChainTip,
+    /// Is anything archived at or before the tip on this history?
+    has_past: bool,
+    problems: Vec<String>,
+}
+
+/// Archives everything in the log at `dir` that is not archived yet, up to its end at the moment it is reached.
+///
+/// # Errors
+/// When the log or the repository fails.
+pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) -> Result<LogArchive, BackupError> {
+    let Some(from) = find_continuation(work, database, dir).await? else {
+        return Ok(LogArchive::default());
+    };
+    let (tip, tail) = upload(work, database, from.timeline, from.tip, dir).await?;
+    let mut problems = from.problems;
+    if let Tail::Unfinished { at, reason } = tail {
+        tracing::debug!(at, reason, "the log ends in an unfinished commit");
+    }
+    if tip.next.0 == 0 || (tip.next == from.tip.next && !from.has_past) {
+        problems.push("the log is empty".into());
+        return Ok(LogArchive { timeline: from.timeline, tip: None, problems });
+    }
+    let tip = Tip { last: Offset(tip.next.0 - 1), chain: tip.chain, time: tip.max_time };
+    Ok(LogArchive { timeline: from.timeline, tip: Some(tip), problems })
+}
+
+/// Reads the log from the tip on, compresses on several threads, and uploads in order.
+async fn upload(
+    work: &Arc<Work>,
+    database: Identity,
+    timeline: TimelineId,
+    from: ChainTip,
+    dir: &Path,
+) -> Result<(ChainTip, Tail), BackupError> {
+    let (sender, receiver) = mpsc::channel::<Run>(1);
+    let reader = {
+        let dir = dir.to_owned();
+        tokio::task::spawn_blocking(move || read_runs(&dir, from, &sender))
+    };
+    let encoded =
+        futures::stream::unfold(
+            receiver,
+            |mut receiver| async move { receiver.recv().await.map(|run| (run, receiver)) },
+        )
+        .map(|run| {
+            let work = Arc::clone(work);
+            blocking(move || run.encode(&work, database, timeline))
+        })
+        .buffered(WORKERS);
+    let mut encoded = std::pin::pin!(encoded);
+    while let Some(object) = encoded.next().await {
+        let (key, bytes, raw_len) = object??;
+        let len = bytes.len();
+        put_log(&work.repository, &key, bytes).await?;
+        work.tally.wrote_object(len);
+        work.tally.read(raw_len);
+        work.progress.advance(raw_len as u64);
+    }
+    reader.await.map_err(|error| BackupError::Worker(error.to_string()))?.map_err(Into::into)
+}
+
+/// Commits on their way from the log to an object.
+struct Run {
+    batch: Batch,
+    before: ChainTip,
+    after: ChainTip,
+    commits: Vec<u8>,
+}
+
+impl Run {
+    fn encode(
+        self,
+        work: &Work,
+        database: Identity,
+        timeline: TimelineId,
+    ) -> Result<(Key, Vec<u8>, usize), BackupError> {
+        let content = LogContent {
+            database,
+            timeline,
+            batch: self.batch,
+            before: self.before,
+            after: self.after,
+            archived_at: work.clock.now().as_microsecond(),
+            commits: &self.commits,
+        };
+        Ok((content.key(), content.encode(work.level, &work.repository.keys)?, self.commits.len()))
+    }
+}
+
+fn read_runs(dir: &Path, from: ChainTip, sender: &mpsc::Sender<Run>) -> Result<(ChainTip, Tail), DataDirError> {
+    let mut reader = LogReader::open(dir, from.next)?;
+    let mut tip = from;
+    loop {
+        let mut commits = Vec::with_capacity(OBJECT_SIZE);
+        let Some(batch) = reader.next_batch(OBJECT_SIZE, &mut commits)? else { break };
+        if batch.first != tip.next {
+            return Err(DataDirError::Gap { path: dir.to_owned(), expected: tip.next, found: batch.first });
+        }
+        let after = tip.extend(&batch, &commits);
+        let at_end = reader.at_end();
+        if sender.blocking_send(Run { batch, before: tip, after, commits }).is_err() {
+            // The uploader gave up and says why itself.
+            break;
+        }
+        tip = after;
+        // A live log grows while we read; what was its end when we came there is enough.
+        if at_end {
+            break;
+        }
+    }
+    Ok((tip, reader.tail().clone()))
+}
+
+/// Writes a log object. One that is there already counts if it holds the same commits: a backup that was cut off after
+/// this upload, or compressed at another level.
+async fn put_log(repository: &Repository, key: &Key, bytes: Vec<u8>) -> Result<(), RepositoryError> {
+    let ours = LogHeader::parse(&bytes).map(|header| header.links);
+    match repository.put(key, bytes.into()).await {
+        Err(RepositoryError::Conflict { key: name }) => match (ours, repository.log_header(key).await) {
+            (Ok(ours), Ok(theirs)) if theirs.links == ours => Ok(()),
+            _ => Err(RepositoryError::Conflict { key: name }),
+        },
+        result => result,
+    }
+}
+
+/// `None` when there is no log.
+async fn find_continuation(
+    work: &Arc<Work>,
+    database: Identity,
+    dir: &Path,
+) -> Result<Option<Continuation>, BackupError> {
+    let repository = &work.repository;
+    let Some(first_segment) = segments(dir).map_err(DataDirError::from)?.first().cloned() else { return Ok(None) };
+    let timelines = repository.timelines(&database).await?;
+    let Some(current) = timelines.last() else {
+        let start = first_segment.first;
+        return begin(work, database, Beginning::root(TimelineId::FIRST, TimelineReason::First, start)).await.map(Some);
+    };
+    let next_id = TimelineId(current.timeline.0 + 1);
+    let chain = repository.log_chain(&database, &timelines, current.timeline).await?;
+    if let Some((missing, found)) = chain.hole {
+        let reason = format!("transactions {missing} to {} are missing from the archive", found.0.saturating_sub(1));
+        return Err(
+            RepositoryError::Damaged { key: paths::logs(&database, current.timeline).to_string(), reason }.into()
+        );
+    }
+    let Some(tail) = chain.entries.last() else {
+        // The timeline was begun and nothing archived on it yet: begin where it says, or anew if that is gone.
+        if current.start >= first_segment.first {
+            let tip = timeline_start(repository, &database, &timelines, current).await?;
+            return Ok(Some(Continuation { timeline: current.timeline, tip, has_past: false, problems: Vec::new() }));
+        }
+        let start = first_segment.first;
+        return begin(work, database, Beginning::root(next_id, TimelineReason::Gap, start)).await.map(Some);
+    };
+    if first_segment.first.0 > tail.last.0 + 1 {
+        let start = first_segment.first;
+        let mut begun = begin(work, database, Beginning::root(next_id, TimelineReason::Gap, start)).await?;
+        begun.problems.push(format!(
+            "transactions {} to {} were deleted before they were archived; timeline {next_id} starts at {start}, and no \
+             time between can be restored",
+            tail.last.0 + 1,
+            start.0 - 1
+        ));
+        return Ok(Some(begun));
+    }
+    let tail_header = repository.log_header(&tail.key).await?;
+    if shared_links(dir, &tail_header).await? == tail_header.links.len() {
+        let (timeline, tip) = (current.timeline, tail_header.tip());
+        return Ok(Some(Continuation { timeline, tip, has_past: true, problems: Vec::new() }));
+    }
+    let fork = find_fork(repository, dir, &chain.entries).await?;
+    let mut begun = match fork {
+        Some((parent, tip)) => begin(work, database, Beginning::fork(next_id, parent, tip)).await?,
+        None => begin(work, database, Beginning::root(next_id, TimelineReason::Fork, first_segment.first)).await?,
+    };
+    begun.problems.push(match fork {
+        Some((parent, tip)) => format!(
+            "the log no longer continues what is archived on timeline {parent}; timeline {next_id} starts after \
+             transaction {}, and timeline {parent} stays restorable",
+            tip.next.0.saturating_sub(1)
+        ),
+        None => format!("the log shares nothing with what is archived; timeline {next_id} starts at its beginning"),
+    });
+    Ok(Some(begun))
+}
+
+/// The chain before the first object of a timeline that has none yet.
+async fn timeline_start(
+    repository: &Repository,
+    database: &Identity,
+    timelines: &[Timeline],
+    timeline: &Timeline,
+) -> Result<ChainTip, BackupError> {
+    let (Some(parent), Some(fork)) = (timeline.parent, timeline.fork_offset) else {
+        return Ok(ChainTip::origin(database, timeline.start));
+    };
+    let chain = repository.log_chain(database, timelines, parent).await?;
+    let key = paths::logs(database, parent);
+    let broken =
+        || RepositoryError::damaged(&key, format!("transaction {fork}, where a timeline forks off, is missing"));
+    let entry = chain.range(fork, fork).first().ok_or_else(broken)?;
+    let header = repository.log_header(&entry.key).await?;
+    let link = header.links.iter().find(|link| link.last == fork).ok_or_else(broken)?;
+    Ok(ChainTip { next: timeline.start, chain: link.chain, max_time: header.times.max })
+}
+
+struct Beginning {
+    id: TimelineId,
+    parent: Option<TimelineId>,
+    fork: Option<ChainTip>,
+    start: Offset,
+    reason: TimelineReason,
+}
+
+impl Beginning {
+    fn root(id: TimelineId, reason: TimelineReason, start: Offset) -> Self {
+        Self { id, parent: None, fork: None, start, reason }
+    }
+
+    fn fork(id: TimelineId, parent: TimelineId, tip: ChainTip) -> Self {
+        Self { id, parent: Some(parent), fork: Some(tip), start: tip.next, reason: TimelineReason::Fork }
+    }
+}
+
+async fn begin(work: &Work, database: Identity, beginning: Beginning) -> Result<Continuation, BackupError> {
+    let timeline = Timeline {
+        timeline: beginning.id,
+        parent: beginning.parent,
+        fork_offset: beginning.fork.map(|tip| Offset(tip.next.0.saturating_sub(1))),
+        start: beginning.start,
+        reason: beginning.reason,
+        created_at: work.clock.now(),
+    };
+    let bytes = work.repository.put_timeline(&database, &timeline).await?;
+    work.tally.wrote_object(bytes);
+    let tip = beginning.fork.unwrap_or_else(|| ChainTip::origin(&database, beginning.start));
+    Ok(Continuation { timeline: beginning.id, tip, has_past: beginning.fork.is_some(), problems: Vec::new() })
+}
+
+/// The youngest object and link that the log at `dir` still agrees with. Objects before it agree too, since each link's
+/// hash covers the one before; so the search halves.
+async fn find_fork(
+    repository: &Repository,
+    dir: &Path,
+    entries: &[LogEntry],
+) -> Result<Option<(TimelineId, ChainTip)>, BackupError> {
+    let (mut agree, mut differ) = (0, entries.len());
+    let mut best = None;
+    while agree < differ {
+        let middle = agree + (differ - agree) / 2;
+        let header = repository.log_header(&entries[middle].key).await?;
+        let shared = shared_links(dir, &header).await?;
+        if let Some(link) = shared.checked_sub(1).map(|last| header.links[last]) {
+            // A time of a link inside an object is not known alone; the object's is an upper bound, as times are.
+            let tip = ChainTip { next: Offset(link.last.0 + 1), chain: link.chain, max_time: header.times.max };
+            best = Some((entries[middle].timeline, tip));
+        }
+        if shared == header.links.len() {
+            agree = middle + 1;
+        } else {
+            differ = middle;
+        }
+    }
+    Ok(best)
+}
+
+/// How many of an object's links the log at `dir` agrees with, from the first on.
+async fn shared_links(dir: &Path, header: &LogHeader) -> Result<usize, BackupError> {
+    let (dir, header) = (dir.to_owned(), header.clone());
+    Ok(blocking(move || count_shared_links(&dir, &header)).await??)
+}
+
+fn count_shared_links(dir: &PathBuf, header: &LogHeader) -> Result<usize, DataDirError> {
+    let mut reader = match LogReader::open(dir, header.first) {
+        Ok(reader) => reader,
+        // Pruned locally: what is no longer there cannot disagree.
+        Err(DataDirError::Gone { first, .. }) => {
+            return Ok(header.links.iter().filter(|link| link.last < first).count());
+        }
+        Err(error) => return Err(error),
+    };
+    if reader.position() != header.first {
+        return Ok(0);
+    }
+    let mut chain = header.previous_chain;
+    let (mut pending, mut batch_bytes) = (Vec::new(), Vec::new());
+    for (agreed, expected) in header.links.iter().enumerate() {
+        let wanted = usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
+        while pending.len() < wanted {
+            match reader.next_batch(OBJECT_SIZE.min(wanted - pending.len()), &mut batch_bytes)? {
+                Some(_) => pending.extend_from_slice(&batch_bytes),
+                None => return Ok(agreed),
+            }
+        }
+        chain = link(&chain, &pending[..wanted]);
+        if chain != expected.chain {
+            return Ok(agreed);
+        }
+        pending.drain(..wanted);
+    }
+    Ok(header.links.len())
+}

@@ -1,0 +1,189 @@
+//! The newest native snapshot's way into the repository: only pages and blobs that no earlier snapshot brought.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use futures::StreamExt;
+use tokio::sync::mpsc;
+
+use crate::backup::{BackupError, OBJECT_SIZE, WORKERS, Work, blocking};
+use crate::datadir::snapshot::{self, Manifest, ObjectKind, SnapshotDir};
+use crate::datadir::{DataDirError, ReplicaDir};
+use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::repository::manifest::{FORMAT, PackUse, SnapshotManifest};
+use crate::repository::pack::{EntryKind, PackBuilder};
+use crate::repository::timeline::ancestry;
+use crate::repository::{RepositoryError, paths};
+
+/// The server may delete a snapshot while we read it; then the next newest is tried.
+const ATTEMPTS: usize = 3;
+
+/// Archives the newest complete snapshot at or before `archived`. Returns what the operator should know.
+///
+/// # Errors
+/// When the repository fails. A snapshot that cannot be read is a problem, not an error: the log holds everything.
+pub(crate) async fn archive(
+    work: &Arc<Work>,
+    database: Identity,
+    timeline: TimelineId,
+    archived: Offset,
+    replica: &ReplicaDir,
+) -> Result<Vec<String>, BackupError> {
+    let mut problems = Vec::new();
+    let mut passed_over = HashSet::new();
+    for _ in 0..ATTEMPTS {
+        let snapshots = snapshot::list(&replica.snapshots_path()).map_err(DataDirError::from)?;
+        let usable = |found: &&SnapshotDir| found.offset <= archived && !passed_over.contains(&found.offset);
+        let Some(newest) = snapshots.iter().rev().find(usable) else { return Ok(problems) };
+        let known = Known::load(work, database, timeline).await?;
+        if known.offsets.contains(&newest.offset) {
+            return Ok(problems);
+        }
+        match upload(work, database, timeline, newest.clone(), known).await {
+            Ok(()) => return Ok(problems),
+            Err(BackupError::DataDir(error)) => {
+                passed_over.insert(newest.offset);
+                if newest.is_complete() {
+                    problems.push(format!("the snapshot at transaction {} is not usable: {error}", newest.offset));
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(problems)
+}
+
+/// What earlier snapshots of this history brought.
+struct Known {
+    offsets: HashSet<Offset>,
+    packs: HashMap<ContentHash, (ContentHash, u64)>,
+}
+
+impl Known {
+    async fn load(work: &Work, database: Identity, timeline: TimelineId) -> Result<Self, BackupError> {
+        let timelines = work.repository.timelines(&database).await?;
+        let mut known = Self { offsets: HashSet::new(), packs: HashMap::new() };
+        for (ancestor, until) in ancestry(&timelines, timeline) {
+            for offset in work.repository.snapshots(&database, ancestor.timeline).await?.into_iter().rev() {
+                if until.is_some_and(|until| offset > until) {
+                    continue;
+                }
+                // The newest snapshot names every object it needs, so older ones add little to what can be shared.
+                if known.packs.is_empty() {
+                    let newest = work.repository.snapshot(&database, ancestor.timeline, offset).await?;
+                    for pack in newest.packs {
+                        let place = (pack.pack, pack.stored_bytes);
+                        known.packs.extend(pack.entries.into_iter().map(|entry| (entry, place)));
+                    }
+                }
+                known.offsets.insert(offset);
+            }
+        }
+        Ok(known)
+    }
+}
+
+async fn upload(
+    work: &Arc<Work>,
+    database: Identity,
+    timeline: TimelineId,
+    source: SnapshotDir,
+    known: Known,
+) -> Result<(), BackupError> {
+    let offset = source.offset;
+    let (manifest, native) = {
+        let source = source.clone();
+        blocking(move || source.manifest()).await??
+    };
+    if manifest.identity != database {
+        let reason = format!("it belongs to database {}", manifest.identity);
+        return Err(DataDirError::Damaged { path: source.path().to_owned(), at: 0, reason }.into());
+    }
+    let mut uses: HashMap<ContentHash, PackUse> = HashMap::new();
+    let mut missing = Vec::new();
+    for (hash, kind) in &manifest.objects {
+        match known.packs.get(hash) {
+            Some((pack, stored_bytes)) => {
+                let fresh = || PackUse { pack: *pack, stored_bytes: *stored_bytes, entries: Vec::new() };
+                uses.entry(*pack).or_insert_with(fresh).entries.push(*hash);
+            }
+            None => missing.push((*hash, *kind)),
+        }
+    }
+    let native_manifest = ContentHash::of(&native);
+    let (sender, receiver) = mpsc::channel::<PackBuilder>(1);
+    let reader = tokio::task::spawn_blocking(move || read_objects(&source, &native, &missing, &sender));
+    let packs = futures::stream::unfold(receiver, |mut receiver| async move {
+        receiver.recv().await.map(|builder| (builder, receiver))
+    })
+    .map(|builder| {
+        let work = Arc::clone(work);
+        blocking(move || {
+            let (id, bytes) = builder.finish(work.level, &work.repository.keys)?;
+            Ok::<_, RepositoryError>((id, bytes, builder.hashes(), builder.raw_len()))
+        })
+    })
+    .buffered(WORKERS);
+    let mut packs = std::pin::pin!(packs);
+    while let Some(pack) = packs.next().await {
+        let (id, bytes, entries, raw_len) = pack??;
+        let len = bytes.len();
+        if !work.repository.exists(&paths::pack(&database, id)).await? {
+            work.repository.put_pack(&database, id, bytes.into()).await?;
+            work.tally.wrote_object(len);
+        }
+        work.tally.read(raw_len);
+        work.progress.advance(raw_len as u64);
+        uses.insert(id, PackUse { pack: id, stored_bytes: len as u64, entries });
+    }
+    let raw_new = reader.await.map_err(|error| BackupError::Worker(error.to_string()))??;
+    let mut packs: Vec<PackUse> = uses.into_values().collect();
+    packs.sort_by_key(|pack| pack.pack);
+    let snapshot = SnapshotManifest {
+        format: FORMAT,
+        identity: database,
+        timeline,
+        offset,
+        replica: manifest.replica_id,
+        native_manifest,
+        raw_bytes: raw_new + shared_bytes(&manifest, &known),
+        packs,
+    };
+    let len = work.repository.put_snapshot(&snapshot).await?;
+    work.tally.wrote_object(len);
+    Ok(())
+}
+
+/// An estimate of what shared objects take on disk: they are pages, all of one size.
+fn shared_bytes(manifest: &Manifest, known: &Known) -> u64 {
+    const PAGE: u64 = 66 << 10;
+    PAGE * manifest.objects.iter().filter(|(hash, _)| known.packs.contains_key(hash)).count() as u64
+}
+
+/// Reads and checks every object and hands them on in packs. Returns the bytes read.
+fn read_objects(
+    source: &SnapshotDir,
+    native: &[u8],
+    objects: &[(ContentHash, ObjectKind)],
+    sender: &mpsc::Sender<PackBuilder>,
+) -> Result<u64, DataDirError> {
+    let mut builder = PackBuilder::default();
+    let mut total = native.len() as u64;
+    builder.add(ContentHash::of(native), EntryKind::Manifest, native);
+    for (hash, kind) in objects {
+        let bytes = source.object(hash, *kind)?;
+        if builder.raw_len() + bytes.len() > OBJECT_SIZE
+            && !builder.is_empty()
+            && sender.blocking_send(std::mem::take(&mut builder)).is_err()
+        {
+            return Ok(total);
+        }
+        total += bytes.len() as u64;
+        builder.add(*hash, EntryKind::Object(*kind), &bytes);
+    }
+    if !builder.is_empty() {
+        // The uploader gave up and says why itself.
+        let _ = sender.blocking_send(builder);
+    }
+    Ok(total)
+}

@@ -1,0 +1,158 @@
+//! Exit codes, and which error ends in which.
+
+use std::process::ExitCode;
+
+use crate::backup::BackupError;
+use crate::datadir::DataDirError;
+use crate::repository::RepositoryError;
+use crate::repository::crypto::CryptoError;
+use crate::repository::instance::InstanceError;
+use crate::restore::RestoreError;
+use crate::status::StatusError;
+
+/// What the process exits with. The numbers are a contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ExitStatus {
+    Ok = 0,
+    Failed = 1,
+    Usage = 2,
+    Findings = 3,
+    NothingToRestore = 4,
+    Locked = 5,
+    Refused = 6,
+    StoreUnreachable = 7,
+}
+
+impl ExitStatus {
+    pub const HELP: &str = "Exit codes:
+  0  done
+  1  failed
+  2  wrong usage or configuration
+  3  findings (verify)
+  4  nothing to restore
+  5  the repository is being written by another sidecar
+  6  refused to overwrite
+  7  the store cannot be reached";
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status as u8)
+    }
+}
+
+/// An error on its way to the user: one message that says what to do, and an exit code.
+#[derive(Debug)]
+pub struct Failure {
+    pub status: ExitStatus,
+    pub message: String,
+}
+
+impl Failure {
+    pub fn new(status: ExitStatus, message: impl ToString) -> Self {
+        Self { status, message: message.to_string() }
+    }
+
+    pub fn usage(message: impl ToString) -> Self {
+        Self::new(ExitStatus::Usage, message)
+    }
+}
+
+impl From<DataDirError> for Failure {
+    fn from(error: DataDirError) -> Self {
+        Self::new(of_data_dir(&error), error)
+    }
+}
+
+impl From<RepositoryError> for Failure {
+    fn from(error: RepositoryError) -> Self {
+        Self::new(of_repository(&error), error)
+    }
+}
+
+impl From<CryptoError> for Failure {
+    fn from(error: CryptoError) -> Self {
+        Self::new(of_crypto(&error), error)
+    }
+}
+
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Self {
+        let status = match &error {
+            BackupError::DataDir(error) => of_data_dir(error),
+            BackupError::Repository(error) => of_repository(error),
+            BackupError::Instance(error) => of_instance(error),
+            BackupError::PlainKeys => ExitStatus::Usage,
+            BackupError::Empty(_) | BackupError::Worker(_) => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Self {
+        let status = match &error {
+            RestoreError::DataDir(error) => of_data_dir(error),
+            RestoreError::Repository(error) => of_repository(error),
+            RestoreError::Instance(error) => of_instance(error),
+            RestoreError::NothingToRestore(_) => ExitStatus::NothingToRestore,
+            RestoreError::Usage(_) => ExitStatus::Usage,
+            RestoreError::ServerRunning { .. } | RestoreError::WouldOverwrite(_) => ExitStatus::Refused,
+            RestoreError::File(_)
+            | RestoreError::NoSpace { .. }
+            | RestoreError::DiskFull(_)
+            | RestoreError::SelfCheck(_)
+            | RestoreError::Unreachable { .. }
+            | RestoreError::Worker(_) => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
+impl From<StatusError> for Failure {
+    fn from(error: StatusError) -> Self {
+        let status = match &error {
+            StatusError::DataDir(error) => of_data_dir(error),
+            StatusError::Repository(error) => of_repository(error),
+            StatusError::Worker(_) => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
+fn of_data_dir(error: &DataDirError) -> ExitStatus {
+    match error {
+        DataDirError::Missing(_) | DataDirError::NotSpacetime { .. } => ExitStatus::Usage,
+        _ => ExitStatus::Failed,
+    }
+}
+
+fn of_repository(error: &RepositoryError) -> ExitStatus {
+    match error {
+        RepositoryError::BadUrl { .. } => ExitStatus::Usage,
+        RepositoryError::NoRepository { .. } => ExitStatus::NothingToRestore,
+        RepositoryError::Conflict { .. } => ExitStatus::Locked,
+        RepositoryError::Store { .. } => ExitStatus::StoreUnreachable,
+        RepositoryError::Crypto(error) => of_crypto(error),
+        RepositoryError::UnknownFormat { .. } | RepositoryError::Missing { .. } | RepositoryError::Damaged { .. } => {
+            ExitStatus::Failed
+        }
+    }
+}
+
+fn of_instance(error: &InstanceError) -> ExitStatus {
+    match error {
+        InstanceError::DataDir(error) => of_data_dir(error),
+        InstanceError::Crypto(error) => of_crypto(error),
+        InstanceError::NoKeys { .. } => ExitStatus::Usage,
+        InstanceError::File(_) | InstanceError::Damaged(_) => ExitStatus::Failed,
+    }
+}
+
+fn of_crypto(error: &CryptoError) -> ExitStatus {
+    match error {
+        CryptoError::Damaged(_) | CryptoError::Seal(_) | CryptoError::File(_) => ExitStatus::Failed,
+        _ => ExitStatus::Usage,
+    }
+}

@@ -1,0 +1,194 @@
+//! The control database: which databases there are, whose they are, what they are called, where their replicas lie.
+//!
+//! It is a live sled database, which repairs and locks what it opens; so it is copied first and only the copy is opened.
+//! A copy taken in the middle of a write may not open or may lack a tree; then another copy is taken.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::datadir::bytes::{Cursor, Malformed};
+use crate::datadir::{DataDir, DataDirError};
+use crate::durable::{FileError, OnPath};
+use crate::ids::{ContentHash, Identity};
+
+const ATTEMPTS: u32 = 8;
+
+/// One database of the instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Database {
+    pub id: u64,
+    pub identity: Identity,
+    pub owner: Identity,
+    /// The program of the first publish; later ones are in the log.
+    pub initial_program: ContentHash,
+    /// Every name, the oldest first.
+    pub names: Vec<String>,
+    /// The replica whose files hold it.
+    pub replica: Option<u64>,
+}
+
+impl Database {
+    /// Its first name, or its identity when it has none.
+    pub fn display_name(&self) -> String {
+        self.names.first().cloned().unwrap_or_else(|| self.identity.to_string())
+    }
+
+    /// Does `text` name this database, by a name or by identity?
+    pub fn is_called(&self, text: &str) -> bool {
+        self.names.iter().any(|name| name == text) || self.identity.to_string() == text.to_ascii_lowercase()
+    }
+}
+
+/// All of a control database, tree by tree: enough to tell whether two are the same.
+pub type Trees = BTreeMap<Vec<u8>, BTreeMap<Vec<u8>, Vec<u8>>>;
+
+/// A copy of the control database in a directory of its own.
+pub struct ControlDbCopy {
+    dir: tempfile::TempDir,
+    pub databases: Vec<Database>,
+    pub trees: Trees,
+}
+
+impl ControlDbCopy {
+    /// Copies and reads the control database of a server that may be running.
+    ///
+    /// # Errors
+    /// When no copy of several could be opened and read.
+    pub fn take(data: &DataDir) -> Result<Self, DataDirError> {
+        let source = data.control_db_path();
+        let mut reason = String::new();
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                std::thread::sleep(Duration::from_millis(50 << attempt.min(5)));
+            }
+            let dir = tempfile::tempdir().on("create a temporary directory in", &std::env::temp_dir())?;
+            let copied = copy_tree(&source, &dir.path().join("control-db")).map_err(|error| error.to_string());
+            match copied.and_then(|()| read(&dir.path().join("control-db"))) {
+                Ok((databases, trees)) => return Ok(Self { dir, databases, trees }),
+                Err(error) => reason = error,
+            }
+        }
+        Err(DataDirError::ControlDb { path: source, attempts: ATTEMPTS, reason })
+    }
+
+    /// Where the copy lies, closed.
+    pub fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("control-db")
+    }
+}
+
+/// Removes every database but those in `keep` from the control database at `path`, which no server may have open.
+///
+/// # Errors
+/// When it cannot be opened, understood or written.
+pub fn keep_only(path: &Path, keep: &[Identity]) -> Result<(), String> {
+    let (databases, _) = read(path)?;
+    let db = open(path)?;
+    let tree = |name: &str| db.open_tree(name).map_err(|error| error.to_string());
+    let failed = |error: sled::Error| error.to_string();
+    for database in databases.iter().filter(|database| !keep.contains(&database.identity)) {
+        tree("database")?.remove(database.id.to_be_bytes()).map_err(failed)?;
+        tree("database_by_identity")?.remove(database.identity.0).map_err(failed)?;
+        let mut little_endian = database.identity.0;
+        little_endian.reverse();
+        tree("reverse_dns")?.remove(little_endian).map_err(failed)?;
+        for name in &database.names {
+            tree("dns")?.remove(name.to_lowercase()).map_err(failed)?;
+        }
+        let replicas = tree("replica")?;
+        for entry in replicas.iter() {
+            let (key, value) = entry.map_err(failed)?;
+            if replica(&value).is_ok_and(|(_, database_id)| database_id == database.id) {
+                replicas.remove(key).map_err(failed)?;
+            }
+        }
+    }
+    db.flush().map_err(failed)?;
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<sled::Db, String> {
+    // A small cache: the whole database is some kilobytes.
+    sled::Config::default().path(path).cache_capacity(1 << 20).flush_every_ms(None).open().map_err(|e| e.to_string())
+}
+
+fn read(path: &Path) -> Result<(Vec<Database>, Trees), String> {
+    let db = open(path)?;
+    let mut trees = Trees::new();
+    for name in db.tree_names() {
+        let tree = db.open_tree(&name).map_err(|error| error.to_string())?;
+        let entries = tree.iter().map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec())));
+        trees.insert(name.to_vec(), entries.collect::<Result<_, _>>().map_err(|error| error.to_string())?);
+    }
+    db.flush().map_err(|error| error.to_string())?;
+    drop(db);
+    let databases = interpret(&trees).map_err(|malformed| malformed.to_string())?;
+    Ok((databases, trees))
+}
+
+/// Reads databases, names and replicas out of the raw trees.
+///
+/// # Errors
+/// When an entry is not in the form that servers from 1.2.0 to 2.8.3 write.
+pub fn interpret(trees: &Trees) -> Result<Vec<Database>, Malformed> {
+    let empty = BTreeMap::new();
+    let tree = |name: &str| trees.get(name.as_bytes()).unwrap_or(&empty);
+    if !trees.contains_key(b"database".as_slice()) && !tree("replica").is_empty() {
+        return Err(Malformed { at: 0, reason: "replicas are listed and databases are not".into() });
+    }
+    let mut databases = Vec::new();
+    for value in tree("database").values() {
+        let mut cursor = Cursor::new(value);
+        let id = cursor.u64("the database id")?;
+        let identity_le: [u8; 32] = cursor.array("the identity")?;
+        let owner = Identity::from_le(cursor.array("the owner")?);
+        cursor.u8("the host type")?;
+        let initial_program = ContentHash(cursor.array("the program hash")?);
+        let names = match tree("reverse_dns").get(identity_le.as_slice()) {
+            Some(json) => serde_json::from_slice(json)
+                .map_err(|error| Malformed { at: 0, reason: format!("the names of database {id}: {error}") })?,
+            None => Vec::new(),
+        };
+        databases.push(Database {
+            id,
+            identity: Identity::from_le(identity_le),
+            owner,
+            initial_program,
+            names,
+            replica: None,
+        });
+    }
+    for value in tree("replica").values() {
+        let (id, database_id) = replica(value)?;
+        if let Some(database) = databases.iter_mut().find(|database| database.id == database_id) {
+            database.replica = Some(id);
+        }
+    }
+    Ok(databases)
+}
+
+/// A replica's id and its database's.
+fn replica(value: &[u8]) -> Result<(u64, u64), Malformed> {
+    let mut cursor = Cursor::new(value);
+    Ok((cursor.u64("the replica id")?, cursor.u64("the replica's database id")?))
+}
+
+/// Copies a directory of plain files, as deep as it goes.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub fn copy_tree(from: &Path, to: &Path) -> Result<(), FileError> {
+    fs::create_dir_all(to).on("create", to)?;
+    for entry in fs::read_dir(from).on("list", from)? {
+        let entry = entry.on("list", from)?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().on("inspect", &source)?.is_dir() {
+            copy_tree(&source, &target)?;
+        } else {
+            fs::copy(&source, &target).on("copy", &source)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,487 @@
+//! The commit log of one replica: a row of segments, read as one stream of whole commits from any offset.
+//!
+//! Invariants:
+//! - only commits with a good checksum and the expected offset are handed out, byte for byte as they stand;
+//! - a segment that the server has rewritten as zstd reads the same as before;
+//! - an unfinished end (a crash, a write under way, preallocated zeros) ends the stream, and reading on later is allowed;
+//! - a hole or a repetition in the middle is an error that names both offsets;
+//! - memory is bounded by the batch size, or by the largest single commit if that is larger.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::datadir::DataDirError;
+use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
+use crate::durable::{FileError, OnPath};
+use crate::ids::Offset;
+
+const READ_SIZE: usize = 1 << 20;
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+const SEGMENT_SUFFIX: &str = ".stdb.log";
+
+/// What a batch of commits holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    pub log_version: u8,
+    pub first: Offset,
+    pub last: Offset,
+    pub commits: u64,
+    pub times: Times,
+}
+
+/// The server's times inside a run of commits, microseconds since the Unix epoch; `None` where no commit had inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Times {
+    pub first: Option<i64>,
+    pub last: Option<i64>,
+    /// The latest; clocks step back, so it need not be `last`.
+    pub max: Option<i64>,
+}
+
+impl Times {
+    pub fn add(&mut self, micros: i64) {
+        self.first.get_or_insert(micros);
+        self.last = Some(micros);
+        self.max = self.max.max(Some(micros));
+    }
+
+    pub fn merge(&mut self, later: Self) {
+        self.first = self.first.or(later.first);
+        self.last = later.last.or(self.last);
+        self.max = self.max.max(later.max);
+    }
+}
+
+/// How a log ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tail {
+    /// After a whole commit.
+    Clean,
+    /// In bytes that are no whole commit: a write under way or cut off by a crash. The server drops them at its next
+    /// start.
+    Unfinished { at: u64, reason: &'static str },
+}
+
+/// A segment's file, named for its first transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentFile {
+    pub first: Offset,
+    pub path: PathBuf,
+}
+
+/// Every segment in a log directory, in order. A missing directory is an empty log.
+///
+/// # Errors
+/// When the directory cannot be listed.
+pub fn segments(dir: &Path) -> Result<Vec<SegmentFile>, FileError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).on("list", dir),
+    };
+    let mut segments = Vec::new();
+    for entry in entries {
+        let entry = entry.on("list", dir)?;
+        let name = entry.file_name();
+        let first = name.to_str().and_then(|name| name.strip_suffix(SEGMENT_SUFFIX)).map(Offset::from_padded);
+        if let Some(Ok(first)) = first {
+            segments.push(SegmentFile { first, path: entry.path() });
+        }
+    }
+    segments.sort_by_key(|segment| segment.first);
+    Ok(segments)
+}
+
+/// The file name of the segment that starts at `first`.
+pub fn segment_name(first: Offset) -> String {
+    format!("{}{SEGMENT_SUFFIX}", first.padded())
+}
+
+/// Reads a log as a stream of batches.
+pub struct LogReader {
+    dir: PathBuf,
+    next: Offset,
+    open: Option<OpenSegment>,
+    tail: Tail,
+    at_end: bool,
+}
+
+struct OpenSegment {
+    file: SegmentFile,
+    source: Source,
+    log_version: u8,
+    /// Decoded bytes read from the source so far.
+    read: u64,
+    /// Bytes read and not yet handed out.
+    carry: Vec<u8>,
+    /// A later segment was seen and this one read to its end since: nothing more will be appended.
+    sealed: bool,
+}
+
+enum Source {
+    Plain(File),
+    Zstd(Box<zstd::Decoder<'static, BufReader<File>>>),
+}
+
+impl LogReader {
+    /// Opens the log at the commit that holds `from`, or at the log's end if that is earlier: see [`Self::position`].
+    ///
+    /// # Errors
+    /// [`DataDirError::Gone`] when the log starts after `from`; damage between the segment's start and `from`.
+    pub fn open(dir: &Path, from: Offset) -> Result<Self, DataDirError> {
+        let files = segments(dir)?;
+        let mut reader = Self { dir: dir.to_owned(), next: from, open: None, tail: Tail::Clean, at_end: false };
+        let Some(earliest) = files.first() else {
+            reader.next = Offset(0);
+            return Ok(reader);
+        };
+        let Some(file) = files.iter().rev().find(|file| file.first <= from) else {
+            return Err(DataDirError::Gone { path: dir.to_owned(), wanted: from, first: earliest.first });
+        };
+        reader.next = file.first;
+        reader.open = OpenSegment::open(file)?;
+        reader.skip_to(from)?;
+        Ok(reader)
+    }
+
+    /// Opens the log at its first segment.
+    ///
+    /// # Errors
+    /// When the directory or the segment cannot be read.
+    pub fn open_first(dir: &Path) -> Result<Self, DataDirError> {
+        let first = segments(dir)?.first().map_or(Offset(0), |file| file.first);
+        Self::open(dir, first)
+    }
+
+    /// Opens the log at its last segment, the shortest way to its end.
+    ///
+    /// # Errors
+    /// When the directory or the segment cannot be read.
+    pub fn open_last(dir: &Path) -> Result<Self, DataDirError> {
+        let first = segments(dir)?.last().map_or(Offset(0), |file| file.first);
+        Self::open(dir, first)
+    }
+
+    /// The first offset of the next batch; at the end of the log, one past its last transaction.
+    pub fn position(&self) -> Offset {
+        self.next
+    }
+
+    /// Did the last batch reach what was the log's end at that moment?
+    pub fn at_end(&self) -> bool {
+        self.at_end
+    }
+
+    /// How the log ended, once [`Self::next_batch`] has returned `None`.
+    pub fn tail(&self) -> &Tail {
+        &self.tail
+    }
+
+    /// Fills `buffer` with whole commits of one format version, up to `max_bytes` but at least one commit.
+    /// `None` at the end of the log; calling again later picks up what was written since.
+    ///
+    /// # Errors
+    /// A gap, an overlap, damage that is not at the end, an unknown version, or a failed read.
+    pub fn next_batch(&mut self, max_bytes: usize, buffer: &mut Vec<u8>) -> Result<Option<Batch>, DataDirError> {
+        buffer.clear();
+        self.at_end = false;
+        let mut filled = Filled::default();
+        loop {
+            if self.open.is_none() && !self.open_next()? {
+                self.at_end = true;
+                break;
+            }
+            let Some(segment) = &mut self.open else { break };
+            if filled.commits > 0 && filled.log_version != segment.log_version {
+                break;
+            }
+            filled.log_version = segment.log_version;
+            buffer.append(&mut segment.carry);
+            match segment.fill(max_bytes, buffer, &mut filled, &mut self.next, &self.dir)? {
+                Filling::Full => break,
+                Filling::EndOfSegment(tail) => {
+                    segment.carry.extend_from_slice(&buffer[filled.len..]);
+                    buffer.truncate(filled.len);
+                    self.tail = tail;
+                    if !self.leave_segment()? {
+                        self.at_end = true;
+                        break;
+                    }
+                }
+            }
+        }
+        if let Some(segment) = &mut self.open
+            && buffer.len() > filled.len
+        {
+            segment.carry.extend_from_slice(&buffer[filled.len..]);
+            buffer.truncate(filled.len);
+        }
+        Ok(filled.into_batch())
+    }
+
+    /// Opens the segment that continues the log, if it is there with its header written.
+    fn open_next(&mut self) -> Result<bool, DataDirError> {
+        let Some(file) = segments(&self.dir)?.into_iter().find(|file| file.first >= self.next) else {
+            return Ok(false);
+        };
+        if file.first > self.next {
+            return Err(self.gap(file.first));
+        }
+        self.open = OpenSegment::open(&file)?;
+        Ok(self.open.is_some())
+    }
+
+    /// At the end of a segment: `true` to read on (here or in the next one), `false` at the end of the log.
+    fn leave_segment(&mut self) -> Result<bool, DataDirError> {
+        let Some(segment) = &mut self.open else { return Ok(false) };
+        let current = segment.file.first;
+        let Some(following) = segments(&self.dir)?.into_iter().find(|file| file.first > current) else {
+            return Ok(false);
+        };
+        if !segment.sealed {
+            // More may have been appended between our last read and the moment the server went on to the next file.
+            segment.sealed = true;
+            return Ok(true);
+        }
+        if following.first > self.next {
+            return Err(match self.tail {
+                Tail::Unfinished { at, reason } => DataDirError::Damaged {
+                    path: segment.file.path.clone(),
+                    at,
+                    reason: format!("{reason}, and the next segment starts at transaction {}", following.first),
+                },
+                Tail::Clean => self.gap(following.first),
+            });
+        }
+        if following.first < self.next {
+            return Err(DataDirError::Overlap { path: following.path, expected: self.next, found: following.first });
+        }
+        let opened = OpenSegment::open(&following)?;
+        if opened.is_none() {
+            return Ok(false);
+        }
+        self.open = opened;
+        self.tail = Tail::Clean;
+        Ok(true)
+    }
+
+    fn skip_to(&mut self, from: Offset) -> Result<(), DataDirError> {
+        let mut buffer = Vec::new();
+        while self.next < from {
+            // One commit more than wanted must stay unread, so batches shrink to single commits near the target.
+            let Some(segment) = &mut self.open else { return Ok(()) };
+            buffer.clear();
+            buffer.append(&mut segment.carry);
+            let mut filled = Filled { log_version: segment.log_version, stop_at: Some(from), ..Filled::default() };
+            let filling = segment.fill(READ_SIZE, &mut buffer, &mut filled, &mut self.next, &self.dir)?;
+            segment.carry.extend_from_slice(&buffer[filled.len..]);
+            match filling {
+                Filling::Full if filled.stopped => return Ok(()),
+                Filling::Full => {}
+                Filling::EndOfSegment(tail) => {
+                    self.tail = tail;
+                    if !self.leave_segment()? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn gap(&self, found: Offset) -> DataDirError {
+        DataDirError::Gap { path: self.dir.clone(), expected: self.next, found }
+    }
+}
+
+#[derive(Default)]
+struct Filled {
+    log_version: u8,
+    first: Option<Offset>,
+    last: Offset,
+    commits: u64,
+    times: Times,
+    /// Bytes of whole commits at the start of the buffer.
+    len: usize,
+    /// Leave the commit that holds this offset unread.
+    stop_at: Option<Offset>,
+    stopped: bool,
+}
+
+impl Filled {
+    fn into_batch(self) -> Option<Batch> {
+        let first = self.first?;
+        Some(Batch { log_version: self.log_version, first, last: self.last, commits: self.commits, times: self.times })
+    }
+}
+
+enum Filling {
+    Full,
+    EndOfSegment(Tail),
+}
+
+impl OpenSegment {
+    /// `None` when the file is there and its header is not written yet.
+    fn open(file: &SegmentFile) -> Result<Option<Self>, DataDirError> {
+        let path = &file.path;
+        let plain = File::open(path).on("open", path)?;
+        let mut magic = [0; 4];
+        if read_at_most(&plain, &mut magic, 0).on("read", path)? < magic.len() {
+            return Ok(None);
+        }
+        let mut source = if magic == ZSTD_MAGIC {
+            Source::Zstd(Box::new(zstd::Decoder::new(plain).on("decompress", path)?))
+        } else {
+            Source::Plain(plain)
+        };
+        let mut header = [0; SegmentHeader::LEN];
+        let mut read = 0;
+        while read < header.len() {
+            let n = source.read(&mut header[read..], read as u64).on("read", path)?;
+            if n == 0 {
+                return Ok(None);
+            }
+            read += n;
+        }
+        if header.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let header = SegmentHeader::parse(&header).map_err(|malformed| DataDirError::damaged(path, 0, malformed))?;
+        let unknown = |what, version, known| DataDirError::UnknownVersion { path: path.clone(), what, version, known };
+        if header.log_version > NEWEST_LOG_VERSION {
+            return Err(unknown("log format", header.log_version, NEWEST_LOG_VERSION));
+        }
+        if header.checksum_algorithm != 0 {
+            return Err(unknown("checksum", header.checksum_algorithm, 0));
+        }
+        let sealed = matches!(source, Source::Zstd(_));
+        let log_version = header.log_version;
+        Ok(Some(Self { file: file.clone(), source, log_version, read: read as u64, carry: Vec::new(), sealed }))
+    }
+
+    /// Parses commits at the end of `buffer[..filled.len]`, reading more as needed.
+    fn fill(
+        &mut self,
+        max_bytes: usize,
+        buffer: &mut Vec<u8>,
+        filled: &mut Filled,
+        next: &mut Offset,
+        dir: &Path,
+    ) -> Result<Filling, DataDirError> {
+        loop {
+            let (wanted, tail) = match Frame::parse(self.log_version, &buffer[filled.len..]) {
+                Frame::Commit(commit) => {
+                    if filled.stop_at.is_some_and(|stop| commit.last() >= stop) {
+                        filled.stopped = true;
+                    }
+                    if commit.first > *next {
+                        return Err(DataDirError::Gap { path: dir.to_owned(), expected: *next, found: commit.first });
+                    }
+                    if commit.first < *next {
+                        return Err(DataDirError::Overlap {
+                            path: dir.to_owned(),
+                            expected: *next,
+                            found: commit.first,
+                        });
+                    }
+                    if filled.stopped || (filled.commits > 0 && filled.len + commit.bytes.len() > max_bytes) {
+                        return Ok(Filling::Full);
+                    }
+                    if let Some(inputs) = commit.inputs() {
+                        filled.times.add(inputs.time_micros);
+                    }
+                    filled.first.get_or_insert(commit.first);
+                    filled.last = commit.last();
+                    filled.commits += 1;
+                    filled.len += commit.bytes.len();
+                    *next = Offset(commit.last().0 + 1);
+                    continue;
+                }
+                Frame::Incomplete { needs } => (needs, "a commit is cut off"),
+                // A reader may see the start of a write before its end, so only the segment's end tells.
+                Frame::Zeros => (0, "zeros"),
+                Frame::Broken(reason) => (0, reason),
+            };
+            let unread = buffer.len() - filled.len;
+            if wanted > unread {
+                let before = buffer.len();
+                if filled.commits > 0 && filled.len >= max_bytes {
+                    return Ok(Filling::Full);
+                }
+                if self.read_more(buffer, (wanted - unread).clamp(READ_SIZE.min(max_bytes), READ_SIZE))? > 0 {
+                    continue;
+                }
+                buffer.truncate(before);
+            }
+            if tail == "zeros" || unread == 0 {
+                return self.end(buffer, filled, Tail::Clean);
+            }
+            let at = self.read - unread as u64;
+            return self.end(buffer, filled, Tail::Unfinished { at, reason: tail });
+        }
+    }
+
+    /// Bytes that are no commit yet are read again later, since they may be a write under way.
+    fn end(&mut self, buffer: &mut Vec<u8>, filled: &Filled, tail: Tail) -> Result<Filling, DataDirError> {
+        if let Source::Plain(_) = self.source {
+            self.read -= (buffer.len() - filled.len) as u64;
+            buffer.truncate(filled.len);
+        }
+        Ok(Filling::EndOfSegment(tail))
+    }
+
+    fn read_more(&mut self, buffer: &mut Vec<u8>, size: usize) -> Result<usize, DataDirError> {
+        let start = buffer.len();
+        buffer.resize(start + size, 0);
+        let mut read = 0;
+        while read < size {
+            match self.source.read(&mut buffer[start + read..], self.read) {
+                Ok(0) => break,
+                Ok(n) => {
+                    read += n;
+                    self.read += n as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => match self.source {
+                    Source::Plain(_) => return Err(error).on("read", &self.file.path).map_err(Into::into),
+                    Source::Zstd(_) => {
+                        return Err(DataDirError::Damaged {
+                            path: self.file.path.clone(),
+                            at: self.read,
+                            reason: format!("its compressed form does not decompress: {error}"),
+                        });
+                    }
+                },
+            }
+        }
+        buffer.truncate(start + read);
+        Ok(read)
+    }
+}
+
+impl Source {
+    fn read(&mut self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.read_at(buffer, position),
+            Self::Zstd(decoder) => decoder.read(buffer),
+        }
+    }
+}
+
+fn read_at_most(file: &File, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+    let mut read = 0;
+    while read < buffer.len() {
+        match file.read_at(&mut buffer[read..], position + read as u64) {
+            Ok(0) => break,
+            Ok(n) => read += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(read)
+}
+
+#[cfg(test)]
+mod tests;

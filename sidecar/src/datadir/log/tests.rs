@@ -1,0 +1,141 @@
+use super::*;
+use crate::datadir::commit::encode;
+
+struct Written {
+    dir: tempfile::TempDir,
+}
+
+impl Written {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn segment(&self, version: u8, offsets: std::ops::Range<u64>, tail: &[u8]) -> PathBuf {
+        let path = self.dir.path().join(segment_name(Offset(offsets.start)));
+        let mut bytes = SegmentHeader { log_version: version, checksum_algorithm: 0 }.to_bytes().to_vec();
+        for offset in offsets {
+            bytes.extend(encode(version, Offset(offset), 0, 1, format!(" transaction {offset}").as_bytes()));
+        }
+        bytes.extend_from_slice(tail);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    fn compress(path: &Path) {
+        let bytes = fs::read(path).unwrap();
+        fs::write(path, zstd::encode_all(bytes.as_slice(), 0).unwrap()).unwrap();
+    }
+
+    fn read(&self, from: u64, max: usize) -> Result<Vec<Batch>, DataDirError> {
+        let mut reader = LogReader::open(self.dir.path(), Offset(from))?;
+        let (mut batches, mut buffer) = (Vec::new(), Vec::new());
+        while let Some(batch) = reader.next_batch(max, &mut buffer)? {
+            assert_eq!(parse_all(batch.log_version, &buffer), (batch.first.0..=batch.last.0).collect::<Vec<_>>());
+            batches.push(batch);
+        }
+        Ok(batches)
+    }
+
+    fn offsets(&self, from: u64, max: usize) -> Vec<u64> {
+        self.read(from, max).unwrap().iter().flat_map(|batch| batch.first.0..=batch.last.0).collect()
+    }
+}
+
+fn parse_all(version: u8, mut bytes: &[u8]) -> Vec<u64> {
+    let mut offsets = Vec::new();
+    while !bytes.is_empty() {
+        let Frame::Commit(commit) = Frame::parse(version, bytes) else { panic!("not a commit") };
+        offsets.extend(commit.first.0..=commit.last().0);
+        bytes = &bytes[commit.bytes.len()..];
+    }
+    offsets
+}
+
+#[test]
+fn a_log_reads_the_same_from_any_offset_in_any_batch_size() {
+    let log = Written::new();
+    let first = log.segment(1, 0..40, &[]);
+    log.segment(1, 40..41, &[0; 100]);
+    log.segment(1, 41..90, &[]);
+    for compressed in [false, true] {
+        if compressed {
+            Written::compress(&first);
+        }
+        for max in [1, 50, 333, 1 << 20] {
+            for from in [0, 1, 39, 40, 41, 89] {
+                assert_eq!(log.offsets(from, max), (from..90).collect::<Vec<_>>(), "from {from}, at most {max}");
+            }
+        }
+        assert_eq!(log.offsets(90, 50), Vec::<u64>::new());
+    }
+}
+
+#[test]
+fn versions_never_share_a_batch() {
+    let log = Written::new();
+    log.segment(0, 0..5, &[]);
+    log.segment(1, 5..9, &[]);
+    let batches = log.read(0, 1 << 20).unwrap();
+    assert_eq!(batches.iter().map(|batch| batch.log_version).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn an_unfinished_end_is_read_on_when_it_is_finished() {
+    let log = Written::new();
+    let next = encode(1, Offset(3), 0, 1, b" the fourth");
+    let path = log.segment(1, 0..3, &next[..10]);
+    let mut reader = LogReader::open_first(log.dir.path()).unwrap();
+    let mut buffer = Vec::new();
+    assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap().unwrap().last, Offset(2));
+    assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap(), None);
+    assert!(matches!(reader.tail(), Tail::Unfinished { .. }));
+
+    let mut bytes = fs::read(&path).unwrap();
+    bytes.truncate(bytes.len() - 10);
+    bytes.extend(next);
+    fs::write(&path, bytes).unwrap();
+    assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap().unwrap().first, Offset(3));
+
+    log.segment(1, 4..6, &[]);
+    assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap().unwrap().last, Offset(5));
+    assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap(), None);
+    assert_eq!(*reader.tail(), Tail::Clean);
+}
+
+#[test]
+fn a_torn_end_before_the_segment_that_continues_is_passed_over() {
+    let log = Written::new();
+    log.segment(1, 0..3, b"half a commit and then a crash");
+    log.segment(1, 3..5, &[]);
+    assert_eq!(log.offsets(0, 1 << 20), (0..5).collect::<Vec<_>>());
+}
+
+#[test]
+fn damage_in_the_middle_a_gap_and_an_overlap_are_errors() {
+    let log = Written::new();
+    let path = log.segment(1, 0..10, &[]);
+    log.segment(1, 10..12, &[]);
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    bad[200] ^= 1;
+    fs::write(&path, bad).unwrap();
+    assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Damaged { .. })));
+    fs::write(&path, good).unwrap();
+
+    log.segment(1, 13..14, &[]);
+    assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Gap { expected: Offset(12), found: Offset(13), .. })));
+    fs::remove_file(log.dir.path().join(segment_name(Offset(13)))).unwrap();
+    log.segment(1, 11..14, &[]);
+    assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Overlap { .. })));
+}
+
+#[test]
+fn what_is_no_longer_in_the_log_and_unknown_versions_are_named() {
+    let log = Written::new();
+    log.segment(1, 5..9, &[]);
+    assert!(matches!(log.read(2, 100), Err(DataDirError::Gone { wanted: Offset(2), first: Offset(5), .. })));
+    log.segment(9, 5..9, &[]);
+    assert!(matches!(log.read(5, 100), Err(DataDirError::UnknownVersion { version: 9, .. })));
+    let empty = Written::new();
+    assert_eq!(empty.offsets(0, 100), Vec::<u64>::new());
+}

@@ -1,0 +1,388 @@
+//! Log objects: runs of commits, byte for byte as in the server's log, behind a header that proves them.
+//!
+//! The body is one zstd frame, sealed if the repository is. The header holds the body's hash, so a stored object can be
+//! checked without any key; and a chain of links, each a BLAKE3 hash over the link before and the commits it covers, so
+//! that a gap, a swap or a repetition shows when objects are put side by side. Compaction keeps the links.
+
+use object_store::path::Path as Key;
+
+use crate::datadir::bytes::{Cursor, Malformed};
+use crate::datadir::commit::Frame;
+use crate::datadir::log::{Batch, Times};
+use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::repository::crypto::Keyring;
+use crate::repository::{InObject, RepositoryError, paths};
+
+const MAGIC: [u8; 8] = *b"IULOG\r\n\x1a";
+const VERSION: u16 = 1;
+const FLAG_SEALED: u16 = 1;
+const FIXED_LEN: usize = 192;
+const LINK_LEN: usize = 48;
+const HASH_LEN: usize = 32;
+/// Where the header's length stands.
+const LEN_AT: usize = 12;
+/// The bytes that hold a header with a few links: enough for one read of most objects.
+pub const HEADER_READ: u64 = 1024;
+const NO_TIME: i64 = i64::MIN;
+
+/// What an object's header says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogHeader {
+    pub sealed: bool,
+    pub database: Identity,
+    pub timeline: TimelineId,
+    pub log_version: u8,
+    pub level: u8,
+    pub first: Offset,
+    pub last: Offset,
+    /// Times of these commits; `max` is over all of the timeline up to `last`.
+    pub times: Times,
+    /// Microseconds since the Unix epoch.
+    pub archived_at: i64,
+    pub raw_len: u64,
+    pub body_len: u64,
+    pub previous_chain: ContentHash,
+    pub body_hash: ContentHash,
+    pub links: Vec<Link>,
+    /// Bytes of the header itself.
+    pub len: usize,
+}
+
+/// A run of commits inside an object and the chain hash after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    pub last: Offset,
+    pub raw_len: u64,
+    pub chain: ContentHash,
+}
+
+/// Where a chain stands: what the next object continues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChainTip {
+    /// The next object's first offset.
+    pub next: Offset,
+    pub chain: ContentHash,
+    /// The latest time so far.
+    pub max_time: Option<i64>,
+}
+
+impl ChainTip {
+    /// The start of a database's first timeline, or of one after a gap.
+    pub fn origin(database: &Identity, start: Offset) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"inner-universe log chain 1").update(&database.0);
+        Self { next: start, chain: ContentHash(*hasher.finalize().as_bytes()), max_time: None }
+    }
+
+    /// After one more run of commits.
+    pub fn extend(&self, batch: &Batch, commits: &[u8]) -> Self {
+        Self {
+            next: Offset(batch.last.0 + 1),
+            chain: link(&self.chain, commits),
+            max_time: self.max_time.max(batch.times.max),
+        }
+    }
+}
+
+/// The chain hash after `commits`.
+pub fn link(previous: &ContentHash, commits: &[u8]) -> ContentHash {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&previous.0).update(commits);
+    ContentHash(*hasher.finalize().as_bytes())
+}
+
+/// What an object is made from.
+pub struct LogContent<'a> {
+    pub database: Identity,
+    pub timeline: TimelineId,
+    pub batch: Batch,
+    pub before: ChainTip,
+    pub after: ChainTip,
+    pub archived_at: i64,
+    pub commits: &'a [u8],
+}
+
+impl LogContent<'_> {
+    pub fn key(&self) -> Key {
+        paths::log(&self.database, self.timeline, 0, self.batch.first, self.batch.last)
+    }
+
+    /// Compresses and, if the keyring has recipients, seals; then puts the header before it.
+    ///
+    /// # Errors
+    /// When compression or sealing fails.
+    pub fn encode(&self, level: i32, keys: &Keyring) -> Result<Vec<u8>, RepositoryError> {
+        let compressed = zstd::bulk::compress(self.commits, level);
+        let compressed = compressed.map_err(|error| RepositoryError::damaged(&self.key(), error))?;
+        let body = keys.seal(compressed)?;
+        let header = LogHeader {
+            sealed: keys.seals(),
+            database: self.database,
+            timeline: self.timeline,
+            log_version: self.batch.log_version,
+            level: 0,
+            first: self.batch.first,
+            last: self.batch.last,
+            times: Times { max: self.after.max_time, ..self.batch.times },
+            archived_at: self.archived_at,
+            raw_len: self.commits.len() as u64,
+            body_len: body.len() as u64,
+            previous_chain: self.before.chain,
+            body_hash: ContentHash::of(&body),
+            links: vec![Link { last: self.batch.last, raw_len: self.commits.len() as u64, chain: self.after.chain }],
+            len: 0,
+        };
+        let mut bytes = header.to_bytes();
+        bytes.extend_from_slice(&body);
+        Ok(bytes)
+    }
+}
+
+impl LogHeader {
+    /// The chain after this object.
+    pub fn tip(&self) -> ChainTip {
+        let chain = self.links.last().map_or(self.previous_chain, |link| link.chain);
+        ChainTip { next: Offset(self.last.0.saturating_add(1)), chain, max_time: self.times.max }
+    }
+
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let len = FIXED_LEN + self.links.len() * LINK_LEN + HASH_LEN;
+        let mut bytes = Vec::with_capacity(len);
+        bytes.extend_from_slice(&MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&if self.sealed { FLAG_SEALED } else { 0 }.to_le_bytes());
+        bytes.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
+        bytes.extend_from_slice(&self.database.0);
+        bytes.extend_from_slice(&self.timeline.0.to_le_bytes());
+        bytes.extend_from_slice(&[self.log_version, self.level, 0, 0]);
+        bytes.extend_from_slice(&self.first.0.to_le_bytes());
+        bytes.extend_from_slice(&self.last.0.to_le_bytes());
+        for time in [self.times.first, self.times.last, self.times.max] {
+            bytes.extend_from_slice(&time.unwrap_or(NO_TIME).to_le_bytes());
+        }
+        bytes.extend_from_slice(&self.archived_at.to_le_bytes());
+        bytes.extend_from_slice(&self.raw_len.to_le_bytes());
+        bytes.extend_from_slice(&self.body_len.to_le_bytes());
+        bytes.extend_from_slice(&self.previous_chain.0);
+        bytes.extend_from_slice(&self.body_hash.0);
+        bytes.extend_from_slice(&u32::try_from(self.links.len()).unwrap_or(u32::MAX).to_le_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        debug_assert_eq!(bytes.len(), FIXED_LEN);
+        for link in &self.links {
+            bytes.extend_from_slice(&link.last.0.to_le_bytes());
+            bytes.extend_from_slice(&link.raw_len.to_le_bytes());
+            bytes.extend_from_slice(&link.chain.0);
+        }
+        let hash = ContentHash::of(&bytes);
+        bytes.extend_from_slice(&hash.0);
+        bytes
+    }
+
+    /// How many bytes the header takes, from the object's first sixteen.
+    pub fn len_of(start: &[u8]) -> Option<usize> {
+        let len = start.get(LEN_AT..LEN_AT + 4)?;
+        Some(u32::from_le_bytes(len.try_into().ok()?) as usize)
+    }
+
+    /// Reads the header at the start of an object.
+    ///
+    /// # Errors
+    /// When it is cut short, damaged, or of a newer format.
+    pub fn parse(object: &[u8]) -> Result<Self, Malformed> {
+        let mut cursor = Cursor::new(object);
+        if cursor.array("the magic")? != MAGIC {
+            return Err(Malformed { at: 0, reason: "it does not start as a log object does".into() });
+        }
+        let version = cursor.u16("the version")?;
+        if version != VERSION {
+            return cursor.fail(format!("log object version {version} is unknown to this release"));
+        }
+        let flags = cursor.u16("the flags")?;
+        let len = cursor.u32("the header's length")? as usize;
+        let hashed_len = len.checked_sub(HASH_LEN).filter(|hashed| *hashed >= FIXED_LEN);
+        let Some((hashed, hash)) = hashed_len.and_then(|at| object.get(..len)?.split_at_checked(at)) else {
+            return cursor.fail("the header is cut short");
+        };
+        if ContentHash::of(hashed).0 != hash {
+            return cursor.fail("the header does not match its hash");
+        }
+        if flags & !FLAG_SEALED != 0 {
+            return cursor.fail(format!("flags {flags:#06x} are unknown to this release"));
+        }
+        let database = Identity(cursor.array("the identity")?);
+        let timeline = TimelineId(cursor.u32("the timeline")?);
+        let [log_version, level, _, _] = cursor.array("the versions")?;
+        let first = Offset(cursor.u64("the first offset")?);
+        let last = Offset(cursor.u64("the last offset")?);
+        let mut time = || cursor.i64("a time").map(|time| (time != NO_TIME).then_some(time));
+        let times = Times { first: time()?, last: time()?, max: time()? };
+        let archived_at = cursor.i64("the archive time")?;
+        let raw_len = cursor.u64("the raw length")?;
+        let body_len = cursor.u64("the body's length")?;
+        let previous_chain = ContentHash(cursor.array("the previous chain hash")?);
+        let body_hash = ContentHash(cursor.array("the body's hash")?);
+        let count = cursor.array_len(LINK_LEN, "the links")?;
+        cursor.take(4, "the reserved bytes")?;
+        let mut links = Vec::with_capacity(count);
+        for _ in 0..count {
+            links.push(Link {
+                last: Offset(cursor.u64("a link's last offset")?),
+                raw_len: cursor.u64("a link's length")?,
+                chain: ContentHash(cursor.array("a link's chain hash")?),
+            });
+        }
+        let ordered = first <= last
+            && links.windows(2).all(|pair| pair[0].last < pair[1].last)
+            && links.first().is_some_and(|link| link.last >= first)
+            && links.last().is_some_and(|link| link.last == last);
+        let total = links.iter().try_fold(0u64, |sum, link| sum.checked_add(link.raw_len));
+        if !ordered || total != Some(raw_len) || cursor.position() != hashed.len() {
+            return cursor.fail("the header contradicts itself");
+        }
+        Ok(Self {
+            sealed: flags & FLAG_SEALED != 0,
+            database,
+            timeline,
+            log_version,
+            level,
+            first,
+            last,
+            times,
+            archived_at,
+            raw_len,
+            body_len,
+            previous_chain,
+            body_hash,
+            links,
+            len,
+        })
+    }
+
+    /// Does the stored body hash to what the header says? Needs no key.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn check_body(&self, object: &[u8]) -> Result<(), Malformed> {
+        let body = object.get(self.len..).unwrap_or_default();
+        if body.len() as u64 != self.body_len || ContentHash::of(body) != self.body_hash {
+            return Err(Malformed { at: self.len as u64, reason: "the body does not match its hash".into() });
+        }
+        Ok(())
+    }
+}
+
+/// Reads a whole object: its header, and its commits after every check there is.
+///
+/// # Errors
+/// When the name, the hashes, the chain or a commit is wrong, or it cannot be unsealed.
+pub fn decode(key: &Key, object: &[u8], keys: &Keyring) -> Result<(LogHeader, Vec<u8>), RepositoryError> {
+    let header = LogHeader::parse(object).in_object(key)?;
+    if paths::parse_log(key) != Some((header.first, header.last)) {
+        return Err(RepositoryError::damaged(key, "its header holds other offsets than its name"));
+    }
+    header.check_body(object).in_object(key)?;
+    let body = object.get(header.len..).unwrap_or_default();
+    let opened;
+    let compressed = if header.sealed {
+        opened = keys.open(body)?;
+        opened.as_slice()
+    } else {
+        body
+    };
+    let commits = decompress(compressed, header.raw_len).map_err(|error| RepositoryError::damaged(key, error))?;
+    check_commits(&header, &commits).in_object(key)?;
+    Ok((header, commits))
+}
+
+fn decompress(compressed: &[u8], raw_len: u64) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    // One byte more than promised, so that too long a body shows.
+    let mut plain = Vec::with_capacity(usize::try_from(raw_len).unwrap_or(0).min(64 << 20));
+    zstd::Decoder::new(compressed)?.take(raw_len.saturating_add(1)).read_to_end(&mut plain)?;
+    Ok(plain)
+}
+
+fn check_commits(header: &LogHeader, commits: &[u8]) -> Result<(), Malformed> {
+    if commits.len() as u64 != header.raw_len {
+        return Err(Malformed { at: 0, reason: "the body is not as long as its header says".into() });
+    }
+    let mut chain = header.previous_chain;
+    let mut at = 0;
+    let mut next = header.first;
+    for expected in &header.links {
+        let end = at + usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
+        let run = commits.get(at..end).unwrap_or_default();
+        chain = link(&chain, run);
+        if chain != expected.chain {
+            return Err(Malformed { at: at as u64, reason: "the commits do not match the chain".into() });
+        }
+        let mut inside = 0;
+        while inside < run.len() {
+            let Frame::Commit(commit) = Frame::parse(header.log_version, &run[inside..]) else {
+                return Err(Malformed { at: (at + inside) as u64, reason: "this is not a whole commit".into() });
+            };
+            if commit.first != next {
+                let reason = format!("transaction {next} is expected and {} found", commit.first);
+                return Err(Malformed { at: (at + inside) as u64, reason });
+            }
+            next = Offset(commit.last().0 + 1);
+            inside += commit.bytes.len();
+        }
+        if next.0 != expected.last.0 + 1 {
+            return Err(Malformed {
+                at: end as u64,
+                reason: format!("the link ends before transaction {}", expected.last),
+            });
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datadir::commit::encode;
+
+    fn object() -> (Key, Vec<u8>) {
+        let commits: Vec<u8> =
+            (5..9).flat_map(|offset| encode(1, Offset(offset), 0, 1, b"\0the same text again and again")).collect();
+        let database = Identity([1; 32]);
+        let before = ChainTip::origin(&database, Offset(5));
+        let batch = Batch { log_version: 1, first: Offset(5), last: Offset(8), commits: 4, times: Times::default() };
+        let after = before.extend(&batch, &commits);
+        let content = LogContent {
+            database,
+            timeline: TimelineId::FIRST,
+            batch,
+            before,
+            after,
+            archived_at: 1,
+            commits: &commits,
+        };
+        (content.key(), content.encode(3, &Keyring::default()).unwrap())
+    }
+
+    #[test]
+    fn an_object_reads_back_and_every_flipped_bit_and_cut_is_seen() {
+        let (key, bytes) = object();
+        let (header, commits) = decode(&key, &bytes, &Keyring::default()).unwrap();
+        assert_eq!((header.first, header.last, header.tip().next), (Offset(5), Offset(8), Offset(9)));
+        assert_eq!(commits.len() as u64, header.raw_len);
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&key, &flipped, &Keyring::default()).is_err(), "bit {bit}");
+        }
+        for cut in 0..bytes.len() {
+            assert!(decode(&key, &bytes[..cut], &Keyring::default()).is_err(), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn an_object_under_another_name_is_refused() {
+        let (_, bytes) = object();
+        let other = paths::log(&Identity([1; 32]), TimelineId::FIRST, 0, Offset(6), Offset(9));
+        assert!(decode(&other, &bytes, &Keyring::default()).is_err());
+    }
+}

@@ -1,0 +1,105 @@
+//! The documents of the repository. Fields are only ever added; readers pass over those they do not know.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
+
+/// The repository format this release writes.
+pub const FORMAT: u32 = 1;
+
+/// `repository.json`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepositoryInfo {
+    pub format: u32,
+    pub id: RestorePointId,
+    pub created_at: Timestamp,
+    /// age recipients that every body is sealed to; empty for a plain repository.
+    pub recipients: Vec<String>,
+}
+
+/// `timeline.json`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    pub timeline: TimelineId,
+    /// The history this one shares up to `fork_offset`, included.
+    pub parent: Option<TimelineId>,
+    pub fork_offset: Option<Offset>,
+    /// The first offset archived on this timeline itself.
+    pub start: Offset,
+    pub reason: TimelineReason,
+    pub created_at: Timestamp,
+}
+
+/// Why a timeline began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TimelineReason {
+    /// The first archive of a database.
+    First,
+    /// The log no longer continued what was archived: a restore, a power cut, a copied machine.
+    Fork,
+    /// Log was deleted before it was archived.
+    Gap,
+}
+
+/// `restore-points/ID.json`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RestorePoint {
+    pub format: u32,
+    pub id: RestorePointId,
+    pub label: Option<String>,
+    pub created_at: Timestamp,
+    /// `None` when the server never finished a start.
+    pub server_version: Option<String>,
+    pub tool_version: String,
+    /// The instance capture (control database, programs, configuration) by the hash of its stored bytes.
+    pub instance: ContentHash,
+    /// What the capture says, by hash: a capture that says the same is not taken twice.
+    pub instance_state: ContentHash,
+    /// Does the capture hold the token keys?
+    pub has_keys: bool,
+    pub databases: Vec<DatabasePoint>,
+}
+
+/// Where a restore point stands in one database.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabasePoint {
+    pub identity: Identity,
+    pub name: String,
+    pub owner: Identity,
+    pub replica: u64,
+    pub timeline: TimelineId,
+    /// Transactions 0 to this one are in the restore point.
+    pub offset: Offset,
+    /// The latest time of these transactions by the server's clock; `None` when none carried a time.
+    pub time: Option<Timestamp>,
+    /// The log's chain hash after `offset`.
+    pub chain: ContentHash,
+    pub initial_program: ContentHash,
+}
+
+/// `snapshots/T/OFFSET.json`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotManifest {
+    pub format: u32,
+    pub identity: Identity,
+    pub timeline: TimelineId,
+    pub offset: Offset,
+    pub replica: u64,
+    /// The server's own manifest, itself an entry of one of the packs.
+    pub native_manifest: ContentHash,
+    /// Bytes of all objects and the native manifest, decompressed.
+    pub raw_bytes: u64,
+    /// Which pack holds what of this snapshot.
+    pub packs: Vec<PackUse>,
+}
+
+/// The part of a pack that a snapshot uses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackUse {
+    pub pack: ContentHash,
+    /// The pack's size as stored.
+    pub stored_bytes: u64,
+    pub entries: Vec<ContentHash>,
+}

@@ -1,0 +1,86 @@
+//! The name of every object. Numbers are padded, so names sort as offsets do.
+
+use object_store::path::Path as Key;
+
+use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
+
+const LOG_SUFFIX: &str = ".iulog";
+
+pub fn repository() -> Key {
+    Key::from("repository.json")
+}
+
+pub fn databases() -> Key {
+    Key::from("databases")
+}
+
+pub fn timelines(database: &Identity) -> Key {
+    Key::from(format!("databases/{database}/timelines"))
+}
+
+pub fn timeline(database: &Identity, timeline: TimelineId) -> Key {
+    Key::from(format!("databases/{database}/timelines/{timeline}/timeline.json"))
+}
+
+/// Where a timeline's log objects of every level lie.
+pub fn logs(database: &Identity, timeline: TimelineId) -> Key {
+    Key::from(format!("databases/{database}/timelines/{timeline}/log"))
+}
+
+pub fn log(database: &Identity, timeline: TimelineId, level: u8, first: Offset, last: Offset) -> Key {
+    let (first, last) = (first.padded(), last.padded());
+    Key::from(format!("databases/{database}/timelines/{timeline}/log/L{level}/{first}-{last}{LOG_SUFFIX}"))
+}
+
+/// The range that a log object's name tells, both ends included.
+pub fn parse_log(key: &Key) -> Option<(Offset, Offset)> {
+    let (first, last) = key.filename()?.strip_suffix(LOG_SUFFIX)?.split_once('-')?;
+    let (first, last) = (Offset::from_padded(first).ok()?, Offset::from_padded(last).ok()?);
+    (first <= last).then_some((first, last))
+}
+
+pub fn snapshots(database: &Identity, timeline: TimelineId) -> Key {
+    Key::from(format!("databases/{database}/snapshots/{timeline}"))
+}
+
+pub fn snapshot(database: &Identity, timeline: TimelineId, offset: Offset) -> Key {
+    Key::from(format!("databases/{database}/snapshots/{timeline}/{}.json", offset.padded()))
+}
+
+pub fn parse_snapshot(key: &Key) -> Option<Offset> {
+    Offset::from_padded(key.filename()?.strip_suffix(".json")?).ok()
+}
+
+pub fn pack(database: &Identity, id: ContentHash) -> Key {
+    Key::from(format!("databases/{database}/packs/{id}.pack"))
+}
+
+pub fn instance(id: ContentHash) -> Key {
+    Key::from(format!("instance/{id}.tar.zst"))
+}
+
+pub fn restore_points() -> Key {
+    Key::from("restore-points")
+}
+
+pub fn restore_point(id: RestorePointId) -> Key {
+    Key::from(format!("restore-points/{id}.json"))
+}
+
+pub fn parse_restore_point(key: &Key) -> Option<RestorePointId> {
+    key.filename()?.strip_suffix(".json")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_read_back() {
+        let database = Identity([7; 32]);
+        let key = log(&database, TimelineId(3), 0, Offset(5), Offset(99));
+        assert_eq!(parse_log(&key), Some((Offset(5), Offset(99))));
+        assert_eq!(parse_snapshot(&snapshot(&database, TimelineId(1), Offset(8))), Some(Offset(8)));
+        assert_eq!(parse_log(&Key::from("x/L0/9-1.iulog")), None);
+    }
+}

@@ -1,0 +1,458 @@
+//! Applies a plan: builds the new data directory beside the target, checks it, makes it durable, then renames twice.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
+
+use crate::backup::{DatabaseReport, WORKERS};
+use crate::clock::{Clock, Stopwatch};
+use crate::datadir::commit::{Frame, SegmentHeader};
+use crate::datadir::lock::{self, ServerLock};
+use crate::datadir::log::segment_name;
+use crate::datadir::{DataDir, control_db, snapshot};
+use crate::durable::{self, FileError, OnPath};
+use crate::ids::{ContentHash, Identity, Offset};
+use crate::progress::{Progress, Tally};
+use crate::repository::log_object;
+use crate::repository::manifest::SnapshotManifest;
+use crate::repository::pack::{self, EntryKind};
+use crate::repository::{Repository, RepositoryError, instance, paths};
+use crate::restore::plan::{DatabasePlan, RestorePlan};
+use crate::restore::{RestoreError, check};
+
+/// As large as the server makes its segments by default.
+const SEGMENT_SIZE: u64 = 1 << 30;
+/// What a restore takes on disk beyond the decompressed log, at the least: indexes, directories, the instance.
+const HEADROOM: u64 = 16 << 20;
+
+/// Where and how to restore.
+#[derive(Debug, Clone)]
+pub struct ApplyOptions {
+    pub data_dir: PathBuf,
+    /// Where captured token keys go; `None` for `DATA_DIR.keys`.
+    pub key_dir: Option<PathBuf>,
+    /// Move what is there aside, and start even if space looks short.
+    pub force: bool,
+}
+
+/// What a restore did. Field names are stable.
+#[derive(Debug, Clone, Serialize)]
+pub struct RestoreReport {
+    pub data_dir: PathBuf,
+    /// Where the directory that was there is now.
+    pub moved_aside: Option<PathBuf>,
+    /// Where the token keys are, if the restore point holds any.
+    pub keys: Option<PathBuf>,
+    pub databases: Vec<DatabaseReport>,
+    pub left_out: Vec<String>,
+    pub bytes_read: u64,
+    pub bytes_written: u64,
+    pub duration_ms: u64,
+}
+
+/// What stands at the target before a restore.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Before {
+    Nothing,
+    EmptyDir,
+    Something,
+}
+
+/// Restores.
+///
+/// # Errors
+/// When the target may not be replaced, the repository fails or is damaged, or the disk is full. Nothing is changed then.
+pub async fn apply(
+    repository: &Repository,
+    plan: &RestorePlan,
+    options: &ApplyOptions,
+    clock: Arc<dyn Clock>,
+    progress: Arc<dyn Progress>,
+) -> Result<RestoreReport, RestoreError> {
+    let stopwatch = Stopwatch::start();
+    let before = inspect_target(options)?;
+    let key_dir = options.key_dir.clone().unwrap_or_else(|| beside(&options.data_dir, ".keys"));
+    if plan.instance.has_keys && !is_free(&key_dir)? {
+        return Err(RestoreError::WouldOverwrite(key_dir));
+    }
+    let parent = durable::parent(&options.data_dir);
+    fs::create_dir_all(&parent).on("create", &parent)?;
+    check_space(&parent, plan, options.force)?;
+
+    let staging = Staging::create(&options.data_dir)?;
+    let tally = Arc::new(Tally::default());
+    let build = Build { repository, staging: &staging, tally: &tally, progress: &progress };
+    let has_keys = build.run(plan).await.map_err(RestoreError::with_disk_full)?;
+    progress.phase("self-check", None);
+    check::check(&staging.data, plan).await?;
+    progress.phase("making it durable", None);
+    {
+        let data = staging.data.clone();
+        blocking(move || sync_file_system(&data)).await?.map_err(|error| RestoreError::from(error).with_disk_full())?;
+    }
+
+    // From here on only renames, each durable. A crash between them leaves both directories whole under telling names.
+    let moved_aside = match before {
+        Before::Nothing => None,
+        Before::EmptyDir => {
+            fs::remove_dir(&options.data_dir).on("remove the empty", &options.data_dir)?;
+            None
+        }
+        Before::Something => {
+            let stamp = clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+            let aside = beside(&options.data_dir, &format!(".before-restore-{stamp}"));
+            durable::rename(&options.data_dir, &aside)?;
+            Some(aside)
+        }
+    };
+    if has_keys {
+        durable::rename(&staging.keys, &key_dir)?;
+    }
+    durable::rename(&staging.data, &options.data_dir)?;
+    staging.done();
+    Ok(RestoreReport {
+        data_dir: options.data_dir.clone(),
+        moved_aside,
+        keys: has_keys.then_some(key_dir),
+        databases: plan.databases.iter().map(DatabasePlan::report).collect(),
+        left_out: plan.left_out.clone(),
+        bytes_read: tally.bytes_read(),
+        bytes_written: tally.bytes_written(),
+        duration_ms: stopwatch.elapsed_ms(),
+    })
+}
+
+impl DatabasePlan {
+    pub fn report(&self) -> DatabaseReport {
+        DatabaseReport {
+            identity: self.identity,
+            name: self.name.clone(),
+            timeline: self.timeline,
+            offset: self.offset,
+            time: self.time,
+        }
+    }
+}
+
+/// May the target be replaced?
+fn inspect_target(options: &ApplyOptions) -> Result<Before, RestoreError> {
+    let path = &options.data_dir;
+    if let ServerLock::Held { pid } = lock::probe_file(&path.join("spacetime.pid"))? {
+        return Err(RestoreError::ServerRunning { path: path.clone(), pid });
+    }
+    let before = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Before::Nothing,
+        Err(error) => return Err(error).on("inspect", path).map_err(Into::into),
+        Ok(kind) if kind.is_dir() && is_free(path)? => Before::EmptyDir,
+        Ok(_) => Before::Something,
+    };
+    if before == Before::Something && !options.force {
+        return Err(RestoreError::WouldOverwrite(path.clone()));
+    }
+    Ok(before)
+}
+
+/// Missing, or an empty directory.
+fn is_free(path: &Path) -> Result<bool, FileError> {
+    match fs::read_dir(path) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => Ok(false),
+        Err(error) => Err(error).on("list", path),
+    }
+}
+
+/// `PATH` with something put after its last component.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
+    name.push(suffix);
+    durable::parent(path).join(name)
+}
+
+fn check_space(parent: &Path, plan: &RestorePlan, force: bool) -> Result<(), RestoreError> {
+    let stat = rustix::fs::statvfs(parent).map_err(std::io::Error::from).on("inspect", parent)?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    // The log's own size is known only from its objects' headers; stored bytes are a lower bound that needs no request.
+    let needed =
+        HEADROOM + plan.bytes_to_read.max(plan.databases.iter().filter_map(DatabasePlan::snapshot_bytes).sum());
+    if free < needed && !force {
+        return Err(RestoreError::NoSpace { path: parent.to_owned(), free, needed });
+    }
+    Ok(())
+}
+
+impl DatabasePlan {
+    fn snapshot_bytes(&self) -> Option<u64> {
+        self.snapshot.as_ref().map(|snapshot| snapshot.raw_bytes)
+    }
+}
+
+/// The directory under construction; removed with all it holds unless the restore succeeds.
+struct Staging {
+    data: PathBuf,
+    keys: PathBuf,
+    keep: bool,
+}
+
+impl Staging {
+    fn create(target: &Path) -> Result<Self, FileError> {
+        let id = ulid::Ulid::new();
+        let staging = Self {
+            data: beside(target, &format!(".restoring-{id}")),
+            keys: beside(target, &format!(".restoring-{id}.keys")),
+            keep: false,
+        };
+        fs::create_dir(&staging.data).on("create", &staging.data)?;
+        Ok(staging)
+    }
+
+    fn done(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        for path in [&self.data, &self.keys] {
+            if path.exists()
+                && let Err(error) = fs::remove_dir_all(path)
+            {
+                tracing::warn!(path = %path.display(), %error, "what was restored so far could not be removed");
+            }
+        }
+    }
+}
+
+struct Build<'a> {
+    repository: &'a Repository,
+    staging: &'a Staging,
+    tally: &'a Arc<Tally>,
+    progress: &'a Arc<dyn Progress>,
+}
+
+impl Build<'_> {
+    /// Returns whether token keys were extracted.
+    async fn run(&self, plan: &RestorePlan) -> Result<bool, RestoreError> {
+        let has_keys = self.extract_instance(plan).await?;
+        let data = DataDir::open(&self.staging.data)?;
+        for database in &plan.databases {
+            let replica = data.replica(database.replica);
+            if let Some(manifest) = &database.snapshot {
+                let total = manifest.packs.iter().map(|pack| pack.stored_bytes).sum();
+                self.progress.phase(&format!("snapshot of {}", database.name), Some(total));
+                self.write_snapshot(database.identity, manifest, &replica.snapshots_path()).await?;
+            }
+            let total = database.log.iter().map(|entry| entry.size).sum();
+            self.progress.phase(&format!("log of {}", database.name), Some(total));
+            self.write_log(database, &replica.log_path()).await?;
+        }
+        Ok(has_keys)
+    }
+
+    async fn extract_instance(&self, plan: &RestorePlan) -> Result<bool, RestoreError> {
+        self.progress.phase("instance", None);
+        let id = plan.instance.instance;
+        let bytes = self.repository.get(&paths::instance(id)).await?;
+        self.tally.read(bytes.len());
+        let (keys, data, keys_to) =
+            (self.repository.keys.clone(), self.staging.data.clone(), self.staging.keys.clone());
+        let keep: Vec<Identity> = plan.databases.iter().map(|database| database.identity).collect();
+        let extracted = blocking(move || {
+            let extracted = instance::extract(&id, &bytes, &keys, &data, &keys_to)?;
+            control_db::keep_only(&data.join("control-db"), &keep)
+                .map_err(|reason| RestoreError::SelfCheck(format!("the control database does not open: {reason}")))?;
+            Ok::<_, RestoreError>(extracted)
+        })
+        .await??;
+        Ok(extracted.keys.is_some())
+    }
+
+    async fn write_snapshot(
+        &self,
+        database: Identity,
+        manifest: &SnapshotManifest,
+        snapshots: &Path,
+    ) -> Result<(), RestoreError> {
+        let target = snapshots.join(snapshot::dir_name(manifest.offset));
+        fs::create_dir_all(&target).on("create", &target)?;
+        let writer = Arc::new(ObjectWriter { target, offset: manifest.offset });
+        let mut writes = futures::stream::iter(manifest.packs.clone())
+            .map(|pack| async move {
+                let key = paths::pack(&database, pack.pack);
+                let bytes = self.repository.get(&key).await?;
+                self.tally.read(bytes.len());
+                self.progress.advance(bytes.len() as u64);
+                Ok::<_, RestoreError>((key, pack, bytes))
+            })
+            .buffered(1)
+            .map_ok(|(key, pack, bytes)| {
+                let (writer, keys) = (Arc::clone(&writer), self.repository.keys.clone());
+                async move {
+                    blocking(move || {
+                        let mut wanted: HashSet<ContentHash> = pack.entries.into_iter().collect();
+                        let mut written = 0;
+                        let all = wanted.clone();
+                        pack::read(
+                            &key,
+                            &pack.pack,
+                            &bytes,
+                            &keys,
+                            |hash| all.contains(hash),
+                            |hash, kind, entry| {
+                                // One hash may stand twice in a pack's history; it is one file.
+                                if wanted.remove(&hash) {
+                                    writer.write(&hash, kind, entry)?;
+                                    written += entry.len();
+                                }
+                                Ok::<_, RestoreError>(())
+                            },
+                        )?;
+                        match wanted.into_iter().next() {
+                            Some(hash) => Err(RepositoryError::damaged(&key, format!("it lacks entry {hash}")).into()),
+                            None => Ok(written),
+                        }
+                    })
+                    .await?
+                }
+            })
+            .try_buffer_unordered(WORKERS);
+        while let Some(written) = writes.try_next().await? {
+            self.tally.wrote(written);
+        }
+        Ok(())
+    }
+
+    async fn write_log(&self, database: &DatabasePlan, dir: &Path) -> Result<(), RestoreError> {
+        fs::create_dir_all(dir).on("create", dir)?;
+        let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
+        let mut decoded = futures::stream::iter(database.log.clone())
+            .map(|entry| async move {
+                let bytes = self.repository.get(&entry.key).await?;
+                self.tally.read(bytes.len());
+                self.progress.advance(bytes.len() as u64);
+                let keys = self.repository.keys.clone();
+                blocking(move || log_object::decode(&entry.key, &bytes, &keys)).await?.map_err(RestoreError::from)
+            })
+            .buffered(WORKERS);
+        let mut tip: Option<ContentHash> = None;
+        while let Some((header, commits)) = decoded.try_next().await? {
+            if header.database != database.identity {
+                let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
+                return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
+            }
+            if tip.replace(header.tip().chain).is_some_and(|before| before != header.previous_chain) {
+                return Err(RestoreError::Unreachable {
+                    wanted: header.first,
+                    reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
+                });
+            }
+            self.tally.wrote(commits.len());
+            segments = blocking(move || segments.write(header.log_version, &commits).map(|()| segments)).await??;
+        }
+        segments.finish()?;
+        Ok(())
+    }
+}
+
+/// Writes a snapshot's objects where the server looks for them.
+struct ObjectWriter {
+    target: PathBuf,
+    offset: Offset,
+}
+
+impl ObjectWriter {
+    fn write(&self, hash: &ContentHash, kind: EntryKind, bytes: &[u8]) -> Result<(), FileError> {
+        let path = match kind {
+            EntryKind::Manifest => self.target.join(snapshot::manifest_name(self.offset)),
+            EntryKind::Object(_) => self.target.join(snapshot::object_path(hash)),
+        };
+        match durable::create(&path, bytes) {
+            Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => {
+                let parent = durable::parent(&path);
+                fs::create_dir_all(&parent).on("create", &parent)?;
+                durable::create(&path, bytes)
+            }
+            result => result,
+        }
+    }
+}
+
+/// Writes commits into segments, leaving out what lies before `from` and after `until`.
+struct SegmentWriter {
+    dir: PathBuf,
+    from: Offset,
+    until: Offset,
+    open: Option<(File, PathBuf, u8, u64)>,
+}
+
+impl SegmentWriter {
+    fn new(dir: &Path, from: Offset, until: Offset) -> Self {
+        Self { dir: dir.to_owned(), from, until, open: None }
+    }
+
+    fn write(&mut self, log_version: u8, commits: &[u8]) -> Result<(), FileError> {
+        let (mut start, mut end, mut first) = (0, 0, None);
+        while let Frame::Commit(commit) = Frame::parse(log_version, &commits[end..]) {
+            if commit.last() > self.until {
+                break;
+            }
+            end += commit.bytes.len();
+            if commit.last() < self.from {
+                start = end;
+            } else {
+                first.get_or_insert(commit.first);
+            }
+        }
+        let Some(first) = first else { return Ok(()) };
+        let bytes = &commits[start..end];
+        let fits = |(_, _, version, len): &(File, PathBuf, u8, u64)| {
+            *version == log_version && len + bytes.len() as u64 <= SEGMENT_SIZE
+        };
+        if !self.open.as_ref().is_some_and(fits) {
+            let path = self.dir.join(segment_name(first));
+            let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
+            let mut file = File::create_new(&path).on("create", &path)?;
+            file.write_all(&header).on("write", &path)?;
+            self.open = Some((file, path, log_version, header.len() as u64));
+        }
+        if let Some((file, path, _, len)) = &mut self.open {
+            file.write_all(bytes).on("write", path)?;
+            *len += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// A log without a segment would be a database without a transaction.
+    fn finish(self) -> Result<(), RestoreError> {
+        match self.open {
+            Some(_) => Ok(()),
+            None => Err(RestoreError::Unreachable {
+                wanted: self.until,
+                reason: "no commit lies wholly at or before it".into(),
+            }),
+        }
+    }
+}
+
+/// Everything written so far on the file system of `path` reaches the disk: one call instead of one for each page file.
+fn sync_file_system(path: &Path) -> Result<(), FileError> {
+    #[cfg(target_os = "linux")]
+    {
+        let dir = File::open(path).on("open", path)?;
+        rustix::fs::syncfs(&dir).map_err(std::io::Error::from).on("sync the file system of", path)
+    }
+    #[cfg(not(target_os = "linux"))]
+    durable::sync_tree(path)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, RestoreError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| RestoreError::Worker(error.to_string()))
+}

@@ -1,0 +1,381 @@
+//! The plan of a restore: a value that says, per database, which snapshot, which log, up to which transaction.
+//!
+//! Order is by offset. A transaction's time counts as the latest time up to it, since clocks step back; so times only grow
+//! along a timeline and the search for one can halve.
+
+use jiff::Timestamp;
+
+use crate::datadir::commit::Frame;
+use crate::ids::{Identity, Offset, TimelineId};
+use crate::repository::log_object::{self, ChainTip};
+use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
+use crate::repository::timeline::{LogChain, LogEntry, ancestry};
+use crate::repository::{Repository, RepositoryError};
+use crate::restore::RestoreError;
+use crate::restore::target::Target;
+
+/// What a restore will do.
+#[derive(Debug, Clone)]
+pub struct RestorePlan {
+    /// Where names, programs and configuration come from.
+    pub instance: RestorePoint,
+    pub databases: Vec<DatabasePlan>,
+    /// Databases of the instance that are left out, and why.
+    pub left_out: Vec<String>,
+    /// Stored bytes to fetch.
+    pub bytes_to_read: u64,
+}
+
+/// One database's part of a plan.
+#[derive(Debug, Clone)]
+pub struct DatabasePlan {
+    pub identity: Identity,
+    pub name: String,
+    pub replica: u64,
+    pub timeline: TimelineId,
+    /// Transactions 0 to this one will be there.
+    pub offset: Offset,
+    pub time: Option<Timestamp>,
+    pub snapshot: Option<SnapshotManifest>,
+    /// The first transaction of the log that is written; it reaches back to the snapshot's own, which the server needs to
+    /// accept the snapshot.
+    pub log_from: Offset,
+    pub log: Vec<LogEntry>,
+}
+
+/// What the user asked for.
+#[derive(Debug, Clone, Default)]
+pub struct RestoreRequest {
+    pub target: Target,
+    /// Names or identities; empty for all.
+    pub databases: Vec<String>,
+    pub timeline: Option<TimelineId>,
+}
+
+/// Makes the plan. Nothing is written.
+///
+/// # Errors
+/// [`RestoreError::NothingToRestore`] when the target cannot be reached, [`RestoreError::Usage`] when it is ambiguous.
+pub async fn plan(repository: &Repository, request: &RestoreRequest) -> Result<RestorePlan, RestoreError> {
+    let points = load_points(repository).await?;
+    let instance = choose_instance(&points, request)?.clone();
+    let chosen = choose_databases(&instance, &points, &request.databases)?;
+    if matches!(request.target, Target::Offset(_)) && chosen.len() > 1 {
+        let names: Vec<_> = chosen.iter().map(|database| database.name.as_str()).collect();
+        return Err(RestoreError::Usage(format!(
+            "an offset belongs to one database and there are {}: name one with --database ({})",
+            chosen.len(),
+            names.join(", ")
+        )));
+    }
+    if request.timeline.is_some() && chosen.len() > 1 {
+        return Err(RestoreError::Usage("a timeline belongs to one database; name it with --database".into()));
+    }
+    let mut plan = RestorePlan { instance, databases: Vec::new(), left_out: Vec::new(), bytes_to_read: 0 };
+    for database in chosen {
+        match plan_database(repository, &database, request).await {
+            Ok(part) => plan.databases.push(part),
+            Err(RestoreError::NothingToRestore(reason)) => plan.left_out.push(format!("{}: {reason}", database.name)),
+            Err(error) => return Err(error),
+        }
+    }
+    if plan.databases.is_empty() {
+        return Err(RestoreError::NothingToRestore(plan.left_out.join("; ")));
+    }
+    plan.bytes_to_read = plan.databases.iter().map(DatabasePlan::bytes_to_read).sum();
+    Ok(plan)
+}
+
+impl DatabasePlan {
+    pub fn bytes_to_read(&self) -> u64 {
+        let packs: u64 = self.snapshot.iter().flat_map(|snapshot| &snapshot.packs).map(|pack| pack.stored_bytes).sum();
+        packs + self.log.iter().map(|entry| entry.size).sum::<u64>()
+    }
+}
+
+/// Every restore point, oldest first.
+async fn load_points(repository: &Repository) -> Result<Vec<RestorePoint>, RestoreError> {
+    let mut points = Vec::new();
+    let mut damaged = None;
+    for id in repository.restore_point_ids().await? {
+        match repository.restore_point(id).await {
+            Ok(point) => points.push(point),
+            Err(error @ RepositoryError::Damaged { .. }) => {
+                tracing::warn!(%error, "a restore point is damaged and passed over");
+                damaged = Some(error);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match damaged {
+        Some(error) if points.is_empty() => Err(error.into()),
+        _ if points.is_empty() => Err(RestoreError::NothingToRestore(
+            "the repository has no restore point; take one with `backup create`".into(),
+        )),
+        _ => Ok(points),
+    }
+}
+
+/// The restore point that names, programs and configuration come from: the newest that is not after the target.
+fn choose_instance<'a>(points: &'a [RestorePoint], request: &RestoreRequest) -> Result<&'a RestorePoint, RestoreError> {
+    let (Some(oldest), Some(newest)) = (points.first(), points.last()) else {
+        return Err(RestoreError::NothingToRestore("the repository has no restore point".into()));
+    };
+    match &request.target {
+        Target::Latest => Ok(newest),
+        Target::Point(id) => points.iter().find(|point| point.id == *id).ok_or_else(|| {
+            RestoreError::NothingToRestore(format!("there is no restore point {id}; see `inner-universe backup list`"))
+        }),
+        Target::Label(label) => {
+            points.iter().rev().find(|point| point.label.as_deref() == Some(label)).ok_or_else(|| {
+                RestoreError::NothingToRestore(format!(
+                    "no restore point is labelled `{label}`; see `inner-universe backup list`"
+                ))
+            })
+        }
+        Target::Time(time) => Ok(points.iter().rev().find(|point| point.created_at <= *time).unwrap_or(oldest)),
+        Target::Offset(offset) => {
+            let wanted = |database: &&DatabasePoint| {
+                request.databases.is_empty() || request.databases.iter().any(|text| is_called(database, text))
+            };
+            let reaches = |point: &&RestorePoint| {
+                let mut databases = point.databases.iter().filter(wanted).peekable();
+                databases.peek().is_some() && databases.all(|database| database.offset <= *offset)
+            };
+            let holds = |point: &&RestorePoint| point.databases.iter().any(|database| wanted(&database));
+            Ok(points.iter().rev().find(reaches).or_else(|| points.iter().find(holds)).unwrap_or(newest))
+        }
+    }
+}
+
+fn is_called(database: &DatabasePoint, text: &str) -> bool {
+    database.name == text || database.identity.to_string() == text.to_ascii_lowercase()
+}
+
+fn choose_databases(
+    instance: &RestorePoint,
+    points: &[RestorePoint],
+    wanted: &[String],
+) -> Result<Vec<DatabasePoint>, RestoreError> {
+    if wanted.is_empty() {
+        return Ok(instance.databases.clone());
+    }
+    let mut chosen: Vec<DatabasePoint> = Vec::new();
+    for text in wanted {
+        let Some(database) = instance.databases.iter().find(|database| is_called(database, text)) else {
+            let known: Vec<_> = instance.databases.iter().map(|database| database.name.as_str()).collect();
+            let elsewhere = points.iter().any(|point| point.databases.iter().any(|database| is_called(database, text)));
+            let hint = if elsewhere { "; other restore points hold it" } else { "" };
+            return Err(RestoreError::Usage(format!(
+                "restore point {} has no database `{text}`; it has {}{hint}",
+                instance.id,
+                known.join(", ")
+            )));
+        };
+        if !chosen.contains(database) {
+            chosen.push(database.clone());
+        }
+    }
+    Ok(chosen)
+}
+
+async fn plan_database(
+    repository: &Repository,
+    point: &DatabasePoint,
+    request: &RestoreRequest,
+) -> Result<DatabasePlan, RestoreError> {
+    let timelines = repository.timelines(&point.identity).await?;
+    let fixed = matches!(request.target, Target::Label(_) | Target::Point(_));
+    let newest = timelines.last().map_or(point.timeline, |timeline| timeline.timeline);
+    let timeline = match request.timeline {
+        Some(id) if !timelines.iter().any(|timeline| timeline.timeline == id) => {
+            let known: Vec<_> = timelines.iter().map(|timeline| timeline.timeline.to_string()).collect();
+            let (name, known) = (&point.name, known.join(", "));
+            return Err(RestoreError::Usage(format!("database {name} has no timeline {id}; it has {known}")));
+        }
+        Some(id) if fixed && id != point.timeline => {
+            return Err(RestoreError::Usage(format!(
+                "the restore point is on timeline {}; leave --timeline out",
+                point.timeline
+            )));
+        }
+        Some(id) => id,
+        None if fixed => point.timeline,
+        None => newest,
+    };
+    let chain = repository.log_chain(&point.identity, &timelines, timeline).await?;
+    let (offset, time) = match &request.target {
+        Target::Latest => latest(repository, &chain).await?,
+        Target::Point(_) | Target::Label(_) => (point.offset, point.time.map(Timestamp::as_microsecond)),
+        Target::Offset(offset) => (*offset, None),
+        Target::Time(time) => at_time(repository, &chain, *time).await?,
+    };
+    let reachable = reachable(&chain, timeline)?;
+    if offset > reachable {
+        let reason = match chain.hole {
+            Some((missing, found)) if offset >= missing => format!(
+                "transactions {missing} to {} are missing from timeline {timeline}; the last one that can be restored is \
+                 {reachable}",
+                found.0.saturating_sub(1)
+            ),
+            _ => format!("timeline {timeline} ends at transaction {reachable}"),
+        };
+        return Err(if fixed {
+            RestoreError::Unreachable { wanted: offset, reason }
+        } else {
+            RestoreError::NothingToRestore(format!("transaction {offset} is not archived: {reason}"))
+        });
+    }
+    let (offset, time) = match request.target {
+        Target::Offset(_) => at_offset(repository, &chain, offset).await?,
+        _ => (offset, time),
+    };
+    let snapshot = choose_snapshot(repository, &point.identity, &timelines, timeline, &chain, offset).await?;
+    let log_from = snapshot.as_ref().map_or(Offset(0), |snapshot| snapshot.offset);
+    let log = chain.range(log_from, offset).to_vec();
+    if log.first().is_none_or(|entry| entry.first > log_from) {
+        return Err(RestoreError::NothingToRestore(format!(
+            "the archive of timeline {timeline} starts at transaction {} and holds no snapshot at or before {offset}",
+            chain.first().unwrap_or(Offset(0))
+        )));
+    }
+    let time = time.and_then(|micros| Timestamp::from_microsecond(micros).ok());
+    Ok(DatabasePlan {
+        identity: point.identity,
+        name: point.name.clone(),
+        replica: point.replica,
+        timeline,
+        offset,
+        time,
+        snapshot,
+        log_from,
+        log,
+    })
+}
+
+fn reachable(chain: &LogChain, timeline: TimelineId) -> Result<Offset, RestoreError> {
+    chain.last().ok_or_else(|| {
+        RestoreError::NothingToRestore(match chain.hole {
+            Some((missing, _)) => format!("timeline {timeline} lacks its log from transaction {missing} on"),
+            None => format!("nothing is archived on timeline {timeline}"),
+        })
+    })
+}
+
+async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Option<i64>), RestoreError> {
+    let Some(entry) = chain.entries.last() else {
+        return Err(RestoreError::NothingToRestore("nothing is archived".into()));
+    };
+    if let Some((missing, found)) = chain.hole {
+        let missing_to = found.0.saturating_sub(1);
+        let reason =
+            format!("transactions {missing} to {missing_to} are missing; `--to offset:{}` is the last", entry.last);
+        return Err(RestoreError::Unreachable { wanted: found, reason });
+    }
+    let header = repository.log_header(&entry.key).await?;
+    Ok((header.last, header.times.max))
+}
+
+/// The last offset whose time, and all before it, are at or before `time`.
+async fn at_time(
+    repository: &Repository,
+    chain: &LogChain,
+    time: Timestamp,
+) -> Result<(Offset, Option<i64>), RestoreError> {
+    let micros = time.as_microsecond();
+    // The first object that holds a later time.
+    let (mut within, mut later) = (0, chain.entries.len());
+    let mut before: Option<ChainTip> = None;
+    while within < later {
+        let middle = within + (later - within) / 2;
+        let header = repository.log_header(&chain.entries[middle].key).await?;
+        if header.times.max.is_some_and(|max| max > micros) {
+            later = middle;
+        } else {
+            before = Some(header.tip());
+            within = middle + 1;
+        }
+    }
+    let mut found = before.map(|tip| (Offset(tip.next.0 - 1), tip.max_time));
+    if let Some(entry) = chain.entries.get(within) {
+        let object = repository.get(&entry.key).await?;
+        let (header, commits) = log_object::decode(&entry.key, &object, &repository.keys)?;
+        let (mut at, mut max) = (0, before.and_then(|tip| tip.max_time));
+        while let Frame::Commit(commit) = Frame::parse(header.log_version, &commits[at..]) {
+            max = max.max(commit.inputs().map(|inputs| inputs.time_micros));
+            if max.is_some_and(|max| max > micros) {
+                break;
+            }
+            found = Some((commit.last(), max));
+            at += commit.bytes.len();
+        }
+    }
+    match found {
+        // Without any time at or before the target there is no state of that time.
+        Some((offset, Some(max))) => Ok((offset, Some(max))),
+        _ => Err(RestoreError::NothingToRestore(format!("its first transaction is later than {time}"))),
+    }
+}
+
+/// The end of the last commit that lies wholly at or before `offset`, and its time. A commit of several transactions
+/// cannot be cut without the database's schema, so the restore then ends before it.
+async fn at_offset(
+    repository: &Repository,
+    chain: &LogChain,
+    offset: Offset,
+) -> Result<(Offset, Option<i64>), RestoreError> {
+    let Some(index) = chain.entries.iter().position(|entry| entry.first <= offset && offset <= entry.last) else {
+        return Err(RestoreError::NothingToRestore(format!("transaction {offset} is not archived")));
+    };
+    let entry = &chain.entries[index];
+    if entry.last == offset {
+        return Ok((offset, repository.log_header(&entry.key).await?.times.max));
+    }
+    let before = match index.checked_sub(1) {
+        Some(before) => Some(repository.log_header(&chain.entries[before].key).await?.tip()),
+        None => None,
+    };
+    let object = repository.get(&entry.key).await?;
+    let (header, commits) = log_object::decode(&entry.key, &object, &repository.keys)?;
+    let mut found = before.map(|tip| Offset(tip.next.0 - 1));
+    let (mut at, mut max) = (0, before.and_then(|tip| tip.max_time));
+    while let Frame::Commit(commit) = Frame::parse(header.log_version, &commits[at..]) {
+        if commit.last() > offset {
+            break;
+        }
+        max = max.max(commit.inputs().map(|inputs| inputs.time_micros));
+        found = Some(commit.last());
+        at += commit.bytes.len();
+    }
+    let found = found.ok_or_else(|| {
+        RestoreError::NothingToRestore(format!(
+            "transaction {offset} lies inside the first commit, which cannot be cut"
+        ))
+    })?;
+    Ok((found, max))
+}
+
+/// The newest snapshot at or before `offset` on this history whose transaction the log still holds.
+async fn choose_snapshot(
+    repository: &Repository,
+    database: &Identity,
+    timelines: &[Timeline],
+    timeline: TimelineId,
+    chain: &LogChain,
+    offset: Offset,
+) -> Result<Option<SnapshotManifest>, RestoreError> {
+    let mut best: Option<(Offset, TimelineId)> = None;
+    for (ancestor, until) in ancestry(timelines, timeline) {
+        for found in repository.snapshots(database, ancestor.timeline).await? {
+            let usable =
+                found <= offset && until.is_none_or(|until| found <= until) && !chain.range(found, found).is_empty();
+            if usable && best.is_none_or(|(other, _)| found > other) {
+                best = Some((found, ancestor.timeline));
+            }
+        }
+    }
+    match best {
+        Some((offset, timeline)) => Ok(Some(repository.snapshot(database, timeline, offset).await?)),
+        None => Ok(None),
+    }
+}

@@ -1,0 +1,158 @@
+//! Status: how far each database's log is archived, and what the newest restore point is.
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::backup::OBJECT_SIZE;
+use crate::clock::Clock;
+use crate::datadir::control_db::ControlDbCopy;
+use crate::datadir::log::{LogReader, segments};
+use crate::datadir::{DataDir, DataDirError};
+use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::{Repository, RepositoryError};
+
+/// What can go wrong while looking.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error("a worker of the status stopped: {0}")]
+    Worker(String),
+}
+
+/// The report. Field names are stable.
+#[derive(Debug, Clone, Serialize)]
+pub struct StatusReport {
+    pub databases: Vec<DatabaseStatus>,
+    pub last_restore_point: Option<LastRestorePoint>,
+    pub problems: Vec<String>,
+}
+
+/// One database's place.
+#[derive(Debug, Clone, Serialize)]
+pub struct DatabaseStatus {
+    pub identity: Identity,
+    pub name: String,
+    /// `None` while nothing is archived.
+    pub timeline: Option<TimelineId>,
+    /// The last transaction in the server's log; `None` while there is none.
+    pub log_offset: Option<Offset>,
+    pub archived_offset: Option<Offset>,
+    pub lag_transactions: u64,
+    /// Seconds by which the newest archived transaction is older than the newest in the log.
+    pub lag_seconds: f64,
+    pub last_commit_time: Option<Timestamp>,
+}
+
+/// The newest restore point.
+#[derive(Debug, Clone, Serialize)]
+pub struct LastRestorePoint {
+    pub id: RestorePointId,
+    pub label: Option<String>,
+    pub created_at: Timestamp,
+    pub age_seconds: i64,
+}
+
+/// Looks at log and archive side by side.
+///
+/// # Errors
+/// When either cannot be read.
+pub async fn status(repository: &Repository, data: &DataDir, clock: &dyn Clock) -> Result<StatusReport, StatusError> {
+    let control = {
+        let data = data.clone();
+        blocking(move || ControlDbCopy::take(&data)).await??
+    };
+    let mut report = StatusReport { databases: Vec::new(), last_restore_point: None, problems: Vec::new() };
+    for database in &control.databases {
+        let name = database.display_name();
+        let Some(replica) = database.replica.map(|id| data.replica(id)) else {
+            report.problems.push(format!("database {name} has no replica on this server"));
+            continue;
+        };
+        let end = blocking(move || log_end(&replica.log_path())).await?;
+        let end = match end {
+            Ok(end) => end,
+            Err(error) => {
+                report.problems.push(format!("database {name}: {error}"));
+                None
+            }
+        };
+        let archived = archived_end(repository, &database.identity).await?;
+        let (log_offset, last_time) = end.map_or((None, None), |(offset, time)| (Some(offset), time));
+        let archived_offset = archived.map(|(_, offset, _)| offset);
+        let behind = match (log_offset, archived_offset) {
+            (Some(log), Some(archived)) => log.0.saturating_sub(archived.0),
+            (Some(log), None) => log.0 + 1,
+            (None, _) => 0,
+        };
+        let lag_micros = match (last_time, archived.and_then(|(.., time)| time)) {
+            (Some(last), Some(archived)) if behind > 0 => (last - archived).max(0),
+            _ => 0,
+        };
+        report.databases.push(DatabaseStatus {
+            identity: database.identity,
+            name,
+            timeline: archived.map(|(timeline, ..)| timeline),
+            log_offset,
+            archived_offset,
+            lag_transactions: behind,
+            lag_seconds: std::time::Duration::from_micros(lag_micros.unsigned_abs()).as_secs_f64(),
+            last_commit_time: last_time.and_then(|micros| Timestamp::from_microsecond(micros).ok()),
+        });
+    }
+    if let Some(id) = repository.restore_point_ids().await?.last() {
+        match repository.restore_point(*id).await {
+            Ok(point) => {
+                report.last_restore_point = Some(LastRestorePoint {
+                    id: point.id,
+                    label: point.label,
+                    created_at: point.created_at,
+                    age_seconds: clock.now().duration_since(point.created_at).as_secs(),
+                });
+            }
+            Err(error) => report.problems.push(error.to_string()),
+        }
+    } else {
+        report.problems.push("there is no restore point; take one with `inner-universe backup create`".into());
+    }
+    Ok(report)
+}
+
+async fn archived_end(
+    repository: &Repository,
+    database: &Identity,
+) -> Result<Option<(TimelineId, Offset, Option<i64>)>, RepositoryError> {
+    let timelines = repository.timelines(database).await?;
+    let Some(newest) = timelines.last() else { return Ok(None) };
+    let chain = repository.log_chain(database, &timelines, newest.timeline).await?;
+    let Some(entry) = chain.entries.last() else { return Ok(None) };
+    let header = repository.log_header(&entry.key).await?;
+    Ok(Some((newest.timeline, header.last, header.times.max)))
+}
+
+/// The last transaction of a log and the last time in it.
+fn log_end(dir: &std::path::Path) -> Result<Option<(Offset, Option<i64>)>, DataDirError> {
+    let Some(mut first) = segments(dir)?.last().map(|segment| segment.first) else { return Ok(None) };
+    loop {
+        let mut reader = LogReader::open(dir, first)?;
+        let (mut buffer, mut last_time, mut found) = (Vec::new(), None, false);
+        while let Some(batch) = reader.next_batch(OBJECT_SIZE, &mut buffer)? {
+            last_time = batch.times.last.or(last_time);
+            found = true;
+        }
+        if found {
+            return Ok(Some((Offset(reader.position().0 - 1), last_time)));
+        }
+        // A fresh segment without a commit: the end is in the one before.
+        match segments(dir)?.into_iter().rev().find(|segment| segment.first < first) {
+            Some(segment) => first = segment.first,
+            None => return Ok(None),
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StatusError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| StatusError::Worker(error.to_string()))
+}
