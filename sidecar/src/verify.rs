@@ -2,7 +2,7 @@
 //!
 //! Nothing is written. A finding never stops the walk: everything that can be checked is.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use object_store::path::Path as Key;
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::ids::{ContentHash, Offset, RestorePointId};
 use crate::progress::Progress;
-use crate::repository::log_object::{self, ChainTip};
+use crate::repository::log_object::{self, ChainTip, LogHeader};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::timeline::ancestry;
@@ -60,7 +60,12 @@ struct Walk<'a> {
     repository: &'a Repository,
     progress: Arc<dyn Progress>,
     report: VerifyReport,
+    /// Manifests and instance captures looked at already; restore points share most of what they name.
     seen: HashSet<Key>,
+    /// Log objects looked at already: the header of those that are whole.
+    logs: HashMap<Key, Option<LogHeader>>,
+    /// Packs looked at already: the entries of those that are whole.
+    packs: HashMap<Key, Option<HashSet<ContentHash>>>,
 }
 
 /// Verifies the given restore points, or all of them.
@@ -74,7 +79,14 @@ pub async fn verify(
 ) -> Result<VerifyReport, RepositoryError> {
     let all = repository.restore_point_ids().await?;
     let ids = if ids.is_empty() { all } else { ids.to_vec() };
-    let mut walk = Walk { repository, progress, report: VerifyReport::default(), seen: HashSet::new() };
+    let mut walk = Walk {
+        repository,
+        progress,
+        report: VerifyReport::default(),
+        seen: HashSet::new(),
+        logs: HashMap::new(),
+        packs: HashMap::new(),
+    };
     // What the newest need is read first: if time is short, what matters most is known first.
     for id in ids.into_iter().rev() {
         walk.report.restore_points.push(id);
@@ -104,6 +116,9 @@ impl Walk<'_> {
 
     async fn instance(&mut self, point: &RestorePoint) -> Result<(), RepositoryError> {
         let key = paths::instance(point.instance);
+        if !self.seen.insert(key.clone()) {
+            return Ok(());
+        }
         let Some(bytes) = self.fetch(&key).await? else { return Ok(()) };
         match instance::read(&point.instance, &bytes, &self.repository.keys) {
             Ok(_) => {}
@@ -139,34 +154,10 @@ impl Walk<'_> {
             if entry.first > point.offset {
                 break;
             }
-            let Some(bytes) = self.fetch_always(&entry.key).await? else {
+            let Some(header) = self.log_object(&entry.key, &point.name).await? else {
                 tip = None;
                 continue;
             };
-            let parsed =
-                log_object::LogHeader::parse(&bytes).and_then(|header| header.check_body(&bytes).map(|()| header));
-            let header = match parsed {
-                Ok(header) => header,
-                Err(malformed) => {
-                    let message = format!(
-                        "{malformed}; transactions {} to {} of database {} cannot be read from it",
-                        entry.first, entry.last, point.name
-                    );
-                    self.damaged(&entry.key, &message);
-                    tip = None;
-                    continue;
-                }
-            };
-            if self.seen.insert(entry.key.clone()) {
-                let (key, keys) = (entry.key.clone(), self.repository.keys.clone());
-                let decoded = tokio::task::spawn_blocking(move || log_object::decode(&key, &bytes, &keys).map(|_| ()));
-                match decoded.await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(&entry.key, &error),
-                    Ok(Err(error)) => self.damaged(&entry.key, &reason(&error)),
-                    Err(error) => self.damaged(&entry.key, &error.to_string()),
-                }
-            }
             let continues = tip.is_none_or(|tip| tip.next == header.first && tip.chain == header.previous_chain);
             if !continues || header.database != point.identity {
                 self.find(
@@ -211,9 +202,8 @@ impl Walk<'_> {
                 let mut native = false;
                 for used in manifest.packs {
                     let key = paths::pack(&point.identity, used.pack);
-                    let wanted: HashSet<ContentHash> = used.entries.iter().copied().collect();
-                    native |= wanted.contains(&manifest.native_manifest);
-                    self.pack(&key, used.pack, wanted).await?;
+                    native |= used.entries.contains(&manifest.native_manifest);
+                    self.pack(&key, used.pack, &used.entries).await?;
                 }
                 if !native {
                     self.damaged(&key, "it names no native manifest");
@@ -223,51 +213,88 @@ impl Walk<'_> {
         Ok(())
     }
 
-    async fn pack(&mut self, key: &Key, id: ContentHash, wanted: HashSet<ContentHash>) -> Result<(), RepositoryError> {
-        let Some(bytes) = self.fetch_always(key).await? else { return Ok(()) };
-        let (owned, keys) = (key.clone(), self.repository.keys.clone());
-        let checked = tokio::task::spawn_blocking(move || {
-            pack::check(&id, &bytes).map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
-            let mut missing = wanted.clone();
-            pack::read(
-                &owned,
-                &id,
-                &bytes,
-                &keys,
-                |hash| wanted.contains(hash),
-                |hash, _: EntryKind, _| {
-                    missing.remove(&hash);
-                    Ok::<_, RepositoryError>(())
-                },
-            )?;
-            match missing.into_iter().next() {
-                Some(hash) => Err(RepositoryError::damaged(&owned, format!("it lacks entry {hash}"))),
-                None => Ok(()),
+    /// Reads and checks one log object, once. `None` when it is not whole; the finding is made already.
+    async fn log_object(&mut self, key: &Key, database: &str) -> Result<Option<LogHeader>, RepositoryError> {
+        if let Some(known) = self.logs.get(key) {
+            return Ok(known.clone());
+        }
+        let mut whole = None;
+        if let Some(bytes) = self.fetch(key).await? {
+            let (owned, keys) = (key.clone(), self.repository.keys.clone());
+            let checked = tokio::task::spawn_blocking(move || {
+                // The header and the body's hash can be checked without any key.
+                let header = LogHeader::parse(&bytes).and_then(|header| header.check_body(&bytes).map(|()| header));
+                let header = header.map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
+                Ok::<_, RepositoryError>((header, log_object::decode(&owned, &bytes, &keys).map(|_| ())))
+            });
+            match flatten(checked.await, key) {
+                Ok((header, decoded)) => {
+                    match decoded {
+                        Ok(()) => {}
+                        Err(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
+                        Err(error) => self.damaged(key, &reason(&error)),
+                    }
+                    whole = Some(header);
+                }
+                Err(error) => {
+                    let lost = match paths::parse_log(key) {
+                        Some((first, last)) => {
+                            format!("; transactions {first} to {last} of {database} are not readable")
+                        }
+                        None => String::new(),
+                    };
+                    self.damaged(key, &format!("{}{lost}", reason(&error)));
+                }
             }
-        });
-        match checked.await {
-            Ok(Ok(())) => {}
-            Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(key, &error),
-            Ok(Err(error)) => self.damaged(key, &reason(&error)),
-            Err(error) => self.damaged(key, &error.to_string()),
+        }
+        self.logs.insert(key.clone(), whole.clone());
+        Ok(whole)
+    }
+
+    /// Reads and checks one pack, once, and that it holds every entry in `wanted`.
+    async fn pack(&mut self, key: &Key, id: ContentHash, wanted: &[ContentHash]) -> Result<(), RepositoryError> {
+        if !self.packs.contains_key(key) {
+            let mut entries = None;
+            if let Some(bytes) = self.fetch(key).await? {
+                let (owned, keys) = (key.clone(), self.repository.keys.clone());
+                let checked = tokio::task::spawn_blocking(move || {
+                    pack::check(&id, &bytes).map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
+                    let mut entries = HashSet::new();
+                    pack::read(
+                        &owned,
+                        &id,
+                        &bytes,
+                        &keys,
+                        |_| true,
+                        |hash, _: EntryKind, _| {
+                            entries.insert(hash);
+                            Ok::<_, RepositoryError>(())
+                        },
+                    )?;
+                    Ok(entries)
+                });
+                match flatten(checked.await, key) {
+                    Ok(found) => entries = Some(found),
+                    Err(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
+                    Err(error) => self.damaged(key, &reason(&error)),
+                }
+            }
+            self.packs.insert(key.clone(), entries);
+        }
+        let lacking = match self.packs.get(key) {
+            Some(Some(entries)) => wanted.iter().find(|hash| !entries.contains(*hash)).copied(),
+            _ => None,
+        };
+        if let Some(hash) = lacking {
+            self.damaged(key, &format!("it lacks entry {hash}"));
         }
         Ok(())
     }
 
-    /// Reads an object once; `None` when it is missing or was read before.
     async fn fetch(&mut self, key: &Key) -> Result<Option<bytes::Bytes>, RepositoryError> {
-        if !self.seen.insert(key.clone()) {
-            return Ok(None);
-        }
-        self.fetch_always(key).await
-    }
-
-    async fn fetch_always(&mut self, key: &Key) -> Result<Option<bytes::Bytes>, RepositoryError> {
         let bytes = self.repository.get(key).await;
         let bytes = self.sort_out(key, bytes)?;
-        if let Some(bytes) = &bytes
-            && !self.seen.contains(key)
-        {
+        if let Some(bytes) = &bytes {
             self.report.objects += 1;
             self.report.bytes += bytes.len() as u64;
             self.progress.advance(bytes.len() as u64);
@@ -330,4 +357,12 @@ fn reason(error: &RepositoryError) -> String {
         RepositoryError::Damaged { reason, .. } => reason.clone(),
         error => error.to_string(),
     }
+}
+
+/// A worker that died is as bad as an object that it could not read.
+fn flatten<T>(
+    result: Result<Result<T, RepositoryError>, tokio::task::JoinError>,
+    key: &Key,
+) -> Result<T, RepositoryError> {
+    result.unwrap_or_else(|error| Err(RepositoryError::damaged(key, error)))
 }

@@ -1,1 +1,9 @@
+//! The harness: real servers, the real binary, a workload with an invariant, and oracles that do not use our code.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "tests measure and print")]
 
+pub mod client;
+pub mod oracle;
+pub mod server;
+pub mod sidecar;
+pub mod tools;
+pub mod workload;

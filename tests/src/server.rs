@@ -1,0 +1,107 @@
+//! A real SpacetimeDB server on a free loopback port, ended by its own process id.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::client::Client;
+use crate::tools;
+
+pub struct Server {
+    child: Child,
+    pub url: String,
+    pub data_dir: PathBuf,
+    pub key_dir: PathBuf,
+}
+
+impl Server {
+    /// Starts a server on `data_dir` and waits until it answers.
+    pub async fn start(data_dir: &Path, key_dir: &Path) -> Self {
+        let mut last = String::new();
+        // Between choosing a port and the server's bind another process can take it.
+        for _ in 0..5 {
+            let port = free_port();
+            let url = format!("http://127.0.0.1:{port}");
+            let log = data_dir.with_extension("server.log");
+            let output = std::fs::File::create(&log).expect("the server's log file");
+            let child = Command::new(tools::server())
+                .arg("start")
+                .arg("--data-dir")
+                .arg(data_dir)
+                .arg("--jwt-key-dir")
+                .arg(key_dir)
+                .arg("--listen-addr")
+                .arg(format!("127.0.0.1:{port}"))
+                .stdin(Stdio::null())
+                .stdout(output.try_clone().expect("a second handle"))
+                .stderr(output)
+                .spawn()
+                .unwrap_or_else(|error| panic!("start {}: {error}", tools::server().display()));
+            let mut server = Self { child, url, data_dir: data_dir.into(), key_dir: key_dir.into() };
+            if server.wait_ready().await {
+                return server;
+            }
+            last = std::fs::read_to_string(&log).unwrap_or_default();
+        }
+        panic!("the server does not start: {last}");
+    }
+
+    async fn wait_ready(&mut self) -> bool {
+        let http = reqwest::Client::new();
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while Instant::now() < deadline {
+            if self.child.try_wait().expect("the server's state").is_some() {
+                return false;
+            }
+            if http.get(format!("{}/v1/ping", self.url)).send().await.is_ok_and(|answer| answer.status().is_success()) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the server at {} does not answer", self.url);
+    }
+
+    /// A client with a fresh identity.
+    pub async fn client(&self) -> Client {
+        Client::new(&self.url).await
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// `kill -9`, as a crash would.
+    pub fn kill(mut self) {
+        self.end();
+    }
+
+    /// Asks the server to stop and waits until it has.
+    pub fn stop(mut self) {
+        let pid = self.child.id().to_string();
+        let asked = Command::new("kill").arg("-TERM").arg(pid).status();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while asked.as_ref().is_ok_and(|status| status.success()) && Instant::now() < deadline {
+            if self.child.try_wait().expect("the server's state").is_some() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free loopback port").port()
+}

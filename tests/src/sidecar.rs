@@ -1,0 +1,79 @@
+//! Runs the real `inner-universe` binary.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::tools;
+
+/// What a run of the binary left.
+#[derive(Debug)]
+pub struct Run {
+    pub code: i32,
+    pub json: Value,
+    pub stderr: String,
+}
+
+impl Run {
+    /// The JSON result of a run that must succeed without a warning.
+    pub fn ok(self) -> Value {
+        assert_eq!(self.code, 0, "{}", self.stderr);
+        assert!(!self.stderr.contains("WARN") && !self.stderr.contains("ERROR"), "{}", self.stderr);
+        self.json
+    }
+
+    /// The message of a run that must fail with `code`: one line, and nothing that looks like a panic.
+    pub fn fails_with(self, code: i32) -> String {
+        assert_eq!(self.code, code, "{}", self.stderr);
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        let errors: Vec<_> = self.stderr.lines().filter(|line| line.starts_with("error")).collect();
+        assert_eq!(errors.len(), 1, "{}", self.stderr);
+        errors[0].to_owned()
+    }
+}
+
+/// The binary with a repository.
+#[derive(Clone)]
+pub struct Sidecar {
+    pub repository: String,
+}
+
+impl Sidecar {
+    /// With a repository in a directory.
+    pub fn at(path: &Path) -> Self {
+        Self { repository: format!("file://{}", path.display()) }
+    }
+
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(tools::inner_universe());
+        command.env_remove("RUST_LOG").arg("--json").arg("--repository").arg(&self.repository);
+        command
+    }
+
+    pub fn run<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(&self, arguments: I) -> Run {
+        let output = self.command().args(arguments).output();
+        let output = output.unwrap_or_else(|error| panic!("run {}: {error}", tools::inner_universe().display()));
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        Run {
+            code: output.status.code().unwrap_or(-1),
+            json: serde_json::from_str(&stdout).unwrap_or(Value::Null),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// `backup create`, which must succeed.
+    pub fn backup(&self, data_dir: &Path) -> Value {
+        self.run(["backup", "create", "--data-dir", path(data_dir)]).ok()
+    }
+
+    /// `restore --to TARGET`, which must succeed.
+    pub fn restore(&self, data_dir: &Path, target: &str) -> Value {
+        self.run(["restore", "--data-dir", path(data_dir), "--to", target]).ok()
+    }
+}
+
+/// Paths of tests are text.
+pub fn path(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}

@@ -1,0 +1,46 @@
+//! Where the parts are that `cargo xtask` prepares.
+
+use std::path::PathBuf;
+
+/// The server binary under test.
+pub fn server() -> PathBuf {
+    from_env("SPACETIMEDB_STANDALONE")
+        .unwrap_or_else(|| cache().join("tools/spacetimedb-standalone-1.2.0/bin/spacetimedb-standalone"))
+}
+
+/// A module's wasm: `inner_universe_module`, `workload_module`, `workload_module_v2`.
+pub fn wasm(name: &str) -> Vec<u8> {
+    let path = from_env("INNER_UNIVERSE_WASM_DIR").unwrap_or_else(|| cache().join("wasm")).join(format!("{name}.wasm"));
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask test`", path.display()))
+}
+
+/// The `inner-universe` binary under test.
+pub fn inner_universe() -> PathBuf {
+    from_env("INNER_UNIVERSE_BIN").unwrap_or_else(|| {
+        let mut path = std::env::current_exe().expect("the test's own path");
+        path.pop();
+        if path.ends_with("deps") {
+            path.pop();
+        }
+        path.join("inner-universe")
+    })
+}
+
+/// The fixture written by a 2.8.3 server: archive and truth.
+pub fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+/// Does this run include the long tests?
+pub fn all() -> bool {
+    std::env::var_os("INNER_UNIVERSE_TEST_ALL").is_some()
+}
+
+fn cache() -> PathBuf {
+    let base = from_env("XDG_CACHE_HOME").or_else(|| from_env("HOME").map(|home| home.join(".cache")));
+    base.expect("HOME or XDG_CACHE_HOME is set").join("inner-universe")
+}
+
+fn from_env(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
