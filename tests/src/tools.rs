@@ -10,7 +10,7 @@ pub fn server() -> PathBuf {
 
 /// A module's wasm: `inner_universe_module`, `workload_module`, `workload_module_v2`.
 pub fn wasm(name: &str) -> Vec<u8> {
-    let path = from_env("INNER_UNIVERSE_WASM_DIR").unwrap_or_else(|| cache().join("wasm")).join(format!("{name}.wasm"));
+    let path = from_env("INNER_UNIVERSE_WASM_DIR").unwrap_or_else(built_wasm).join(format!("{name}.wasm"));
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask test`", path.display()))
 }
 
@@ -43,4 +43,9 @@ fn cache() -> PathBuf {
 
 fn from_env(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Where `cargo xtask` puts the modules.
+fn built_wasm() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/wasm")
 }

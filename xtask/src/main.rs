@@ -1,1 +1,51 @@
-fn main() {}
+//! `cargo xtask`: everything a newcomer or a developer runs, with all set-up done on the way.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a build tool prints and measures")]
+
+mod bench;
+mod bindings;
+mod fuzz;
+mod run;
+mod server;
+mod test;
+mod wasm;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+cargo xtask demo              the main job on a real server, as a short story
+cargo xtask test [--all] [FILTER]
+                              every test; --all with the long ones, which also need more tools
+cargo xtask bench [NAME]      ratios against what users would pick instead; writes docs/benchmarks.md
+cargo xtask bindings          regenerate the client bindings from the module
+cargo xtask fuzz [SECONDS]    run each fuzz target for that long (600 when left out)
+cargo xtask setup             only prepare what the others need
+
+SPACETIMEDB_STANDALONE=/path  use this server instead of the one found or built";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (verb, rest) = match arguments.split_first() {
+        Some((verb, rest)) => (verb.as_str(), rest),
+        None => ("help", [].as_slice()),
+    };
+    let result = match verb {
+        "demo" => test::demo(),
+        "test" => test::test(rest),
+        "bench" => bench::bench(rest),
+        "bindings" => bindings::regenerate(),
+        "fuzz" => fuzz::fuzz(rest),
+        "setup" => test::prepare().map(|_| ()),
+        "help" | "--help" | "-h" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        verb => Err(format!("there is no `{verb}`\n\n{HELP}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -24,8 +24,13 @@ pub enum DocumentError {
 
 /// Writes `value`, which must serialise to a JSON object with at least one member.
 pub fn write<T: Serialize>(value: &T) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec(value).unwrap_or_default();
+    let bytes = serde_json::to_vec(value).unwrap_or_default();
     debug_assert!(bytes.len() > 2 && bytes.ends_with(b"}"), "documents are objects with members");
+    sign(bytes)
+}
+
+/// Puts the checksum into the text of a JSON object.
+pub fn sign(mut bytes: Vec<u8>) -> Vec<u8> {
     let checksum = ContentHash::of(&bytes).to_string();
     bytes.pop();
     bytes.extend_from_slice(BEFORE);

@@ -103,16 +103,22 @@ impl PackBuilder {
         payload.extend_from_slice(&index);
         payload.extend_from_slice(&u32::try_from(index.len() + 4).unwrap_or(u32::MAX).to_le_bytes());
         let body = keys.seal(payload)?;
-        let mut bytes = Vec::with_capacity(START_LEN + body.len());
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&if keys.seals() { FLAG_SEALED } else { 0 }.to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        let id = name(&bytes, &body);
-        bytes.extend_from_slice(&id.0);
-        bytes.extend_from_slice(&body);
+        let (bytes, id) = wrap(body, keys.seals());
         Ok((id, bytes))
     }
+}
+
+/// Puts the start before a body; returns the pack and its name.
+pub fn wrap(body: Vec<u8>, sealed: bool) -> (Vec<u8>, ContentHash) {
+    let mut bytes = Vec::with_capacity(START_LEN + body.len());
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&if sealed { FLAG_SEALED } else { 0 }.to_le_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    let id = name(&bytes, &body);
+    bytes.extend_from_slice(&id.0);
+    bytes.extend_from_slice(&body);
+    (bytes, id)
 }
 
 /// Checks a stored pack against its name. Needs no key.

@@ -1,0 +1,25 @@
+//! The promises, as tests on a real server. One binary, a room a promise.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "tests measure and print")]
+
+#[path = "promises/bad_input.rs"]
+mod bad_input;
+#[path = "promises/bindings.rs"]
+mod bindings;
+#[path = "promises/fixture.rs"]
+mod fixture;
+#[path = "promises/instance.rs"]
+mod instance;
+#[path = "promises/module.rs"]
+mod module;
+#[path = "promises/official.rs"]
+mod official;
+#[path = "promises/random_logs.rs"]
+mod random_logs;
+#[path = "promises/restore_exact.rs"]
+mod restore_exact;
+#[path = "promises/synthetic.rs"]
+mod synthetic;
+#[path = "promises/timelines.rs"]
+mod timelines;
+#[path = "promises/under_load.rs"]
+mod under_load;

@@ -1,0 +1,16 @@
+//! Ratios against what users would pick instead, in one run on one machine.
+
+use crate::run::{Result, cargo, run};
+use crate::test;
+
+pub fn bench(arguments: &[String]) -> Result<()> {
+    let mut prepared = test::prepare()?;
+    // Ratios are of the binary that users run.
+    run(cargo().args(["build", "--release", "--quiet", "--locked", "--package", "inner-universe"]))?;
+    prepared.binary = crate::run::target().join("release/inner-universe");
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", "bench", "--"]);
+    command.args(arguments);
+    prepared.give(&mut command);
+    run(&mut command)
+}

@@ -1,0 +1,61 @@
+//! The demo and the tests, with what they need prepared and handed over in the environment.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::run::{Result, cargo, root, run, target};
+use crate::{server, wasm};
+
+/// What the tests run against.
+pub struct Prepared {
+    pub server: PathBuf,
+    pub wasm: PathBuf,
+    pub binary: PathBuf,
+}
+
+/// Finds or builds the server, the modules and the binary.
+pub fn prepare() -> Result<Prepared> {
+    let server = server::find_or_build()?;
+    let wasm = wasm::build_all()?;
+    run(cargo().args(["build", "--quiet", "--locked", "--package", "inner-universe"]))?;
+    Ok(Prepared { server, wasm, binary: target().join("debug/inner-universe") })
+}
+
+impl Prepared {
+    /// Hands the parts to a command.
+    pub fn give(&self, command: &mut Command) {
+        command
+            .env("SPACETIMEDB_STANDALONE", &self.server)
+            .env("INNER_UNIVERSE_WASM_DIR", &self.wasm)
+            .env("INNER_UNIVERSE_BIN", &self.binary);
+    }
+}
+
+pub fn demo() -> Result<()> {
+    let prepared = prepare()?;
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", "demo"]);
+    prepared.give(&mut command);
+    run(&mut command)
+}
+
+pub fn test(arguments: &[String]) -> Result<()> {
+    let all = arguments.iter().any(|argument| argument == "--all");
+    let filters: Vec<_> = arguments.iter().filter(|argument| *argument != "--all").collect();
+    let prepared = prepare()?;
+    eprintln!("xtask: testing against {}", prepared.server.display());
+    if filters.is_empty() {
+        run(cargo().args(["fmt", "--all", "--check"]))?;
+        run(cargo().args(["clippy", "--quiet", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    }
+    let mut command = cargo();
+    command.args(["test", "--locked", "--workspace", "--"]).args(filters);
+    // Each test that needs a server starts its own; more at once than cores only makes all of them slower.
+    command.args(["--test-threads", "2"]);
+    if all {
+        command.env("INNER_UNIVERSE_TEST_ALL", "1");
+    }
+    command.current_dir(root());
+    prepared.give(&mut command);
+    run(&mut command)
+}

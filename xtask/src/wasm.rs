@@ -1,0 +1,100 @@
+//! Builds the modules for wasm32: with rustup's target where that can be had, else with Debian's packages of the same
+//! standard library, unpacked into the cache without touching the system.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::run::{Result, announce, cache, cargo, root, run, target, try_output};
+
+const TARGET: &str = "wasm32-unknown-unknown";
+/// What Debian splits the compiler, its standard library's source and the linker into.
+const PACKAGES: [&str; 7] =
+    ["rustc-web", "libstd-rust-web-1.96", "libstd-rust-web-dev", "rust-web-src", "lld-19", "libllvm19", "libllvm22"];
+
+enum Toolchain {
+    Rustup,
+    Debian(PathBuf),
+}
+
+/// Builds every module; returns the directory that holds them.
+pub fn build_all() -> Result<PathBuf> {
+    let out = target().join("wasm");
+    fs::create_dir_all(&out).map_err(|error| format!("create {}: {error}", out.display()))?;
+    let toolchain = toolchain()?;
+    let modules: [(&str, &str, &[&str], &str); 3] = [
+        ("module", "inner_universe_module", &[], "inner_universe_module"),
+        ("tests/workload-module", "workload_module", &[], "workload_module"),
+        ("tests/workload-module", "workload_module", &["--features", "v2"], "workload_module_v2"),
+    ];
+    announce("building the modules for wasm32", "a minute the first time", || {
+        for (dir, artifact, flags, name) in modules {
+            let built = build(&toolchain, &root().join(dir), artifact, flags)?;
+            let to = out.join(format!("{name}.wasm"));
+            fs::copy(&built, &to).map_err(|error| format!("copy {}: {error}", built.display()))?;
+        }
+        Ok(())
+    })?;
+    Ok(out)
+}
+
+fn build(toolchain: &Toolchain, dir: &Path, artifact: &str, flags: &[&str]) -> Result<PathBuf> {
+    let target_dir = cache()?.join("wasm-target");
+    let mut command = cargo();
+    command.current_dir(dir).args(["build", "--quiet", "--locked", "--release", "--target", TARGET]).args(flags);
+    command.env("CARGO_TARGET_DIR", &target_dir);
+    if let Toolchain::Debian(system) = toolchain {
+        let linker = format!("CARGO_TARGET_{}_LINKER", TARGET.to_uppercase().replace('-', "_"));
+        command
+            .arg("-Zbuild-std=std,panic_abort")
+            .env("RUSTC", system.join("usr/bin/rustc"))
+            // The stable compiler may use -Z flags then; only to build the standard library from Debian's source.
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("LD_LIBRARY_PATH", system.join("usr/lib/x86_64-linux-gnu"))
+            .env(linker, system.join("usr/lib/llvm-19/bin/wasm-ld"));
+    }
+    run(&mut command)?;
+    Ok(target_dir.join(TARGET).join("release").join(format!("{artifact}.wasm")))
+}
+
+fn toolchain() -> Result<Toolchain> {
+    let installed = |output: String| output.lines().any(|line| line == TARGET);
+    if try_output(Command::new("rustup").args(["target", "list", "--installed"]).current_dir(root()))
+        .is_some_and(installed)
+    {
+        return Ok(Toolchain::Rustup);
+    }
+    let system = cache()?.join("debian-wasm");
+    let ready = system.join("ready");
+    if ready.is_file() {
+        return Ok(Toolchain::Debian(system.join("root")));
+    }
+    let added = announce("adding the wasm32 target with rustup", "seconds", || {
+        run(Command::new("rustup").args(["target", "add", TARGET]).current_dir(root()))
+    });
+    if added.is_ok() {
+        return Ok(Toolchain::Rustup);
+    }
+    announce("rustup has no wasm32 target here; unpacking Debian's packages of it", "once, a minute, 170 MB", || {
+        unpack(&system)?;
+        fs::write(&ready, "").map_err(|error| format!("write {}: {error}", ready.display()))
+    })?;
+    Ok(Toolchain::Debian(system.join("root")))
+}
+
+fn unpack(system: &Path) -> Result<()> {
+    let debs = system.join("debs");
+    let _ = fs::remove_dir_all(&debs);
+    fs::create_dir_all(&debs).map_err(|error| format!("create {}: {error}", debs.display()))?;
+    let download = || run(Command::new("apt-get").arg("download").args(PACKAGES).current_dir(&debs));
+    if download().is_err() {
+        // The package lists may be missing or old; refreshing them needs root.
+        run(Command::new("apt-get").arg("update"))?;
+        download()?;
+    }
+    for entry in fs::read_dir(&debs).map_err(|error| error.to_string())? {
+        let deb = entry.map_err(|error| error.to_string())?.path();
+        run(Command::new("dpkg").arg("-x").arg(deb).arg(system.join("root")))?;
+    }
+    fs::remove_dir_all(&debs).map_err(|error| format!("remove {}: {error}", debs.display()))
+}
