@@ -90,7 +90,9 @@ impl Client {
                     rows.sort();
                     rows
                 }
-                Err(error) if error.contains("no such table") || error.contains("is not a valid table") => vec!["no such table".to_owned()],
+                Err(error) if error.contains("no such table") || error.contains("is not a valid table") => {
+                    vec!["no such table".to_owned()]
+                }
                 Err(error) => panic!("select * from {table}: {error}"),
             };
             all.insert((*table).to_owned(), rows);

@@ -211,6 +211,17 @@ async fn plan_database(
         Target::Time(time) => at_time(repository, &chain, *time).await?,
     };
     let reachable = reachable(&chain, timeline)?;
+    // The newest restore point promised more than there is: less must not pass for all.
+    if matches!(request.target, Target::Latest | Target::Time(_))
+        && offset == reachable
+        && point.timeline == timeline
+        && reachable < point.offset
+    {
+        return Err(RestoreError::Unreachable {
+            wanted: point.offset,
+            reason: format!("transactions after {reachable} are missing; `--to offset:{reachable}` restores what is there"),
+        });
+    }
     if offset > reachable {
         let reason = match chain.hole {
             Some((missing, found)) if offset >= missing => format!(

@@ -1,1 +1,111 @@
+//! A data directory that a 2.8.3 server wrote and was killed on: small segments, most of them rewritten as zstd.
 
+use std::path::PathBuf;
+
+use harness::sidecar::{Sidecar, path};
+use harness::{oracle, tools};
+use inner_universe::datadir::DataDir;
+use inner_universe::datadir::control_db::ControlDbCopy;
+use inner_universe::datadir::log::{LogReader, Tail, segments};
+use inner_universe::datadir::snapshot;
+use inner_universe::ids::Offset;
+use serde_json::Value;
+
+struct Fixture {
+    scratch: tempfile::TempDir,
+    truth: Value,
+}
+
+impl Fixture {
+    fn unpack() -> Self {
+        let scratch = tempfile::tempdir().expect("a temporary directory");
+        let archive = std::fs::File::open(tools::fixture("spacetimedb-2.8.3-data.tar.zst")).expect("the fixture");
+        let archive = zstd::Decoder::new(archive).expect("zstd");
+        tar::Archive::new(archive).unpack(scratch.path()).expect("unpack");
+        let truth = std::fs::read(tools::fixture("spacetimedb-2.8.3-data.json")).expect("the truth");
+        Self { scratch, truth: serde_json::from_slice(&truth).expect("JSON") }
+    }
+
+    fn data(&self) -> PathBuf {
+        let mut entries = std::fs::read_dir(self.scratch.path()).expect("list").flatten().map(|entry| entry.path());
+        let root = entries.find(|entry| entry.join("control-db").is_dir());
+        root.unwrap_or_else(|| self.scratch.path().to_owned())
+    }
+
+    fn last(&self) -> u64 {
+        self.truth["last_offset"].as_u64().expect("an offset")
+    }
+}
+
+#[test]
+fn every_segment_reads_as_the_truth_says() {
+    let fixture = Fixture::unpack();
+    let data = DataDir::open(&fixture.data()).expect("open");
+    let control = ControlDbCopy::take(&data).expect("the control database");
+    assert_eq!(control.databases.len(), 1);
+    assert_eq!(control.databases[0].display_name(), "iu");
+    let replica = data.replica(control.databases[0].replica.expect("a replica"));
+    let found = segments(&replica.log_path()).expect("list");
+    let truth = fixture.truth["segments"].as_array().expect("segments");
+    assert_eq!(found.len(), truth.len());
+    for (segment, truth) in found.iter().zip(truth) {
+        assert_eq!(segment.first.0, truth["first"].as_u64().expect("first"));
+        let mut reader = LogReader::open(&replica.log_path(), segment.first).expect("open");
+        let (mut buffer, mut bytes) = (Vec::new(), 10);
+        let last = truth["last"].as_u64().expect("last");
+        while reader.position().0 <= last {
+            let batch = reader.next_batch(1, &mut buffer).expect("read").expect("a batch");
+            bytes += buffer.len() as u64;
+            assert!(batch.times.first.is_some() || batch.first.0 == 0);
+        }
+        assert_eq!(reader.position().0, last + 1);
+        assert_eq!(bytes, truth["valid_len"].as_u64().expect("valid_len"));
+    }
+    let mut reader = LogReader::open(&replica.log_path(), Offset(0)).expect("open");
+    let mut buffer = Vec::new();
+    while reader.next_batch(1 << 20, &mut buffer).expect("read").is_some() {}
+    assert_eq!((reader.position().0, reader.tail()), (fixture.last() + 1, &Tail::Clean));
+}
+
+#[test]
+fn every_object_of_every_snapshot_is_what_its_name_says() {
+    let fixture = Fixture::unpack();
+    let data = DataDir::open(&fixture.data()).expect("open");
+    let replica = data.replicas().expect("replicas").remove(0);
+    let snapshots = snapshot::list(&replica.snapshots_path()).expect("list");
+    assert!(snapshots.len() > 3, "{snapshots:?}");
+    let mut objects = 0;
+    for found in snapshots {
+        let (manifest, _) = found.manifest().expect("a manifest");
+        assert_eq!(manifest.offset, found.offset);
+        for (hash, kind) in &manifest.objects {
+            found.object(hash, *kind).expect("an object");
+            objects += 1;
+        }
+    }
+    assert!(objects > 50, "{objects}");
+}
+
+#[test]
+fn it_is_backed_up_and_restored_at_every_snapshot_and_between() {
+    let fixture = Fixture::unpack();
+    let data = fixture.data();
+    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"));
+    let report = sidecar.backup(&data);
+    assert_eq!(report["databases"][0]["offset"], fixture.last());
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+    let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
+    let original = oracle::transactions(&replica.log_path());
+    for offset in [0, 1, 1710, 1711, 12345, 24870, fixture.last()] {
+        let target = fixture.scratch.path().join("restored");
+        sidecar.run(["restore", "--data-dir", path(&target), "--to", &format!("offset:{offset}")]).ok();
+        let log = target.join(format!("replicas/{}/clog", replica.id));
+        let restored = oracle::transactions(&log);
+        let first = restored[0].offset as usize;
+        assert_eq!(restored, original[first..=offset as usize], "offset {offset}");
+        let snapshots = snapshot::list(&target.join(format!("replicas/{}/snapshots", replica.id))).expect("list");
+        let usable = snapshots.first().map(|snapshot| snapshot.offset.0);
+        assert!(first == 0 || usable.is_some_and(|snapshot| first as u64 <= snapshot && snapshot <= offset));
+        std::fs::remove_dir_all(&target).expect("remove");
+    }
+}
