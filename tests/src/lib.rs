@@ -5,5 +5,6 @@ pub mod client;
 pub mod oracle;
 pub mod server;
 pub mod sidecar;
+pub mod synthetic;
 pub mod tools;
 pub mod workload;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 /// The server binary under test.
 pub fn server() -> PathBuf {
     from_env("SPACETIMEDB_STANDALONE")
-        .unwrap_or_else(|| cache().join("tools/spacetimedb-standalone-1.2.0/bin/spacetimedb-standalone"))
+        .unwrap_or_else(|| cache().join("tools/spacetimedb-1.2.0/bin/spacetimedb-standalone"))
 }
 
 /// A module's wasm: `inner_universe_module`, `workload_module`, `workload_module_v2`.

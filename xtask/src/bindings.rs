@@ -3,19 +3,25 @@
 use std::fs;
 use std::process::Command;
 
-use crate::run::{Result, root, run};
+use crate::run::{Result, cache, root, run};
 use crate::{server, wasm};
 
 pub fn regenerate() -> Result<()> {
-    let (server, cli) = (server::find_or_build()?, server::cli()?);
+    let cli = server::cli()?;
     let module = wasm::build_all()?.join("inner_universe_module.wasm");
     let out = root().join("sidecar/src/module_bindings");
     let _ = fs::remove_dir_all(&out);
     fs::create_dir_all(&out).map_err(|error| format!("create {}: {error}", out.display()))?;
-    let mut generate = Command::new(cli);
+    let mut generate = Command::new(&cli);
+    // It writes a configuration of its own wherever it runs.
+    generate.env("XDG_CONFIG_HOME", cache()?.join("cli-config"));
     generate.args(["generate", "--yes", "--lang", "rust", "--out-dir"]).arg(&out).arg("--bin-path").arg(&module);
     run(&mut generate)?;
-    let schema = Command::new(server).arg("extract-schema").arg(&module).output().map_err(|error| error.to_string())?;
+    let schema = Command::new(cli.with_file_name("spacetimedb-standalone"))
+        .arg("extract-schema")
+        .arg(&module)
+        .output()
+        .map_err(|error| error.to_string())?;
     if !schema.status.success() {
         return Err(format!("extract-schema: {}", String::from_utf8_lossy(&schema.stderr)));
     }

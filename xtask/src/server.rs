@@ -27,13 +27,15 @@ pub fn find_or_build() -> Result<PathBuf> {
     tool("spacetimedb-standalone", "once, 10 to 17 minutes on two cores")
 }
 
-/// The command line that generates bindings; only `bindings` needs it.
+/// The command line that generates bindings, and the server that it calls; only `bindings` needs them.
 pub fn cli() -> Result<PathBuf> {
+    tool("spacetimedb-standalone", "once, 10 to 17 minutes on two cores")?;
     tool("spacetimedb-cli", "once, about 10 minutes on two cores")
 }
 
 fn tool(name: &str, how_long: &str) -> Result<PathBuf> {
-    let root = cache()?.join(format!("tools/{name}-{VERSION}"));
+    // One folder for both, since the command line looks for the server beside itself.
+    let root = cache()?.join(format!("tools/spacetimedb-{VERSION}"));
     let binary = root.join("bin").join(name);
     if binary.is_file() {
         return Ok(binary);

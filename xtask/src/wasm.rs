@@ -22,14 +22,14 @@ pub fn build_all() -> Result<PathBuf> {
     let out = target().join("wasm");
     fs::create_dir_all(&out).map_err(|error| format!("create {}: {error}", out.display()))?;
     let toolchain = toolchain()?;
-    let modules: [(&str, &str, &[&str], &str); 3] = [
-        ("module", "inner_universe_module", &[], "inner_universe_module"),
-        ("tests/workload-module", "workload_module", &[], "workload_module"),
-        ("tests/workload-module", "workload_module", &["--features", "v2"], "workload_module_v2"),
+    let modules = [
+        ("module", "inner_universe_module"),
+        ("tests/workload-module", "workload_module"),
+        ("tests/workload-module/v2", "workload_module_v2"),
     ];
     announce("building the modules for wasm32", "a minute the first time", || {
-        for (dir, artifact, flags, name) in modules {
-            let built = build(&toolchain, &root().join(dir), artifact, flags)?;
+        for (dir, name) in modules {
+            let built = build(&toolchain, &root().join(dir), name)?;
             let to = out.join(format!("{name}.wasm"));
             fs::copy(&built, &to).map_err(|error| format!("copy {}: {error}", built.display()))?;
         }
@@ -38,10 +38,10 @@ pub fn build_all() -> Result<PathBuf> {
     Ok(out)
 }
 
-fn build(toolchain: &Toolchain, dir: &Path, artifact: &str, flags: &[&str]) -> Result<PathBuf> {
+fn build(toolchain: &Toolchain, dir: &Path, name: &str) -> Result<PathBuf> {
     let target_dir = cache()?.join("wasm-target");
     let mut command = cargo();
-    command.current_dir(dir).args(["build", "--quiet", "--locked", "--release", "--target", TARGET]).args(flags);
+    command.current_dir(dir).args(["build", "--quiet", "--locked", "--release", "--target", TARGET]);
     command.env("CARGO_TARGET_DIR", &target_dir);
     if let Toolchain::Debian(system) = toolchain {
         let linker = format!("CARGO_TARGET_{}_LINKER", TARGET.to_uppercase().replace('-', "_"));
@@ -54,7 +54,7 @@ fn build(toolchain: &Toolchain, dir: &Path, artifact: &str, flags: &[&str]) -> R
             .env(linker, system.join("usr/lib/llvm-19/bin/wasm-ld"));
     }
     run(&mut command)?;
-    Ok(target_dir.join(TARGET).join("release").join(format!("{artifact}.wasm")))
+    Ok(target_dir.join(TARGET).join("release").join(format!("{name}.wasm")))
 }
 
 fn toolchain() -> Result<Toolchain> {

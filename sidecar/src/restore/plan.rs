@@ -219,7 +219,9 @@ async fn plan_database(
     {
         return Err(RestoreError::Unreachable {
             wanted: point.offset,
-            reason: format!("transactions after {reachable} are missing; `--to offset:{reachable}` restores what is there"),
+            reason: format!(
+                "transactions after {reachable} are missing; `--to offset:{reachable}` restores what is there"
+            ),
         });
     }
     if offset > reachable {

@@ -1,1 +1,195 @@
+//! Our readers and writers against the official crates: what those write is read the same, what we cut they accept.
 
+use std::num::NonZeroU16;
+use std::path::Path;
+use std::sync::Arc;
+
+use harness::oracle;
+use inner_universe::datadir::commit::Frame;
+use inner_universe::datadir::log::{LogReader, segments};
+use inner_universe::datadir::snapshot;
+use inner_universe::ids::Offset;
+use inner_universe::restore::plan::RestoreRequest;
+use inner_universe::restore::target::Target;
+use proptest::prelude::*;
+use spacetimedb_commitlog::{Commitlog, Options};
+use spacetimedb_lib::db::auth::{StAccess, StTableType};
+use spacetimedb_paths::FromPathUnchecked as _;
+use spacetimedb_paths::server::{CommitLogDir, SnapshotsPath};
+use spacetimedb_primitives::TableId;
+use spacetimedb_sats::{AlgebraicType, AlgebraicValue, ProductValue, product};
+use spacetimedb_schema::schema::{ColumnSchema, TableSchema};
+use spacetimedb_snapshot::SnapshotRepository;
+use spacetimedb_table::blob_store::HashMapBlobStore;
+use spacetimedb_table::indexes::SquashedOffset;
+use spacetimedb_table::page_pool::PagePool;
+use spacetimedb_table::table::Table;
+
+use crate::synthetic::{self, Synthetic, log_of};
+
+/// Each commit as both readers must see it: offset, epoch, count, records.
+type Commit = (u64, u64, u16, Vec<u8>);
+
+fn ours(dir: &Path) -> Vec<Commit> {
+    let mut reader = LogReader::open_first(dir).expect("open");
+    let (mut buffer, mut commits) = (Vec::new(), Vec::new());
+    while let Some(batch) = reader.next_batch(1 << 14, &mut buffer).expect("read") {
+        let mut rest = buffer.as_slice();
+        while let Frame::Commit(commit) = Frame::parse(batch.log_version, rest) {
+            commits.push((commit.first.0, commit.epoch, commit.count, commit.records.to_vec()));
+            rest = &rest[commit.bytes.len()..];
+        }
+    }
+    commits
+}
+
+fn theirs(dir: &Path) -> Vec<Commit> {
+    let commits = spacetimedb_commitlog::commits(CommitLogDir::from_path_unchecked(dir)).expect("open");
+    let commit =
+        |commit: spacetimedb_commitlog::StoredCommit| (commit.min_tx_offset, commit.epoch, commit.n, commit.records);
+    commits.map(|found| commit(found.expect("a commit"))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_log_that_the_official_crate_writes_reads_the_same_and_our_cuts_of_it_are_accepted(
+        rows in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 2..80),
+        per_commit in 1..4u16,
+        segment_size in 200..4000u64,
+        version in 0..=1u8,
+        epoch in 0..3u64,
+        compress in any::<bool>(),
+        cut in any::<proptest::sample::Index>(),
+    ) {
+        let synthetic = Synthetic::new();
+        let options = Options {
+            log_format_version: version,
+            max_segment_size: segment_size,
+            max_records_in_commit: NonZeroU16::new(per_commit).expect("not zero"),
+            ..Options::default()
+        };
+        {
+            let log: Commitlog<ProductValue> =
+                Commitlog::open(CommitLogDir::from_path_unchecked(synthetic.log()), options).expect("open");
+            if version > 0 {
+                log.set_epoch(epoch).expect("set the epoch");
+            }
+            for row in &rows {
+                log.append_maybe_flush(product![AlgebraicValue::Bytes(row.clone().into())]).expect("append");
+            }
+            log.flush_and_sync().expect("flush");
+            if compress {
+                let mut offsets = log.existing_segment_offsets().expect("list");
+                offsets.pop();
+                log.compress_segments(&offsets).expect("compress");
+            }
+        }
+        let expected = theirs(&synthetic.log());
+        prop_assert!(ours(&synthetic.log()) == expected, "the readers disagree");
+        prop_assert_eq!(expected.iter().map(|(.., n, _)| u64::from(*n)).sum::<u64>(), rows.len() as u64);
+
+        // Back it up, restore at a commit's end, and let the official crate open, read and go on writing.
+        let commit = cut.index(expected.len());
+        let (first, _, count, _) = &expected[commit];
+        let last = first + u64::from(*count) - 1;
+        let target = synthetic.dir.path().join("restored");
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(async {
+            let (repository, _) = synthetic::repository().await;
+            synthetic::back_up(&repository, &synthetic.path()).await.expect("back up");
+            let request = RestoreRequest { target: Target::Offset(Offset(last)), ..RestoreRequest::default() };
+            synthetic::restore(&repository, &request, &target).await.expect("restore");
+        });
+        let restored = log_of(&target);
+        prop_assert!(theirs(&restored) == expected[..=commit], "the official reader sees another log");
+        let log: Commitlog<ProductValue> =
+            Commitlog::open(CommitLogDir::from_path_unchecked(&restored), options).expect("the official crate opens it");
+        prop_assert_eq!(log.max_committed_offset(), Some(last));
+        log.append_maybe_flush(product![AlgebraicValue::Bytes(vec![1].into())]).expect("append");
+        log.flush_and_sync().expect("flush");
+        drop(log);
+        prop_assert_eq!(ours(&restored).len(), commit + 2);
+        prop_assert_eq!(oracle::last_offset(&restored), Some(last + 1));
+    }
+}
+
+/// A table with fixed columns, strings inside pages, and strings large enough to become blobs.
+fn table(pool: &PagePool, blobs: &mut HashMapBlobStore, rows: std::ops::Range<u64>) -> Table {
+    let column = |position: u16, name: &str, kind| ColumnSchema::for_test(position, name, kind);
+    let columns = vec![column(0, "id", AlgebraicType::U64), column(1, "text", AlgebraicType::String)];
+    let (kind, access) = (StTableType::User, StAccess::Public);
+    let (id, name) = (TableId(4096), "official".into());
+    let schema = TableSchema::new(id, name, columns, vec![], vec![], vec![], kind, access, None, None);
+    let mut table = Table::new(Arc::new(schema), SquashedOffset::COMMITTED_STATE);
+    for id in rows {
+        let len = if id % 97 == 0 { 20_000 } else { id as usize % 300 };
+        let text = format!("{id}:").repeat(len / 2 + 1);
+        table.insert(pool, blobs, &product![id, text.as_str()]).expect("insert");
+    }
+    table
+}
+
+#[test]
+fn snapshots_that_the_official_crate_writes_read_the_same() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (pool, mut blobs) = (PagePool::new_for_test(), HashMapBlobStore::default());
+    let identity = spacetimedb_lib::Identity::from_byte_array([9; 32]);
+    let repository =
+        SnapshotRepository::open(SnapshotsPath::from_path_unchecked(dir.path()), identity, 4).expect("open");
+    let mut first = table(&pool, &mut blobs, 0..3000);
+    repository.create_snapshot(std::iter::once(&mut first), &blobs, 17).expect("the first snapshot");
+    // The second shares the pages that did not change.
+    for id in 3000..4000u64 {
+        first.insert(&pool, &mut blobs, &product![id, "later"]).expect("insert");
+    }
+    let path = repository.create_snapshot(std::iter::once(&mut first), &blobs, 42).expect("the second snapshot");
+
+    for compressed in [false, true] {
+        if compressed {
+            let older = (17, repository.snapshot_dir_path(17));
+            SnapshotRepository::compress_snapshot(None, &older).expect("compress the first");
+            SnapshotRepository::compress_snapshot(Some(&older), &(42, repository.snapshot_dir_path(42)))
+                .expect("compress");
+        }
+        let found = snapshot::list(dir.path()).expect("list");
+        assert_eq!(found.iter().map(|snapshot| snapshot.offset.0).collect::<Vec<_>>(), [17, 42]);
+        for ours in found {
+            let (manifest, _) = ours.manifest().expect("our reading");
+            let offset = manifest.offset.0;
+            let theirs = repository.read_snapshot(offset, &pool).expect("the official reading");
+            assert_eq!(theirs.tx_offset, offset);
+            assert_eq!((manifest.replica_id, manifest.identity.to_string()), (4, identity.to_hex().to_string()));
+            let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+            let official = runtime.block_on(repository.verify_snapshot(offset)).expect("the official check");
+            let mut expected: Vec<[u8; 32]> = official.objects().map(|hash| *hash.as_bytes()).collect();
+            expected.sort_unstable();
+            expected.dedup();
+            let mut hashes: Vec<[u8; 32]> = manifest.objects.iter().map(|(hash, _)| hash.0).collect();
+            hashes.sort_unstable();
+            assert_eq!(hashes, expected);
+            assert!(manifest.objects.iter().any(|(_, kind)| *kind == snapshot::ObjectKind::Blob));
+            for (hash, kind) in &manifest.objects {
+                ours.object(hash, *kind).expect("every object is what its name says");
+            }
+        }
+    }
+    // A snapshot that is being written is not listed, and a damaged page is found.
+    std::fs::write(path.0.with_extension("lock"), "").expect("lock");
+    assert_eq!(snapshot::list(dir.path()).expect("list").len(), 1);
+    let found = snapshot::list(dir.path()).expect("list").remove(0);
+    let (manifest, _) = found.manifest().expect("a manifest");
+    for (hash, kind) in &manifest.objects {
+        let path = found.path().join(snapshot::object_path(hash));
+        let good = std::fs::read(&path).expect("read");
+        let mut bad = good.clone();
+        let middle = bad.len() / 2;
+        bad[middle] ^= 4;
+        std::fs::remove_file(&path).expect("remove");
+        std::fs::write(&path, &bad).expect("write");
+        assert!(found.object(hash, *kind).is_err(), "damage in {hash} is not seen");
+        std::fs::write(&path, &good).expect("write");
+    }
+    assert!(segments(dir.path()).expect("list").is_empty());
+}
