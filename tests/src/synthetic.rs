@@ -14,6 +14,7 @@ pub struct Synthetic {
 }
 
 impl Synthetic {
+    #[expect(clippy::new_without_default, reason = "it makes files")]
     pub fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let synthetic = Self { dir };

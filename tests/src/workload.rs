@@ -31,7 +31,7 @@ impl Random {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut x = self.0;
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -40,7 +40,7 @@ impl Random {
     }
 
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.draw() % n
     }
 }
 
@@ -62,7 +62,7 @@ pub fn next_call(random: &mut Random) -> (&'static str, Value) {
         16..=18 => ("delete_note", json!([random.below(40)])),
         _ => {
             let len = 2000 + random.below(8000);
-            let bytes: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
+            let bytes: Vec<u8> = (0..len).map(|_| random.draw() as u8).collect();
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             ("attach", json!([random.below(6), hex]))
         }

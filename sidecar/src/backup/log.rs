@@ -3,7 +3,7 @@
 //! Whether the log continues the archive is decided by content: the archive's last commits are hashed again from the log.
 //! Where they differ a new timeline begins at the last link that both share, and the old timeline stays as it is.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -321,7 +321,7 @@ async fn shared_links(dir: &Path, header: &LogHeader) -> Result<usize, BackupErr
     Ok(blocking(move || count_shared_links(&dir, &header)).await??)
 }
 
-fn count_shared_links(dir: &PathBuf, header: &LogHeader) -> Result<usize, DataDirError> {
+fn count_shared_links(dir: &Path, header: &LogHeader) -> Result<usize, DataDirError> {
     let mut reader = match LogReader::open(dir, header.first) {
         Ok(reader) => reader,
         // Pruned locally: what is no longer there cannot disagree.

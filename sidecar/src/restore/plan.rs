@@ -204,6 +204,12 @@ async fn plan_database(
         None => newest,
     };
     let chain = repository.log_chain(&point.identity, &timelines, timeline).await?;
+    if chain.entries.is_empty() && point.timeline == timeline {
+        return Err(RestoreError::Unreachable {
+            wanted: point.offset,
+            reason: format!("the whole log of timeline {timeline} is missing; run `inner-universe verify`"),
+        });
+    }
     let (offset, time) = match &request.target {
         Target::Latest => latest(repository, &chain).await?,
         Target::Point(_) | Target::Label(_) => (point.offset, point.time.map(Timestamp::as_microsecond)),

@@ -158,7 +158,7 @@ fn payload(random: &mut Random, n: u64) -> Vec<u8> {
     }
     let mut bytes = text.into_bytes();
     while bytes.len() < PAYLOAD {
-        bytes.extend(random.next().to_le_bytes());
+        bytes.extend(random.draw().to_le_bytes());
     }
     bytes
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use harness::oracle;
 use inner_universe::datadir::commit::Frame;
-use inner_universe::datadir::log::{LogReader, segments};
+use inner_universe::datadir::log::LogReader;
 use inner_universe::datadir::snapshot;
 use inner_universe::ids::Offset;
 use inner_universe::restore::plan::RestoreRequest;
@@ -25,7 +25,7 @@ use spacetimedb_table::indexes::SquashedOffset;
 use spacetimedb_table::page_pool::PagePool;
 use spacetimedb_table::table::Table;
 
-use crate::synthetic::{self, Synthetic, log_of};
+use crate::synthetic::{self, Synthetic, log_of, record};
 
 /// Each commit as both readers must see it: offset, epoch, count, records.
 type Commit = (u64, u64, u16, Vec<u8>);
@@ -58,14 +58,12 @@ proptest! {
         rows in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 2..80),
         per_commit in 1..4u16,
         segment_size in 200..4000u64,
-        version in 0..=1u8,
         epoch in 0..3u64,
         compress in any::<bool>(),
         cut in any::<proptest::sample::Index>(),
     ) {
         let synthetic = Synthetic::new();
         let options = Options {
-            log_format_version: version,
             max_segment_size: segment_size,
             max_records_in_commit: NonZeroU16::new(per_commit).expect("not zero"),
             ..Options::default()
@@ -73,9 +71,7 @@ proptest! {
         {
             let log: Commitlog<ProductValue> =
                 Commitlog::open(CommitLogDir::from_path_unchecked(synthetic.log()), options).expect("open");
-            if version > 0 {
-                log.set_epoch(epoch).expect("set the epoch");
-            }
+            log.set_epoch(epoch).expect("set the epoch");
             for row in &rows {
                 log.append_maybe_flush(product![AlgebraicValue::Bytes(row.clone().into())]).expect("append");
             }
@@ -113,6 +109,17 @@ proptest! {
         prop_assert_eq!(ours(&restored).len(), commit + 2);
         prop_assert_eq!(oracle::last_offset(&restored), Some(last + 1));
     }
+}
+
+/// The official crate still reads version 0 but no longer writes it: it would put an epoch into every commit.
+#[test]
+fn a_log_of_version_0_reads_the_same() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..50).map(|n| record(n * 7, format!("transaction {n}").as_bytes())).collect();
+    synthetic.segment(0, 0, &records[..30]);
+    synthetic.segment(1, 30, &records[30..]);
+    assert_eq!(ours(&synthetic.log()), theirs(&synthetic.log()));
+    assert_eq!(ours(&synthetic.log()).len(), 50);
 }
 
 /// A table with fixed columns, strings inside pages, and strings large enough to become blobs.
@@ -180,16 +187,22 @@ fn snapshots_that_the_official_crate_writes_read_the_same() {
     assert_eq!(snapshot::list(dir.path()).expect("list").len(), 1);
     let found = snapshot::list(dir.path()).expect("list").remove(0);
     let (manifest, _) = found.manifest().expect("a manifest");
+    let mut damaged = 0;
     for (hash, kind) in &manifest.objects {
         let path = found.path().join(snapshot::object_path(hash));
+        let whole = found.object(hash, *kind).expect("an object");
         let good = std::fs::read(&path).expect("read");
         let mut bad = good.clone();
         let middle = bad.len() / 2;
         bad[middle] ^= 4;
         std::fs::remove_file(&path).expect("remove");
         std::fs::write(&path, &bad).expect("write");
-        assert!(found.object(hash, *kind).is_err(), "damage in {hash} is not seen");
+        // A flipped bit may change nothing, in zstd's own framing; other bytes are never handed out.
+        match found.object(hash, *kind) {
+            Ok(bytes) => assert!(bytes == whole, "damage in {hash} is not seen"),
+            Err(_) => damaged += 1,
+        }
         std::fs::write(&path, &good).expect("write");
     }
-    assert!(segments(dir.path()).expect("list").is_empty());
+    assert!(damaged > 0);
 }

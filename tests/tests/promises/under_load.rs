@@ -22,7 +22,7 @@ async fn a_backup_under_load_restores_to_a_consistent_prefix() {
     let stop = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..3)
         .map(|_| {
-            let (client, stop, mut random) = (client.clone(), Arc::clone(&stop), Random::new(random.next()));
+            let (client, stop, mut random) = (client.clone(), Arc::clone(&stop), Random::new(random.draw()));
             tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     workload::run(&client, "ledger", &mut random, 1).await;
