@@ -6,12 +6,12 @@
 #![allow(unused, clippy::all)]
 use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 
-use super::config_import_type::ConfigImport;
+use super::config_type::Config;
 
 #[derive(__lib::ser::Serialize, __lib::de::Deserialize, Clone, PartialEq, Debug)]
 #[sats(crate = __lib)]
 pub(super) struct ImportConfigArgs {
-    pub settings: Vec<ConfigImport>,
+    pub settings: Vec<Config>,
 }
 
 impl From<ImportConfigArgs> for super::Reducer {
@@ -36,7 +36,7 @@ pub trait import_config {
     /// This method returns immediately, and errors only if we are unable to send the request.
     /// The reducer will run asynchronously in the future,
     ///  and its status can be observed by listening for [`Self::on_import_config`] callbacks.
-    fn import_config(&self, settings: Vec<ConfigImport>) -> __sdk::Result<()>;
+    fn import_config(&self, settings: Vec<Config>) -> __sdk::Result<()>;
     /// Register a callback to run whenever we are notified of an invocation of the reducer `import_config`.
     ///
     /// Callbacks should inspect the [`__sdk::ReducerEvent`] contained in the [`super::ReducerEventContext`]
@@ -46,7 +46,7 @@ pub trait import_config {
     /// to cancel the callback.
     fn on_import_config(
         &self,
-        callback: impl FnMut(&super::ReducerEventContext, &Vec<ConfigImport>) + Send + 'static,
+        callback: impl FnMut(&super::ReducerEventContext, &Vec<Config>) + Send + 'static,
     ) -> ImportConfigCallbackId;
     /// Cancel a callback previously registered by [`Self::on_import_config`],
     /// causing it not to run in the future.
@@ -54,12 +54,12 @@ pub trait import_config {
 }
 
 impl import_config for super::RemoteReducers {
-    fn import_config(&self, settings: Vec<ConfigImport>) -> __sdk::Result<()> {
+    fn import_config(&self, settings: Vec<Config>) -> __sdk::Result<()> {
         self.imp.call_reducer("import_config", ImportConfigArgs { settings })
     }
     fn on_import_config(
         &self,
-        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<ConfigImport>) + Send + 'static,
+        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<Config>) + Send + 'static,
     ) -> ImportConfigCallbackId {
         ImportConfigCallbackId(self.imp.on_reducer(
             "import_config",

@@ -6,12 +6,12 @@
 #![allow(unused, clippy::all)]
 use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 
-use super::entity_import_type::EntityImport;
+use super::entity_type::Entity;
 
 #[derive(__lib::ser::Serialize, __lib::de::Deserialize, Clone, PartialEq, Debug)]
 #[sats(crate = __lib)]
 pub(super) struct ImportEntitiesArgs {
-    pub entities: Vec<EntityImport>,
+    pub entities: Vec<Entity>,
 }
 
 impl From<ImportEntitiesArgs> for super::Reducer {
@@ -36,7 +36,7 @@ pub trait import_entities {
     /// This method returns immediately, and errors only if we are unable to send the request.
     /// The reducer will run asynchronously in the future,
     ///  and its status can be observed by listening for [`Self::on_import_entities`] callbacks.
-    fn import_entities(&self, entities: Vec<EntityImport>) -> __sdk::Result<()>;
+    fn import_entities(&self, entities: Vec<Entity>) -> __sdk::Result<()>;
     /// Register a callback to run whenever we are notified of an invocation of the reducer `import_entities`.
     ///
     /// Callbacks should inspect the [`__sdk::ReducerEvent`] contained in the [`super::ReducerEventContext`]
@@ -46,7 +46,7 @@ pub trait import_entities {
     /// to cancel the callback.
     fn on_import_entities(
         &self,
-        callback: impl FnMut(&super::ReducerEventContext, &Vec<EntityImport>) + Send + 'static,
+        callback: impl FnMut(&super::ReducerEventContext, &Vec<Entity>) + Send + 'static,
     ) -> ImportEntitiesCallbackId;
     /// Cancel a callback previously registered by [`Self::on_import_entities`],
     /// causing it not to run in the future.
@@ -54,12 +54,12 @@ pub trait import_entities {
 }
 
 impl import_entities for super::RemoteReducers {
-    fn import_entities(&self, entities: Vec<EntityImport>) -> __sdk::Result<()> {
+    fn import_entities(&self, entities: Vec<Entity>) -> __sdk::Result<()> {
         self.imp.call_reducer("import_entities", ImportEntitiesArgs { entities })
     }
     fn on_import_entities(
         &self,
-        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<EntityImport>) + Send + 'static,
+        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<Entity>) + Send + 'static,
     ) -> ImportEntitiesCallbackId {
         ImportEntitiesCallbackId(self.imp.on_reducer(
             "import_entities",

@@ -6,12 +6,12 @@
 #![allow(unused, clippy::all)]
 use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 
-use super::event_import_type::EventImport;
+use super::event_log_type::EventLog;
 
 #[derive(__lib::ser::Serialize, __lib::de::Deserialize, Clone, PartialEq, Debug)]
 #[sats(crate = __lib)]
 pub(super) struct ImportEventsArgs {
-    pub events: Vec<EventImport>,
+    pub events: Vec<EventLog>,
 }
 
 impl From<ImportEventsArgs> for super::Reducer {
@@ -36,7 +36,7 @@ pub trait import_events {
     /// This method returns immediately, and errors only if we are unable to send the request.
     /// The reducer will run asynchronously in the future,
     ///  and its status can be observed by listening for [`Self::on_import_events`] callbacks.
-    fn import_events(&self, events: Vec<EventImport>) -> __sdk::Result<()>;
+    fn import_events(&self, events: Vec<EventLog>) -> __sdk::Result<()>;
     /// Register a callback to run whenever we are notified of an invocation of the reducer `import_events`.
     ///
     /// Callbacks should inspect the [`__sdk::ReducerEvent`] contained in the [`super::ReducerEventContext`]
@@ -46,7 +46,7 @@ pub trait import_events {
     /// to cancel the callback.
     fn on_import_events(
         &self,
-        callback: impl FnMut(&super::ReducerEventContext, &Vec<EventImport>) + Send + 'static,
+        callback: impl FnMut(&super::ReducerEventContext, &Vec<EventLog>) + Send + 'static,
     ) -> ImportEventsCallbackId;
     /// Cancel a callback previously registered by [`Self::on_import_events`],
     /// causing it not to run in the future.
@@ -54,12 +54,12 @@ pub trait import_events {
 }
 
 impl import_events for super::RemoteReducers {
-    fn import_events(&self, events: Vec<EventImport>) -> __sdk::Result<()> {
+    fn import_events(&self, events: Vec<EventLog>) -> __sdk::Result<()> {
         self.imp.call_reducer("import_events", ImportEventsArgs { events })
     }
     fn on_import_events(
         &self,
-        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<EventImport>) + Send + 'static,
+        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<EventLog>) + Send + 'static,
     ) -> ImportEventsCallbackId {
         ImportEventsCallbackId(self.imp.on_reducer(
             "import_events",

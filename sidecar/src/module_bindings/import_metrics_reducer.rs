@@ -6,12 +6,12 @@
 #![allow(unused, clippy::all)]
 use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 
-use super::metric_import_type::MetricImport;
+use super::metric_type::Metric;
 
 #[derive(__lib::ser::Serialize, __lib::de::Deserialize, Clone, PartialEq, Debug)]
 #[sats(crate = __lib)]
 pub(super) struct ImportMetricsArgs {
-    pub metrics: Vec<MetricImport>,
+    pub metrics: Vec<Metric>,
 }
 
 impl From<ImportMetricsArgs> for super::Reducer {
@@ -36,7 +36,7 @@ pub trait import_metrics {
     /// This method returns immediately, and errors only if we are unable to send the request.
     /// The reducer will run asynchronously in the future,
     ///  and its status can be observed by listening for [`Self::on_import_metrics`] callbacks.
-    fn import_metrics(&self, metrics: Vec<MetricImport>) -> __sdk::Result<()>;
+    fn import_metrics(&self, metrics: Vec<Metric>) -> __sdk::Result<()>;
     /// Register a callback to run whenever we are notified of an invocation of the reducer `import_metrics`.
     ///
     /// Callbacks should inspect the [`__sdk::ReducerEvent`] contained in the [`super::ReducerEventContext`]
@@ -46,7 +46,7 @@ pub trait import_metrics {
     /// to cancel the callback.
     fn on_import_metrics(
         &self,
-        callback: impl FnMut(&super::ReducerEventContext, &Vec<MetricImport>) + Send + 'static,
+        callback: impl FnMut(&super::ReducerEventContext, &Vec<Metric>) + Send + 'static,
     ) -> ImportMetricsCallbackId;
     /// Cancel a callback previously registered by [`Self::on_import_metrics`],
     /// causing it not to run in the future.
@@ -54,12 +54,12 @@ pub trait import_metrics {
 }
 
 impl import_metrics for super::RemoteReducers {
-    fn import_metrics(&self, metrics: Vec<MetricImport>) -> __sdk::Result<()> {
+    fn import_metrics(&self, metrics: Vec<Metric>) -> __sdk::Result<()> {
         self.imp.call_reducer("import_metrics", ImportMetricsArgs { metrics })
     }
     fn on_import_metrics(
         &self,
-        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<MetricImport>) + Send + 'static,
+        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<Metric>) + Send + 'static,
     ) -> ImportMetricsCallbackId {
         ImportMetricsCallbackId(self.imp.on_reducer(
             "import_metrics",

@@ -6,12 +6,12 @@
 #![allow(unused, clippy::all)]
 use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 
-use super::relation_import_type::RelationImport;
+use super::relation_type::Relation;
 
 #[derive(__lib::ser::Serialize, __lib::de::Deserialize, Clone, PartialEq, Debug)]
 #[sats(crate = __lib)]
 pub(super) struct ImportRelationsArgs {
-    pub relations: Vec<RelationImport>,
+    pub relations: Vec<Relation>,
 }
 
 impl From<ImportRelationsArgs> for super::Reducer {
@@ -36,7 +36,7 @@ pub trait import_relations {
     /// This method returns immediately, and errors only if we are unable to send the request.
     /// The reducer will run asynchronously in the future,
     ///  and its status can be observed by listening for [`Self::on_import_relations`] callbacks.
-    fn import_relations(&self, relations: Vec<RelationImport>) -> __sdk::Result<()>;
+    fn import_relations(&self, relations: Vec<Relation>) -> __sdk::Result<()>;
     /// Register a callback to run whenever we are notified of an invocation of the reducer `import_relations`.
     ///
     /// Callbacks should inspect the [`__sdk::ReducerEvent`] contained in the [`super::ReducerEventContext`]
@@ -46,7 +46,7 @@ pub trait import_relations {
     /// to cancel the callback.
     fn on_import_relations(
         &self,
-        callback: impl FnMut(&super::ReducerEventContext, &Vec<RelationImport>) + Send + 'static,
+        callback: impl FnMut(&super::ReducerEventContext, &Vec<Relation>) + Send + 'static,
     ) -> ImportRelationsCallbackId;
     /// Cancel a callback previously registered by [`Self::on_import_relations`],
     /// causing it not to run in the future.
@@ -54,12 +54,12 @@ pub trait import_relations {
 }
 
 impl import_relations for super::RemoteReducers {
-    fn import_relations(&self, relations: Vec<RelationImport>) -> __sdk::Result<()> {
+    fn import_relations(&self, relations: Vec<Relation>) -> __sdk::Result<()> {
         self.imp.call_reducer("import_relations", ImportRelationsArgs { relations })
     }
     fn on_import_relations(
         &self,
-        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<RelationImport>) + Send + 'static,
+        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<Relation>) + Send + 'static,
     ) -> ImportRelationsCallbackId {
         ImportRelationsCallbackId(self.imp.on_reducer(
             "import_relations",

@@ -6,12 +6,12 @@
 #![allow(unused, clippy::all)]
 use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 
-use super::state_version_import_type::StateVersionImport;
+use super::state_version_type::StateVersion;
 
 #[derive(__lib::ser::Serialize, __lib::de::Deserialize, Clone, PartialEq, Debug)]
 #[sats(crate = __lib)]
 pub(super) struct ImportStateVersionsArgs {
-    pub versions: Vec<StateVersionImport>,
+    pub versions: Vec<StateVersion>,
 }
 
 impl From<ImportStateVersionsArgs> for super::Reducer {
@@ -36,7 +36,7 @@ pub trait import_state_versions {
     /// This method returns immediately, and errors only if we are unable to send the request.
     /// The reducer will run asynchronously in the future,
     ///  and its status can be observed by listening for [`Self::on_import_state_versions`] callbacks.
-    fn import_state_versions(&self, versions: Vec<StateVersionImport>) -> __sdk::Result<()>;
+    fn import_state_versions(&self, versions: Vec<StateVersion>) -> __sdk::Result<()>;
     /// Register a callback to run whenever we are notified of an invocation of the reducer `import_state_versions`.
     ///
     /// Callbacks should inspect the [`__sdk::ReducerEvent`] contained in the [`super::ReducerEventContext`]
@@ -46,7 +46,7 @@ pub trait import_state_versions {
     /// to cancel the callback.
     fn on_import_state_versions(
         &self,
-        callback: impl FnMut(&super::ReducerEventContext, &Vec<StateVersionImport>) + Send + 'static,
+        callback: impl FnMut(&super::ReducerEventContext, &Vec<StateVersion>) + Send + 'static,
     ) -> ImportStateVersionsCallbackId;
     /// Cancel a callback previously registered by [`Self::on_import_state_versions`],
     /// causing it not to run in the future.
@@ -54,12 +54,12 @@ pub trait import_state_versions {
 }
 
 impl import_state_versions for super::RemoteReducers {
-    fn import_state_versions(&self, versions: Vec<StateVersionImport>) -> __sdk::Result<()> {
+    fn import_state_versions(&self, versions: Vec<StateVersion>) -> __sdk::Result<()> {
         self.imp.call_reducer("import_state_versions", ImportStateVersionsArgs { versions })
     }
     fn on_import_state_versions(
         &self,
-        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<StateVersionImport>) + Send + 'static,
+        mut callback: impl FnMut(&super::ReducerEventContext, &Vec<StateVersion>) + Send + 'static,
     ) -> ImportStateVersionsCallbackId {
         ImportStateVersionsCallbackId(self.imp.on_reducer(
             "import_state_versions",
