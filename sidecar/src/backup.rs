@@ -26,8 +26,8 @@ use crate::repository::{Repository, RepositoryError, paths};
 pub const DEFAULT_LEVEL: i32 = 3;
 /// Bytes of log or pages in one object, and so the unit of memory and of work.
 pub const OBJECT_SIZE: usize = 4 << 20;
-/// Objects being compressed at once.
-pub const WORKERS: usize = 2;
+/// Objects on their way at once: two being compressed on two cores, others waiting for the store's fsync.
+pub const WORKERS: usize = 4;
 
 /// What can go wrong with a backup.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +45,12 @@ pub enum BackupError {
          or allow it with --allow-plain-keys"
     )]
     PlainKeys,
+    #[error(
+        "database {name} is in the archive and its log is gone from {}; check the data directory: a backup without it would \
+         look complete",
+        path.display()
+    )]
+    LogVanished { name: String, path: PathBuf },
     #[error("a worker of the backup stopped: {0}")]
     Worker(String),
 }
@@ -182,8 +188,17 @@ async fn archive_database(
         work.progress.phase(&format!("snapshot of {name}"), None);
         let found = snapshot::archive(work, database.identity, archive.timeline, tip.last, &replica).await?;
         problems.extend(found.into_iter().map(|problem| format!("database {name}: {problem}")));
-    } else {
+        let timelines = work.repository.timelines(&database.identity).await?;
+        if !work.repository.is_restorable(&database.identity, &timelines, archive.timeline).await? {
+            problems.push(format!(
+                "database {name} cannot be restored from this backup: its log no longer starts at transaction 0 and no \
+                 snapshot could be archived; check the server's snapshots and back up again"
+            ));
+        }
+    } else if work.repository.timelines(&database.identity).await?.is_empty() {
         problems.push(format!("database {name} has no transaction yet and is not in the backup"));
+    } else {
+        return Err(BackupError::LogVanished { name, path: replica.log_path() });
     }
     Ok(archive)
 }

@@ -78,7 +78,8 @@ enum Command {
 pub fn main(cli: Cli) -> ExitCode {
     let output = Output::new(cli.globals.json, cli.globals.quiet);
     output::start_logging(cli.globals.verbose, cli.globals.quiet);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(6).enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(run(cli, &output)),
         Err(error) => Err(Failure::new(ExitStatus::Failed, format!("start the async runtime: {error}"))),

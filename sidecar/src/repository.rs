@@ -252,8 +252,8 @@ impl Repository {
         for id in names.iter().filter_map(|name| name.parse::<TimelineId>().ok()) {
             match self.get_document(&paths::timeline(database, id)).await {
                 Ok(timeline) => timelines.push(timeline),
-                // A folder whose document was never written holds nothing that was promised.
-                Err(RepositoryError::Missing { .. }) => {}
+                // A folder without a document and without log holds nothing that was promised.
+                Err(RepositoryError::Missing { .. }) if self.list(&paths::logs(database, id)).await?.is_empty() => {}
                 Err(error) => return Err(error),
             }
         }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::backup::OBJECT_SIZE;
 use crate::clock::Clock;
 use crate::datadir::control_db::ControlDbCopy;
-use crate::datadir::log::{LogReader, segments};
+use crate::datadir::log::{LogReader, Tail, segments};
 use crate::datadir::{DataDir, DataDirError};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::{Repository, RepositoryError};
@@ -73,7 +73,16 @@ pub async fn status(repository: &Repository, data: &DataDir, clock: &dyn Clock) 
         };
         let end = blocking(move || log_end(&replica.log_path())).await?;
         let end = match end {
-            Ok(end) => end,
+            Ok(Some((offset, time, tail))) => {
+                if let Tail::Unfinished { at, reason } = tail {
+                    report.problems.push(format!(
+                        "database {name}: the log ends at byte {at} of its last segment in something that is no commit \
+                         ({reason}); a write under way or a crash leaves that, a running server would write on"
+                    ));
+                }
+                Some((offset, time))
+            }
+            Ok(None) => None,
             Err(error) => {
                 report.problems.push(format!("database {name}: {error}"));
                 None
@@ -125,15 +134,15 @@ async fn archived_end(
     database: &Identity,
 ) -> Result<Option<(TimelineId, Offset, Option<i64>)>, RepositoryError> {
     let timelines = repository.timelines(database).await?;
-    let Some(newest) = timelines.last() else { return Ok(None) };
-    let chain = repository.log_chain(database, &timelines, newest.timeline).await?;
+    let Some(newest) = repository.newest_timeline(database, &timelines).await? else { return Ok(None) };
+    let chain = repository.log_chain(database, &timelines, newest).await?;
     let Some(entry) = chain.entries.last() else { return Ok(None) };
     let header = repository.log_header(&entry.key).await?;
-    Ok(Some((newest.timeline, header.last, header.times.max)))
+    Ok(Some((newest, header.last, header.times.max)))
 }
 
-/// The last transaction of a log and the last time in it.
-fn log_end(dir: &std::path::Path) -> Result<Option<(Offset, Option<i64>)>, DataDirError> {
+/// The last transaction of a log, the last time in it, and how it ends.
+fn log_end(dir: &std::path::Path) -> Result<Option<(Offset, Option<i64>, Tail)>, DataDirError> {
     let Some(mut first) = segments(dir)?.last().map(|segment| segment.first) else { return Ok(None) };
     loop {
         let mut reader = LogReader::open(dir, first)?;
@@ -143,7 +152,7 @@ fn log_end(dir: &std::path::Path) -> Result<Option<(Offset, Option<i64>)>, DataD
             found = true;
         }
         if found {
-            return Ok(Some((Offset(reader.position().0 - 1), last_time)));
+            return Ok(Some((Offset(reader.position().0 - 1), last_time, reader.tail().clone())));
         }
         // A fresh segment without a commit: the end is in the one before.
         match segments(dir)?.into_iter().rev().find(|segment| segment.first < first) {

@@ -149,7 +149,7 @@ impl Walk<'_> {
                 "restore to an offset before the gap, or put the missing objects back from a copy of the repository",
             );
         }
-        let mut tip: Option<ChainTip> = None;
+        let (mut tip, mut promised) = (None::<ChainTip>, false);
         for entry in &chain.entries {
             if entry.first > point.offset {
                 break;
@@ -171,17 +171,26 @@ impl Walk<'_> {
                     "restore to an offset before it; then take a new backup",
                 );
             }
-            let link = header.links.iter().find(|link| link.last == point.offset);
-            if link.is_some_and(|link| link.chain != point.chain) {
-                self.find(
-                    Severity::Error,
-                    FindingKind::BrokenChain,
-                    &entry.key,
-                    format!("at transaction {} it holds another history than the restore point promises", point.offset),
-                    "take a new backup; restore points before this one may still be good",
-                );
-            }
+            promised |= header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain);
             tip = Some(header.tip());
+        }
+        if !promised && tip.is_some_and(|tip| tip.next > point.offset) {
+            self.find(
+                Severity::Error,
+                FindingKind::BrokenChain,
+                &folder,
+                format!("at transaction {} it holds another history than the restore point promises", point.offset),
+                "take a new backup; restore points before this one may still be good",
+            );
+        }
+        if !self.repository.is_restorable(&point.identity, timelines, point.timeline).await? {
+            self.find(
+                Severity::Error,
+                FindingKind::Gap,
+                &folder,
+                format!("the log of database {} does not start at transaction 0 and no snapshot is kept", point.name),
+                "take a new backup while the server has a complete snapshot",
+            );
         }
         Ok(())
     }

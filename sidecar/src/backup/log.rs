@@ -62,8 +62,15 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
     };
     let (tip, tail) = upload(work, database, from.timeline, from.tip, dir).await?;
     let mut problems = from.problems;
-    if let Tail::Unfinished { at, reason } = tail {
-        tracing::debug!(at, reason, "the log ends in an unfinished commit");
+    if let Tail::Unfinished { at, reason } = tail
+        && is_stuck(dir, tip.next, at).await?
+    {
+        problems.push(format!(
+            "the log ends at byte {at} of its last segment in something that is no commit ({reason}); after a crash the \
+             server drops it at its next start, but if the server runs and writes on, the segment is damaged and nothing \
+             after transaction {} is archived",
+            tip.next.0.saturating_sub(1)
+        ));
     }
     if tip.next.0 == 0 || (tip.next == from.tip.next && !from.has_past) {
         problems.push("the log is empty".into());
@@ -71,6 +78,19 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
     }
     let tip = Tip { last: Offset(tip.next.0 - 1), chain: tip.chain, time: tip.max_time };
     Ok(LogArchive { timeline: from.timeline, tip: Some(tip), problems })
+}
+
+/// Is the broken end that was seen still there after a while? A write under way would be whole by then.
+async fn is_stuck(dir: &Path, next: Offset, at: u64) -> Result<bool, BackupError> {
+    tokio::task::yield_now().await;
+    let dir = dir.to_owned();
+    Ok(blocking(move || {
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let mut reader = LogReader::open(&dir, next)?;
+        let more = reader.next_batch(1, &mut Vec::new())?;
+        Ok::<_, DataDirError>(more.is_none() && matches!(reader.tail(), Tail::Unfinished { at: now, .. } if *now == at))
+    })
+    .await??)
 }
 
 /// Reads the log from the tip on, compresses on several threads, and uploads in order.
@@ -187,12 +207,24 @@ async fn find_continuation(
         return begin(work, database, Beginning::root(TimelineId::FIRST, TimelineReason::First, start)).await.map(Some);
     };
     let next_id = TimelineId(current.timeline.0 + 1);
-    let chain = repository.log_chain(&database, &timelines, current.timeline).await?;
-    if let Some((missing, found)) = chain.hole {
-        let reason = format!("transactions {missing} to {} are missing from the archive", found.0.saturating_sub(1));
-        return Err(
-            RepositoryError::Damaged { key: paths::logs(&database, current.timeline).to_string(), reason }.into()
-        );
+    let mut chain = repository.log_chain(&database, &timelines, current.timeline).await?;
+    let mut lost = chain.hole.map(|(missing, found)| {
+        format!(
+            "transactions {missing} to {} are missing from timeline {}",
+            found.0.saturating_sub(1),
+            current.timeline
+        )
+    });
+    // What is lost or damaged at the end cannot be continued; what lies before can.
+    while let Some(entry) = chain.entries.last() {
+        match repository.log_header(&entry.key).await {
+            Ok(_) => break,
+            Err(error) if error.is_permanent() => {
+                lost = Some(error.to_string());
+                chain.entries.pop();
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
     let Some(tail) = chain.entries.last() else {
         // The timeline was begun and nothing archived on it yet: begin where it says, or anew if that is gone.
@@ -215,16 +247,21 @@ async fn find_continuation(
         return Ok(Some(begun));
     }
     let tail_header = repository.log_header(&tail.key).await?;
-    if shared_links(dir, &tail_header).await? == tail_header.links.len() {
+    if lost.is_none() && shared_links(dir, &tail_header).await? == Some(tail_header.links.len()) {
         let (timeline, tip) = (current.timeline, tail_header.tip());
         return Ok(Some(Continuation { timeline, tip, has_past: true, problems: Vec::new() }));
     }
-    let fork = find_fork(repository, dir, &chain.entries).await?;
+    let fork = find_fork(repository, dir, &chain.entries, first_segment.first).await?;
     let mut begun = match fork {
         Some((parent, tip)) => begin(work, database, Beginning::fork(next_id, parent, tip)).await?,
         None => begin(work, database, Beginning::root(next_id, TimelineReason::Fork, first_segment.first)).await?,
     };
     begun.problems.push(match fork {
+        Some((parent, tip)) if lost.is_some() => format!(
+            "{}; timeline {next_id} goes on after transaction {} of timeline {parent}",
+            lost.unwrap_or_default(),
+            tip.next.0.saturating_sub(1)
+        ),
         Some((parent, tip)) => format!(
             "the log no longer continues what is archived on timeline {parent}; timeline {next_id} starts after \
              transaction {}, and timeline {parent} stays restorable",
@@ -289,18 +326,19 @@ async fn begin(work: &Work, database: Identity, beginning: Beginning) -> Result<
 }
 
 /// The youngest object and link that the log at `dir` still agrees with. Objects before it agree too, since each link's
-/// hash covers the one before; so the search halves.
+/// hash covers the one before; so the search halves. Objects that lie wholly before the log's start prove nothing.
 async fn find_fork(
     repository: &Repository,
     dir: &Path,
     entries: &[LogEntry],
+    log_start: Offset,
 ) -> Result<Option<(TimelineId, ChainTip)>, BackupError> {
-    let (mut agree, mut differ) = (0, entries.len());
+    let (mut agree, mut differ) = (entries.partition_point(|entry| entry.last < log_start), entries.len());
     let mut best = None;
     while agree < differ {
         let middle = agree + (differ - agree) / 2;
         let header = repository.log_header(&entries[middle].key).await?;
-        let shared = shared_links(dir, &header).await?;
+        let shared = shared_links(dir, &header).await?.unwrap_or(0);
         if let Some(link) = shared.checked_sub(1).map(|last| header.links[last]) {
             // A time of a link inside an object is not known alone; the object's is an upper bound, as times are.
             let tip = ChainTip { next: Offset(link.last.0 + 1), chain: link.chain, max_time: header.times.max };
@@ -315,21 +353,24 @@ async fn find_fork(
     Ok(best)
 }
 
-/// How many of an object's links the log at `dir` agrees with, from the first on.
-async fn shared_links(dir: &Path, header: &LogHeader) -> Result<usize, BackupError> {
+/// How many of an object's links the log at `dir` agrees with, from the first on; `None` when the log starts after it.
+async fn shared_links(dir: &Path, header: &LogHeader) -> Result<Option<usize>, BackupError> {
     let (dir, header) = (dir.to_owned(), header.clone());
-    Ok(blocking(move || count_shared_links(&dir, &header)).await??)
+    Ok(blocking(move || match segments(&dir)?.first() {
+        Some(segment) if segment.first > header.last => Ok(None),
+        Some(segment) if segment.first > header.first => {
+            count_links_by_last_commit(&dir, &header, segment.first).map(Some)
+        }
+        Some(_) => count_links_by_chain(&dir, &header).map(Some),
+        None => Ok(Some(0)),
+    })
+    .await?
+    .map_err(|error: DataDirError| error)?)
 }
 
-fn count_shared_links(dir: &Path, header: &LogHeader) -> Result<usize, DataDirError> {
-    let mut reader = match LogReader::open(dir, header.first) {
-        Ok(reader) => reader,
-        // Pruned locally: what is no longer there cannot disagree.
-        Err(DataDirError::Gone { first, .. }) => {
-            return Ok(header.links.iter().filter(|link| link.last < first).count());
-        }
-        Err(error) => return Err(error),
-    };
+/// The log reaches back to the object's start: every byte is compared.
+fn count_links_by_chain(dir: &Path, header: &LogHeader) -> Result<usize, DataDirError> {
+    let mut reader = LogReader::open(dir, header.first)?;
     if reader.position() != header.first {
         return Ok(0);
     }
@@ -350,4 +391,23 @@ fn count_shared_links(dir: &Path, header: &LogHeader) -> Result<usize, DataDirEr
         pending.drain(..wanted);
     }
     Ok(header.links.len())
+}
+
+/// The log was pruned and starts inside the object: the last commit of each link is compared, which carries offset, time
+/// and caller.
+fn count_links_by_last_commit(dir: &Path, header: &LogHeader, log_start: Offset) -> Result<usize, DataDirError> {
+    for (index, expected) in header.links.iter().enumerate().rev() {
+        if expected.last < log_start {
+            break;
+        }
+        let mut reader = LogReader::open(dir, expected.last)?;
+        let mut commit = Vec::new();
+        if let Some(batch) = reader.next_batch(1, &mut commit)?
+            && batch.last == expected.last
+            && ContentHash::of(&commit) == expected.last_commit
+        {
+            return Ok(index + 1);
+        }
+    }
+    Ok(0)
 }

@@ -70,8 +70,16 @@ impl Known {
                 }
                 // The newest snapshot names every object it needs, so older ones add little to what can be shared.
                 if known.packs.is_empty() {
-                    let newest = work.repository.snapshot(&database, ancestor.timeline, offset).await?;
+                    let newest = match work.repository.snapshot(&database, ancestor.timeline, offset).await {
+                        Ok(newest) => newest,
+                        // Nothing can be shared with what is damaged.
+                        Err(error) if error.is_permanent() => continue,
+                        Err(error) => return Err(error.into()),
+                    };
                     for pack in newest.packs {
+                        if !work.repository.exists(&paths::pack(&database, pack.pack)).await? {
+                            continue;
+                        }
                         let place = (pack.pack, pack.stored_bytes);
                         known.packs.extend(pack.entries.into_iter().map(|entry| (entry, place)));
                     }

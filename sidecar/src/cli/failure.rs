@@ -84,7 +84,7 @@ impl From<BackupError> for Failure {
             BackupError::Repository(error) => of_repository(error),
             BackupError::Instance(error) => of_instance(error),
             BackupError::PlainKeys => ExitStatus::Usage,
-            BackupError::Empty(_) | BackupError::Worker(_) => ExitStatus::Failed,
+            BackupError::Empty(_) | BackupError::LogVanished { .. } | BackupError::Worker(_) => ExitStatus::Failed,
         };
         Self::new(status, error)
     }

@@ -31,6 +31,9 @@ pub struct RestoreArgs {
     /// Where captured token keys go; DIR.keys when left out
     #[arg(long, value_name = "DIR")]
     key_dir: Option<PathBuf>,
+    /// Replay the whole log instead of starting from a snapshot: slower, and needs no snapshot to be whole
+    #[arg(long)]
+    no_snapshot: bool,
     /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -63,7 +66,12 @@ struct PlannedDatabase {
 
 pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus, Failure> {
     let repository = context.repository().await?;
-    let request = RestoreRequest { target: args.to.clone(), databases: args.database, timeline: args.timeline };
+    let request = RestoreRequest {
+        target: args.to.clone(),
+        databases: args.database,
+        timeline: args.timeline,
+        no_snapshot: args.no_snapshot,
+    };
     let plan = plan::plan(&repository, &request).await?;
     warn(context, &plan, &args.to);
     if args.dry_run {

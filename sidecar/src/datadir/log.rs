@@ -410,7 +410,10 @@ impl OpenSegment {
                 if filled.commits > 0 && filled.len >= max_bytes {
                     return Ok(Filling::Full);
                 }
-                if self.read_more(buffer, (wanted - unread).clamp(READ_SIZE.min(max_bytes), READ_SIZE))? > 0 {
+                let missing = (wanted - unread) as u64;
+                if (missing <= READ_SIZE as u64 || self.may_hold(missing)?)
+                    && self.read_more(buffer, (wanted - unread).clamp(READ_SIZE.min(max_bytes), READ_SIZE))? > 0
+                {
                     continue;
                 }
                 buffer.truncate(before);
@@ -420,6 +423,18 @@ impl OpenSegment {
             }
             let at = self.read - unread as u64;
             return self.end(buffer, filled, Tail::Unfinished { at, reason: tail });
+        }
+    }
+
+    /// Can the file hold so many bytes more? A damaged length must not make us read all that is left into memory.
+    fn may_hold(&self, more: u64) -> Result<bool, DataDirError> {
+        let path = &self.file.path;
+        match &self.source {
+            Source::Plain(file) => {
+                let len = file.metadata().on("inspect", path)?.len();
+                Ok(self.read.checked_add(more).is_some_and(|end| end <= len))
+            }
+            Source::Zstd(_) => Ok(true),
         }
     }
 

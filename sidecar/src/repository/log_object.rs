@@ -17,7 +17,7 @@ const MAGIC: [u8; 8] = *b"IULOG\r\n\x1a";
 const VERSION: u16 = 1;
 const FLAG_SEALED: u16 = 1;
 const FIXED_LEN: usize = 192;
-const LINK_LEN: usize = 48;
+const LINK_LEN: usize = 80;
 const HASH_LEN: usize = 32;
 /// Where the header's length stands.
 const LEN_AT: usize = 12;
@@ -54,6 +54,8 @@ pub struct Link {
     pub last: Offset,
     pub raw_len: u64,
     pub chain: ContentHash,
+    /// The hash of the last commit alone: what a log that starts inside the run can still be compared with.
+    pub last_commit: ContentHash,
 }
 
 /// Where a chain stands: what the next object continues.
@@ -89,6 +91,16 @@ pub fn link(previous: &ContentHash, commits: &[u8]) -> ContentHash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&previous.0).update(commits);
     ContentHash(*hasher.finalize().as_bytes())
+}
+
+/// The hash of the last of a run of commits.
+pub fn last_commit(log_version: u8, commits: &[u8]) -> ContentHash {
+    let (mut at, mut last) = (0, &commits[..0]);
+    while let Frame::Commit(commit) = Frame::parse(log_version, &commits[at..]) {
+        at += commit.bytes.len();
+        last = commit.bytes;
+    }
+    ContentHash::of(last)
 }
 
 /// What an object is made from.
@@ -129,7 +141,12 @@ impl LogContent<'_> {
             body_len: body.len() as u64,
             previous_chain: self.before.chain,
             body_hash: ContentHash::of(&body),
-            links: vec![Link { last: self.batch.last, raw_len: self.commits.len() as u64, chain: self.after.chain }],
+            links: vec![Link {
+                last: self.batch.last,
+                raw_len: self.commits.len() as u64,
+                chain: self.after.chain,
+                last_commit: last_commit(self.batch.log_version, self.commits),
+            }],
             len: 0,
         };
         let mut bytes = header.to_bytes();
@@ -172,6 +189,7 @@ impl LogHeader {
             bytes.extend_from_slice(&link.last.0.to_le_bytes());
             bytes.extend_from_slice(&link.raw_len.to_le_bytes());
             bytes.extend_from_slice(&link.chain.0);
+            bytes.extend_from_slice(&link.last_commit.0);
         }
         let hash = ContentHash::of(&bytes);
         bytes.extend_from_slice(&hash.0);
@@ -229,9 +247,11 @@ impl LogHeader {
                 last: Offset(cursor.u64("a link's last offset")?),
                 raw_len: cursor.u64("a link's length")?,
                 chain: ContentHash(cursor.array("a link's chain hash")?),
+                last_commit: ContentHash(cursor.array("a link's last commit's hash")?),
             });
         }
         let ordered = first <= last
+            && last.0 < u64::MAX
             && links.windows(2).all(|pair| pair[0].last < pair[1].last)
             && links.first().is_some_and(|link| link.last >= first)
             && links.last().is_some_and(|link| link.last == last);
@@ -294,12 +314,14 @@ pub fn decode(key: &Key, object: &[u8], keys: &Keyring) -> Result<(LogHeader, Ve
     Ok((header, commits))
 }
 
+/// No object holds more; it bounds what a crafted header can make us allocate.
+const MAX_RAW_LEN: u64 = 4 << 30;
+
 fn decompress(compressed: &[u8], raw_len: u64) -> std::io::Result<Vec<u8>> {
-    use std::io::Read;
-    // One byte more than promised, so that too long a body shows.
-    let mut plain = Vec::with_capacity(usize::try_from(raw_len).unwrap_or(0).min(64 << 20));
-    zstd::Decoder::new(compressed)?.take(raw_len.saturating_add(1)).read_to_end(&mut plain)?;
-    Ok(plain)
+    match usize::try_from(raw_len) {
+        Ok(len) if raw_len <= MAX_RAW_LEN => zstd::bulk::decompress(compressed, len),
+        _ => Err(std::io::Error::other(format!("it claims {raw_len} bytes, more than any object holds"))),
+    }
 }
 
 fn check_commits(header: &LogHeader, commits: &[u8]) -> Result<(), Malformed> {

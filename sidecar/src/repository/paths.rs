@@ -36,7 +36,7 @@ pub fn log(database: &Identity, timeline: TimelineId, level: u8, first: Offset, 
 pub fn parse_log(key: &Key) -> Option<(Offset, Offset)> {
     let (first, last) = key.filename()?.strip_suffix(LOG_SUFFIX)?.split_once('-')?;
     let (first, last) = (Offset::from_padded(first).ok()?, Offset::from_padded(last).ok()?);
-    (first <= last).then_some((first, last))
+    (first <= last && last.0 < u64::MAX).then_some((first, last))
 }
 
 pub fn snapshots(database: &Identity, timeline: TimelineId) -> Key {

@@ -88,6 +88,47 @@ impl Repository {
         Ok(assemble(rows))
     }
 
+    /// The newest timeline with log of its own. One that was begun and never written to promises nothing.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn newest_timeline(
+        &self,
+        database: &Identity,
+        timelines: &[Timeline],
+    ) -> Result<Option<TimelineId>, RepositoryError> {
+        for timeline in timelines.iter().rev() {
+            if !self.list(&paths::logs(database, timeline.timeline)).await?.is_empty() {
+                return Ok(Some(timeline.timeline));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Can anything be restored from this history? A log that starts after transaction 0 needs a snapshot.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn is_restorable(
+        &self,
+        database: &Identity,
+        timelines: &[Timeline],
+        id: TimelineId,
+    ) -> Result<bool, RepositoryError> {
+        let line = ancestry(timelines, id);
+        if line.last().is_some_and(|(root, _)| root.start == Offset(0)) {
+            return Ok(true);
+        }
+        for (timeline, until) in &line {
+            let snapshots = self.snapshots(database, timeline.timeline).await?;
+            let start = line.last().map_or(Offset(0), |(root, _)| root.start);
+            if snapshots.iter().any(|found| *found >= start && until.is_none_or(|until| *found <= until)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Reads the header of a log object.
     ///
     /// # Errors

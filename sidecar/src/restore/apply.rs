@@ -84,7 +84,7 @@ pub async fn apply(
     fs::create_dir_all(&parent).on("create", &parent)?;
     check_space(&parent, plan, options.force)?;
 
-    let staging = Staging::create(&options.data_dir)?;
+    let staging = Staging::create(&options.data_dir, &key_dir)?;
     let tally = Arc::new(Tally::default());
     let build = Build { repository, staging: &staging, tally: &tally, progress: &progress };
     let has_keys = build.run(plan).await.map_err(RestoreError::with_disk_full)?;
@@ -96,7 +96,15 @@ pub async fn apply(
         blocking(move || sync_file_system(&data)).await?.map_err(|error| RestoreError::from(error).with_disk_full())?;
     }
 
+    // A long restore leaves time to start a server where it should go.
+    let before = if before == Before::Something { inspect_target(options)? } else { before };
     // From here on only renames, each durable. A crash between them leaves both directories whole under telling names.
+    if has_keys {
+        if key_dir.exists() {
+            fs::remove_dir(&key_dir).on("remove the empty", &key_dir)?;
+        }
+        durable::rename(&staging.keys, &key_dir)?;
+    }
     let moved_aside = match before {
         Before::Nothing => None,
         Before::EmptyDir => {
@@ -110,10 +118,12 @@ pub async fn apply(
             Some(aside)
         }
     };
-    if has_keys {
-        durable::rename(&staging.keys, &key_dir)?;
+    if let Err(error) = durable::rename(&staging.data, &options.data_dir) {
+        if let Some(aside) = &moved_aside {
+            durable::rename(aside, &options.data_dir)?;
+        }
+        return Err(error.into());
     }
-    durable::rename(&staging.data, &options.data_dir)?;
     staging.done();
     Ok(RestoreReport {
         data_dir: options.data_dir.clone(),
@@ -200,11 +210,12 @@ struct Staging {
 }
 
 impl Staging {
-    fn create(target: &Path) -> Result<Self, FileError> {
+    /// Both beside where they go, since a rename stays within one file system.
+    fn create(target: &Path, key_dir: &Path) -> Result<Self, FileError> {
         let id = ulid::Ulid::new();
         let staging = Self {
             data: beside(target, &format!(".restoring-{id}")),
-            keys: beside(target, &format!(".restoring-{id}.keys")),
+            keys: beside(key_dir, &format!(".restoring-{id}")),
             keep: false,
         };
         fs::create_dir(&staging.data).on("create", &staging.data)?;
@@ -391,11 +402,17 @@ struct SegmentWriter {
     from: Offset,
     until: Offset,
     open: Option<(File, PathBuf, u8, u64)>,
+    unsynced: u64,
+    /// The disk writes while we decode on, instead of all at the end.
+    syncing: Option<std::thread::JoinHandle<std::io::Result<()>>>,
 }
+
+/// Bytes written between two calls for the disk to start.
+const SYNC_STEP: u64 = 64 << 20;
 
 impl SegmentWriter {
     fn new(dir: &Path, from: Offset, until: Offset) -> Self {
-        Self { dir: dir.to_owned(), from, until, open: None }
+        Self { dir: dir.to_owned(), from, until, open: None, unsynced: 0, syncing: None }
     }
 
     fn write(&mut self, log_version: u8, commits: &[u8]) -> Result<(), FileError> {
@@ -426,12 +443,30 @@ impl SegmentWriter {
         if let Some((file, path, _, len)) = &mut self.open {
             file.write_all(bytes).on("write", path)?;
             *len += bytes.len() as u64;
+            self.unsynced += bytes.len() as u64;
+            if self.unsynced >= SYNC_STEP {
+                self.unsynced = 0;
+                let again = file.try_clone().on("reopen", path)?;
+                let path = path.clone();
+                self.finish_sync(&path)?;
+                self.syncing = Some(std::thread::spawn(move || again.sync_data()));
+            }
         }
         Ok(())
     }
 
+    fn finish_sync(&mut self, path: &Path) -> Result<(), FileError> {
+        match self.syncing.take().map(std::thread::JoinHandle::join) {
+            Some(Ok(result)) => result.on("sync", path),
+            // The sync of the whole file system comes anyway.
+            Some(Err(_)) | None => Ok(()),
+        }
+    }
+
     /// A log without a segment would be a database without a transaction.
-    fn finish(self) -> Result<(), RestoreError> {
+    fn finish(mut self) -> Result<(), RestoreError> {
+        let dir = self.dir.clone();
+        self.finish_sync(&dir)?;
         match self.open {
             Some(_) => Ok(()),
             None => Err(RestoreError::Unreachable {

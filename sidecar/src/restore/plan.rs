@@ -37,8 +37,8 @@ pub struct DatabasePlan {
     pub offset: Offset,
     pub time: Option<Timestamp>,
     pub snapshot: Option<SnapshotManifest>,
-    /// The first transaction of the log that is written; it reaches back to the snapshot's own, which the server needs to
-    /// accept the snapshot.
+    /// The first transaction of the log that is written. It reaches back to the snapshot's own, which the server needs to
+    /// accept the snapshot, and on to the start of a link, so that the next backup can prove that it continues the archive.
     pub log_from: Offset,
     pub log: Vec<LogEntry>,
 }
@@ -50,6 +50,8 @@ pub struct RestoreRequest {
     /// Names or identities; empty for all.
     pub databases: Vec<String>,
     pub timeline: Option<TimelineId>,
+    /// Replay the whole log instead of starting from a snapshot.
+    pub no_snapshot: bool,
 }
 
 /// Makes the plan. Nothing is written.
@@ -73,10 +75,25 @@ pub async fn plan(repository: &Repository, request: &RestoreRequest) -> Result<R
     }
     let mut plan = RestorePlan { instance, databases: Vec::new(), left_out: Vec::new(), bytes_to_read: 0 };
     for database in chosen {
-        match plan_database(repository, &database, request).await {
+        match plan_database(repository, &database, &points, request).await {
             Ok(part) => plan.databases.push(part),
-            Err(RestoreError::NothingToRestore(reason)) => plan.left_out.push(format!("{}: {reason}", database.name)),
+            // A database need not have existed at a time; by every other target, and by name, it is asked for.
+            Err(RestoreError::NothingToRestore(reason))
+                if matches!(request.target, Target::Time(_)) && request.databases.is_empty() =>
+            {
+                plan.left_out.push(format!("{}: {reason}", database.name));
+            }
             Err(error) => return Err(error),
+        }
+    }
+    if matches!(request.target, Target::Time(_)) && request.databases.is_empty() {
+        let here = |database: &DatabasePoint| plan.instance.databases.iter().any(|d| d.identity == database.identity);
+        let later = points.iter().filter(|point| point.id > plan.instance.id).flat_map(|point| &point.databases);
+        for database in later.filter(|database| !here(database)) {
+            let text = format!("{}: it is in later restore points only", database.name);
+            if !plan.left_out.contains(&text) {
+                plan.left_out.push(text);
+            }
         }
     }
     if plan.databases.is_empty() {
@@ -182,11 +199,12 @@ fn choose_databases(
 async fn plan_database(
     repository: &Repository,
     point: &DatabasePoint,
+    points: &[RestorePoint],
     request: &RestoreRequest,
 ) -> Result<DatabasePlan, RestoreError> {
     let timelines = repository.timelines(&point.identity).await?;
     let fixed = matches!(request.target, Target::Label(_) | Target::Point(_));
-    let newest = timelines.last().map_or(point.timeline, |timeline| timeline.timeline);
+    let newest = repository.newest_timeline(&point.identity, &timelines).await?.unwrap_or(point.timeline);
     let timeline = match request.timeline {
         Some(id) if !timelines.iter().any(|timeline| timeline.timeline == id) => {
             let known: Vec<_> = timelines.iter().map(|timeline| timeline.timeline.to_string()).collect();
@@ -217,18 +235,8 @@ async fn plan_database(
         Target::Time(time) => at_time(repository, &chain, *time).await?,
     };
     let reachable = reachable(&chain, timeline)?;
-    // The newest restore point promised more than there is: less must not pass for all.
-    if matches!(request.target, Target::Latest | Target::Time(_))
-        && offset == reachable
-        && point.timeline == timeline
-        && reachable < point.offset
-    {
-        return Err(RestoreError::Unreachable {
-            wanted: point.offset,
-            reason: format!(
-                "transactions after {reachable} are missing; `--to offset:{reachable}` restores what is there"
-            ),
-        });
+    if matches!(request.target, Target::Latest | Target::Time(_)) && offset == reachable {
+        all_promised_is_there(points, point, &timelines, timeline, &chain)?;
     }
     if offset > reachable {
         let reason = match chain.hole {
@@ -245,12 +253,21 @@ async fn plan_database(
             RestoreError::NothingToRestore(format!("transaction {offset} is not archived: {reason}"))
         });
     }
+    if fixed {
+        chain_is_as_promised(repository, point, &chain).await?;
+    }
     let (offset, time) = match request.target {
         Target::Offset(_) => at_offset(repository, &chain, offset).await?,
         _ => (offset, time),
     };
-    let snapshot = choose_snapshot(repository, &point.identity, &timelines, timeline, &chain, offset).await?;
-    let log_from = snapshot.as_ref().map_or(Offset(0), |snapshot| snapshot.offset);
+    let snapshot = match request.no_snapshot {
+        true => None,
+        false => choose_snapshot(repository, &point.identity, &timelines, timeline, &chain, offset).await?,
+    };
+    let log_from = match &snapshot {
+        Some(snapshot) => start_of_link(repository, &chain, snapshot.offset).await?,
+        None => Offset(0),
+    };
     let log = chain.range(log_from, offset).to_vec();
     if log.first().is_none_or(|entry| entry.first > log_from) {
         return Err(RestoreError::NothingToRestore(format!(
@@ -272,6 +289,54 @@ async fn plan_database(
     })
 }
 
+/// What ends where the archive ends must be all there ever was: less must not pass for everything.
+fn all_promised_is_there(
+    points: &[RestorePoint],
+    database: &DatabasePoint,
+    timelines: &[Timeline],
+    timeline: TimelineId,
+    chain: &LogChain,
+) -> Result<(), RestoreError> {
+    let reachable = reachable(chain, timeline)?;
+    let line = ancestry(timelines, timeline);
+    let on_line = |point: &&DatabasePoint| {
+        point.identity == database.identity
+            && line.iter().any(|(ancestor, until)| {
+                ancestor.timeline == point.timeline && until.is_none_or(|until| point.offset <= until)
+            })
+    };
+    let promised = points.iter().flat_map(|point| &point.databases).filter(on_line).map(|point| point.offset).max();
+    let missing = promised.filter(|promised| *promised > reachable).or(chain.hole.map(|(missing, _)| missing));
+    match missing {
+        None => Ok(()),
+        Some(wanted) => Err(RestoreError::Unreachable {
+            wanted,
+            reason: format!(
+                "transactions after {reachable} are missing from timeline {timeline}; `--to offset:{reachable}` restores \
+                 what is there"
+            ),
+        }),
+    }
+}
+
+/// A restore point names the chain at its offset: the same offset of another history is not it.
+async fn chain_is_as_promised(
+    repository: &Repository,
+    point: &DatabasePoint,
+    chain: &LogChain,
+) -> Result<(), RestoreError> {
+    let Some(entry) = chain.range(point.offset, point.offset).first() else { return Ok(()) };
+    let header = repository.log_header(&entry.key).await?;
+    let matches = header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain);
+    if matches {
+        return Ok(());
+    }
+    Err(RestoreError::Unreachable {
+        wanted: point.offset,
+        reason: format!("{} holds another history than the restore point; run `inner-universe verify`", entry.key),
+    })
+}
+
 fn reachable(chain: &LogChain, timeline: TimelineId) -> Result<Offset, RestoreError> {
     chain.last().ok_or_else(|| {
         RestoreError::NothingToRestore(match chain.hole {
@@ -281,16 +346,18 @@ fn reachable(chain: &LogChain, timeline: TimelineId) -> Result<Offset, RestoreEr
     })
 }
 
+/// The first transaction of the link that holds `offset`.
+async fn start_of_link(repository: &Repository, chain: &LogChain, offset: Offset) -> Result<Offset, RestoreError> {
+    let Some(entry) = chain.range(offset, offset).first() else { return Ok(offset) };
+    let header = repository.log_header(&entry.key).await?;
+    let before = header.links.iter().rev().find(|link| link.last < offset);
+    Ok(before.map_or(header.first, |link| Offset(link.last.0 + 1)))
+}
+
 async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Option<i64>), RestoreError> {
     let Some(entry) = chain.entries.last() else {
         return Err(RestoreError::NothingToRestore("nothing is archived".into()));
     };
-    if let Some((missing, found)) = chain.hole {
-        let missing_to = found.0.saturating_sub(1);
-        let reason =
-            format!("transactions {missing} to {missing_to} are missing; `--to offset:{}` is the last", entry.last);
-        return Err(RestoreError::Unreachable { wanted: found, reason });
-    }
     let header = repository.log_header(&entry.key).await?;
     Ok((header.last, header.times.max))
 }

@@ -220,6 +220,64 @@ fn objects_that_are_cut_flipped_or_missing() {
     backed_up.restore(&target).ok();
 }
 
+#[test]
+fn less_than_was_promised_never_passes_for_everything() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..30).map(|n| record(n * 1_000_000, b"payload")).collect();
+    let sidecar = Sidecar::at(&synthetic.dir.path().join("repository"));
+    for end in [10, 20, 30] {
+        synthetic.segment(1, 0, &records[..end]);
+        sidecar.backup(&synthetic.path());
+    }
+    let target = synthetic.dir.path().join("restored");
+    let restore = |to: &str| sidecar.run(["restore", "--data-dir", path(&target), "--to", to]);
+    let logs: Vec<_> = files(&synthetic.dir.path().join("repository"))
+        .into_iter()
+        .filter(|file| path(file).ends_with(".iulog"))
+        .collect();
+    let after_all = "time:2030-01-01T00:00:00Z";
+    for lost in [&logs[1], &logs[2]] {
+        let bytes = std::fs::read(lost).expect("read");
+        std::fs::remove_file(lost).expect("lose");
+        for to in ["latest", after_all] {
+            assert!(restore(to).fails_with(1).contains("are missing"), "{to}");
+            assert!(!target.exists());
+        }
+        // What lies before the loss is still to be had, by offset and by time.
+        for to in ["offset:9", "time:1970-01-01T00:00:05Z"] {
+            restore(to).ok();
+            std::fs::remove_dir_all(&target).expect("remove");
+        }
+        std::fs::write(lost, bytes).expect("put back");
+    }
+    // A backup goes on although the archive has lost its middle: on a new timeline, and it says so.
+    std::fs::remove_file(&logs[1]).expect("lose");
+    let report = sidecar.backup(&synthetic.path());
+    assert_eq!(report["databases"][0]["timeline"], 2);
+    assert!(report["problems"][0].as_str().is_some_and(|problem| problem.contains("are missing")), "{report}");
+    restore("latest").ok();
+    // A log that is gone is not a backup without it.
+    std::fs::remove_dir_all(synthetic.log()).expect("remove");
+    let run = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]);
+    assert!(run.fails_with(1).contains("its log is gone"));
+}
+
+#[test]
+fn damage_at_the_end_of_a_log_that_stays_is_reported() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..30).map(|n| record(n, b"payload")).collect();
+    let segment = synthetic.segment(1, 0, &records);
+    let mut bytes = std::fs::read(&segment).expect("read");
+    let late = bytes.len() - 200;
+    bytes[late] ^= 1;
+    std::fs::write(&segment, bytes).expect("write");
+    let sidecar = Sidecar::at(&synthetic.dir.path().join("repository"));
+    let report = sidecar.backup(&synthetic.path());
+    assert!(report["problems"][0].as_str().is_some_and(|problem| problem.contains("no commit")), "{report}");
+    let status = sidecar.run(["status", "--data-dir", path(&synthetic.path())]).ok();
+    assert!(status["problems"][0].as_str().is_some_and(|problem| problem.contains("no commit")), "{status}");
+}
+
 /// A small file system of its own, unmounted at the end.
 struct SmallDisk(PathBuf);
 

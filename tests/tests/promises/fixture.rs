@@ -109,3 +109,47 @@ fn it_is_backed_up_and_restored_at_every_snapshot_and_between() {
         std::fs::remove_dir_all(&target).expect("remove");
     }
 }
+
+#[test]
+fn a_restored_or_pruned_log_continues_its_timeline() {
+    let fixture = Fixture::unpack();
+    let data = fixture.data();
+    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"));
+    sidecar.backup(&data);
+    let no_problems = |report: &Value| {
+        assert_eq!(report["problems"].as_array().map(Vec::len), Some(0), "{report}");
+        assert_eq!(report["databases"][0]["timeline"], 1);
+        assert_eq!(report["databases"][0]["offset"], fixture.last());
+    };
+    // What was restored starts at a snapshot, in the middle of what is archived.
+    let restored = fixture.scratch.path().join("restored");
+    sidecar.restore(&restored, "latest");
+    let replica = DataDir::open(&restored).expect("open").replicas().expect("replicas").remove(0);
+    assert!(segments(&replica.log_path()).expect("list")[0].first > Offset(0), "a snapshot is used");
+    no_problems(&sidecar.backup(&restored));
+    // A pruned log starts at a segment, which is no place where an archived object starts.
+    let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
+    let newest = snapshot::list(&replica.snapshots_path()).expect("list").pop().expect("a snapshot").offset;
+    let all = segments(&replica.log_path()).expect("list");
+    for pair in all.windows(2).filter(|pair| pair[1].first <= newest) {
+        std::fs::remove_file(&pair[0].path).expect("prune");
+    }
+    no_problems(&sidecar.backup(&data));
+    // And if it then goes on otherwise, it forks, and the old end stays restorable.
+    let last = segments(&replica.log_path()).expect("list").pop().expect("a segment");
+    let bytes = std::fs::read(&last.path).expect("read");
+    std::fs::write(&last.path, &bytes[..bytes.len() / 2]).expect("cut");
+    let report = sidecar.backup(&data);
+    assert_eq!(report["databases"][0]["timeline"], 2, "{report}");
+    let offset = report["databases"][0]["offset"].as_u64().expect("an offset");
+    assert!(offset < fixture.last());
+    let again = fixture.scratch.path().join("again");
+    assert_eq!(sidecar.restore(&again, "latest")["databases"][0]["offset"], offset);
+    std::fs::remove_dir_all(&again).expect("remove");
+    let run = ["restore", "--data-dir", path(&again), "--timeline", "1"];
+    assert_eq!(sidecar.run(run).ok()["databases"][0]["offset"], fixture.last());
+    std::fs::remove_dir_all(&again).expect("remove");
+    let run = ["restore", "--data-dir", path(&again), "--timeline", "1", "--to", "offset:100", "--no-snapshot"];
+    sidecar.run(run).ok();
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+}
