@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::backup::OBJECT_SIZE;
+use crate::backup::READ_SIZE;
 use crate::clock::Clock;
 use crate::datadir::control_db::ControlDbCopy;
 use crate::datadir::log::{LogReader, Tail, segments};
@@ -147,7 +147,7 @@ fn log_end(dir: &std::path::Path) -> Result<Option<(Offset, Option<i64>, Tail)>,
     loop {
         let mut reader = LogReader::open(dir, first)?;
         let (mut buffer, mut last_time, mut found) = (Vec::new(), None, false);
-        while let Some(batch) = reader.next_batch(OBJECT_SIZE, &mut buffer)? {
+        while let Some(batch) = reader.next_batch(READ_SIZE, &mut buffer)? {
             last_time = batch.times.last.or(last_time);
             found = true;
         }

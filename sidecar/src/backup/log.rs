@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use object_store::path::Path as Key;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use crate::backup::{BackupError, OBJECT_SIZE, WORKERS, Work, blocking};
+use crate::backup::{BackupError, OBJECT_SIZE, READ_SIZE, WORKERS, Work, blocking};
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
@@ -102,9 +102,11 @@ async fn upload(
     dir: &Path,
 ) -> Result<(ChainTip, Tail), BackupError> {
     let (sender, receiver) = mpsc::channel::<Run>(1);
+    let room = Arc::new(Semaphore::new(WORKERS));
     let reader = {
         let dir = dir.to_owned();
-        tokio::task::spawn_blocking(move || read_runs(&dir, from, &sender))
+        let handle = tokio::runtime::Handle::current();
+        tokio::task::spawn_blocking(move || read_runs(&dir, from, &sender, &room, &handle))
     };
     let encoded =
         futures::stream::unfold(
@@ -134,6 +136,8 @@ struct Run {
     before: ChainTip,
     after: ChainTip,
     commits: Vec<u8>,
+    /// Held until the commits are compressed: it bounds how many runs are in memory.
+    _room: OwnedSemaphorePermit,
 }
 
 impl Run {
@@ -156,18 +160,26 @@ impl Run {
     }
 }
 
-fn read_runs(dir: &Path, from: ChainTip, sender: &mpsc::Sender<Run>) -> Result<(ChainTip, Tail), DataDirError> {
+fn read_runs(
+    dir: &Path,
+    from: ChainTip,
+    sender: &mpsc::Sender<Run>,
+    room: &Arc<Semaphore>,
+    handle: &tokio::runtime::Handle,
+) -> Result<(ChainTip, Tail), DataDirError> {
     let mut reader = LogReader::open(dir, from.next)?;
     let mut tip = from;
     loop {
-        let mut commits = Vec::with_capacity(OBJECT_SIZE);
+        // The semaphore is never closed; without a permit there would be nothing to read for.
+        let Ok(permit) = handle.block_on(Arc::clone(room).acquire_owned()) else { break };
+        let mut commits = Vec::with_capacity(OBJECT_SIZE + READ_SIZE);
         let Some(batch) = reader.next_batch(OBJECT_SIZE, &mut commits)? else { break };
         if batch.first != tip.next {
             return Err(DataDirError::Gap { path: dir.to_owned(), expected: tip.next, found: batch.first });
         }
         let after = tip.extend(&batch, &commits);
         let at_end = reader.at_end();
-        if sender.blocking_send(Run { batch, before: tip, after, commits }).is_err() {
+        if sender.blocking_send(Run { batch, before: tip, after, commits, _room: permit }).is_err() {
             // The uploader gave up and says why itself.
             break;
         }
@@ -379,7 +391,7 @@ fn count_links_by_chain(dir: &Path, header: &LogHeader) -> Result<usize, DataDir
     for (agreed, expected) in header.links.iter().enumerate() {
         let wanted = usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
         while pending.len() < wanted {
-            match reader.next_batch(OBJECT_SIZE.min(wanted - pending.len()), &mut batch_bytes)? {
+            match reader.next_batch(READ_SIZE.min(wanted - pending.len()), &mut batch_bytes)? {
                 Some(_) => pending.extend_from_slice(&batch_bytes),
                 None => return Ok(agreed),
             }

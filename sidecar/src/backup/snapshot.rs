@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use tokio::sync::mpsc;
 
-use crate::backup::{BackupError, OBJECT_SIZE, WORKERS, Work, blocking};
+use crate::backup::{BackupError, WORKERS, Work, blocking};
 use crate::datadir::snapshot::{self, Manifest, ObjectKind, SnapshotDir};
 use crate::datadir::{DataDirError, ReplicaDir};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
@@ -15,6 +15,8 @@ use crate::repository::pack::{EntryKind, PackBuilder};
 use crate::repository::timeline::ancestry;
 use crate::repository::{RepositoryError, paths};
 
+/// Bytes of pages in one pack; a restore reads a pack for any page of it.
+const PACK_SIZE: usize = 4 << 20;
 /// The server may delete a snapshot while we read it; then the next newest is tried.
 const ATTEMPTS: usize = 3;
 
@@ -180,7 +182,7 @@ fn read_objects(
     builder.add(ContentHash::of(native), EntryKind::Manifest, native);
     for (hash, kind) in objects {
         let bytes = source.object(hash, *kind)?;
-        if builder.raw_len() + bytes.len() > OBJECT_SIZE
+        if builder.raw_len() + bytes.len() > PACK_SIZE
             && !builder.is_empty()
             && sender.blocking_send(std::mem::take(&mut builder)).is_err()
         {

@@ -29,6 +29,8 @@ pub struct Batch {
     pub last: Offset,
     pub commits: u64,
     pub times: Times,
+    /// Bytes of the last commit.
+    pub last_len: usize,
 }
 
 /// The server's times inside a run of commits, microseconds since the Unix epoch; `None` where no commit had inputs.
@@ -303,6 +305,7 @@ struct Filled {
     last: Offset,
     commits: u64,
     times: Times,
+    last_len: usize,
     /// Bytes of whole commits at the start of the buffer.
     len: usize,
     /// Leave the commit that holds this offset unread.
@@ -313,7 +316,14 @@ struct Filled {
 impl Filled {
     fn into_batch(self) -> Option<Batch> {
         let first = self.first?;
-        Some(Batch { log_version: self.log_version, first, last: self.last, commits: self.commits, times: self.times })
+        Some(Batch {
+            log_version: self.log_version,
+            first,
+            last: self.last,
+            commits: self.commits,
+            times: self.times,
+            last_len: self.last_len,
+        })
     }
 }
 
@@ -395,6 +405,7 @@ impl OpenSegment {
                     filled.first.get_or_insert(commit.first);
                     filled.last = commit.last();
                     filled.commits += 1;
+                    filled.last_len = commit.bytes.len();
                     filled.len += commit.bytes.len();
                     *next = Offset(commit.last().0 + 1);
                     continue;

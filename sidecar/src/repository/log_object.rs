@@ -93,16 +93,6 @@ pub fn link(previous: &ContentHash, commits: &[u8]) -> ContentHash {
     ContentHash(*hasher.finalize().as_bytes())
 }
 
-/// The hash of the last of a run of commits.
-pub fn last_commit(log_version: u8, commits: &[u8]) -> ContentHash {
-    let (mut at, mut last) = (0, &commits[..0]);
-    while let Frame::Commit(commit) = Frame::parse(log_version, &commits[at..]) {
-        at += commit.bytes.len();
-        last = commit.bytes;
-    }
-    ContentHash::of(last)
-}
-
 /// What an object is made from.
 pub struct LogContent<'a> {
     pub database: Identity,
@@ -145,7 +135,7 @@ impl LogContent<'_> {
                 last: self.batch.last,
                 raw_len: self.commits.len() as u64,
                 chain: self.after.chain,
-                last_commit: last_commit(self.batch.log_version, self.commits),
+                last_commit: ContentHash::of(&self.commits[self.commits.len().saturating_sub(self.batch.last_len)..]),
             }],
             len: 0,
         };
@@ -371,7 +361,14 @@ mod tests {
             (5..9).flat_map(|offset| encode(1, Offset(offset), 0, 1, b"\0the same text again and again")).collect();
         let database = Identity([1; 32]);
         let before = ChainTip::origin(&database, Offset(5));
-        let batch = Batch { log_version: 1, first: Offset(5), last: Offset(8), commits: 4, times: Times::default() };
+        let batch = Batch {
+            log_version: 1,
+            first: Offset(5),
+            last: Offset(8),
+            commits: 4,
+            times: Times::default(),
+            last_len: commits.len() / 4,
+        };
         let after = before.extend(&batch, &commits);
         let content = LogContent {
             database,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
-use crate::backup::{DatabaseReport, WORKERS};
+use crate::backup::DatabaseReport;
 use crate::clock::{Clock, Stopwatch};
 use crate::datadir::commit::{Frame, SegmentHeader};
 use crate::datadir::lock::{self, ServerLock};
@@ -27,6 +27,8 @@ use crate::restore::{RestoreError, check};
 
 /// As large as the server makes its segments by default.
 const SEGMENT_SIZE: u64 = 1 << 30;
+/// Objects decoded at once, on two cores.
+const AHEAD: usize = 2;
 /// What a restore takes on disk beyond the decompressed log, at the least: indexes, directories, the instance.
 const HEADROOM: u64 = 16 << 20;
 
@@ -334,7 +336,7 @@ impl Build<'_> {
                     .await?
                 }
             })
-            .try_buffer_unordered(WORKERS);
+            .try_buffer_unordered(AHEAD);
         while let Some(written) = writes.try_next().await? {
             self.tally.wrote(written);
         }
@@ -352,7 +354,7 @@ impl Build<'_> {
                 let keys = self.repository.keys.clone();
                 blocking(move || log_object::decode(&entry.key, &bytes, &keys)).await?.map_err(RestoreError::from)
             })
-            .buffered(WORKERS);
+            .buffered(AHEAD);
         let mut tip: Option<ContentHash> = None;
         while let Some((header, commits)) = decoded.try_next().await? {
             if header.database != database.identity {

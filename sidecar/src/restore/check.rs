@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::backup::OBJECT_SIZE;
+use crate::backup::READ_SIZE;
 use crate::datadir::log::{LogReader, Tail, segments};
 use crate::datadir::{DataDir, DataDirError, snapshot};
 use crate::ids::Offset;
@@ -36,8 +36,8 @@ fn check_log(dir: &Path, last: Offset) -> Result<(), String> {
         return Err("the log is empty".into());
     }
     let mut reader = LogReader::open_first(dir).map_err(text)?;
-    let mut buffer = Vec::with_capacity(OBJECT_SIZE);
-    while reader.next_batch(OBJECT_SIZE, &mut buffer).map_err(text)?.is_some() {}
+    let mut buffer = Vec::with_capacity(READ_SIZE);
+    while reader.next_batch(READ_SIZE, &mut buffer).map_err(text)?.is_some() {}
     if reader.position().0 != last.0 + 1 {
         return Err(format!("the log ends before transaction {} instead of after {last}", reader.position()));
     }
