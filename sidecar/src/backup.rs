@@ -24,13 +24,12 @@ use crate::repository::{Repository, RepositoryError, paths};
 
 /// zstd's own default: what a first backup is measured against.
 pub const DEFAULT_LEVEL: i32 = 3;
-/// Bytes of log or pages in one object, and so the unit of memory and of work. Objects are made durable one after another,
-/// so small ones would wait for the disk more than they work.
-pub const OBJECT_SIZE: usize = 8 << 20;
+/// Bytes of log in one object, and so the unit of memory and of work.
+pub const OBJECT_SIZE: usize = 4 << 20;
 /// Bytes read at a time where nothing is kept.
 pub const READ_SIZE: usize = 1 << 20;
-/// Objects on their way at once: two being compressed on two cores, one waiting for the store's fsync.
-pub const WORKERS: usize = 3;
+/// Objects being compressed at once.
+pub const WORKERS: usize = 2;
 
 /// What can go wrong with a backup.
 #[derive(Debug, thiserror::Error)]

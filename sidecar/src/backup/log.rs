@@ -102,7 +102,8 @@ async fn upload(
     dir: &Path,
 ) -> Result<(ChainTip, Tail), BackupError> {
     let (sender, receiver) = mpsc::channel::<Run>(1);
-    let room = Arc::new(Semaphore::new(WORKERS));
+    // One more than is being compressed, so that the reader is always ahead.
+    let room = Arc::new(Semaphore::new(WORKERS + 1));
     let reader = {
         let dir = dir.to_owned();
         let handle = tokio::runtime::Handle::current();
