@@ -22,8 +22,8 @@ use crate::repository::instance::{Capture, InstanceError};
 use crate::repository::manifest::{self, DatabasePoint, RestorePoint};
 use crate::repository::{Repository, RepositoryError, paths};
 
-/// zstd's own default: what a first backup is measured against.
-pub const DEFAULT_LEVEL: i32 = 3;
+/// zstd level. Commits are short and alike: level 3 takes twice the time of level 1 and saves one percent.
+pub const DEFAULT_LEVEL: i32 = 1;
 /// Bytes of log in one object, and so the unit of memory and of work.
 pub const OBJECT_SIZE: usize = 4 << 20;
 /// Bytes read at a time where nothing is kept.

@@ -120,15 +120,35 @@ async fn upload(
         })
         .buffered(WORKERS);
     let mut encoded = std::pin::pin!(encoded);
+    // The store's fsync and the compression do not wait for each other.
+    let (sender, receiver) = mpsc::channel::<Encoded>(1);
+    let writer = tokio::spawn(write_in_order(Arc::clone(work), receiver));
     while let Some(object) = encoded.next().await {
-        let (key, bytes, raw_len) = object??;
+        if sender.send(object??).await.is_err() {
+            break;
+        }
+    }
+    drop(sender);
+    writer.await.map_err(|error| BackupError::Worker(error.to_string()))??;
+    reader.await.map_err(|error| BackupError::Worker(error.to_string()))?.map_err(Into::into)
+}
+
+/// A log object on its way to the store.
+struct Encoded {
+    key: Key,
+    bytes: Vec<u8>,
+    raw_len: usize,
+}
+
+async fn write_in_order(work: Arc<Work>, mut objects: mpsc::Receiver<Encoded>) -> Result<(), RepositoryError> {
+    while let Some(Encoded { key, bytes, raw_len }) = objects.recv().await {
         let len = bytes.len();
         put_log(&work.repository, &key, bytes).await?;
         work.tally.wrote_object(len);
         work.tally.read(raw_len);
         work.progress.advance(raw_len as u64);
     }
-    reader.await.map_err(|error| BackupError::Worker(error.to_string()))?.map_err(Into::into)
+    Ok(())
 }
 
 /// Commits on their way from the log to an object.
@@ -142,12 +162,7 @@ struct Run {
 }
 
 impl Run {
-    fn encode(
-        self,
-        work: &Work,
-        database: Identity,
-        timeline: TimelineId,
-    ) -> Result<(Key, Vec<u8>, usize), BackupError> {
+    fn encode(self, work: &Work, database: Identity, timeline: TimelineId) -> Result<Encoded, BackupError> {
         let content = LogContent {
             database,
             timeline,
@@ -157,7 +172,8 @@ impl Run {
             archived_at: work.clock.now().as_microsecond(),
             commits: &self.commits,
         };
-        Ok((content.key(), content.encode(work.level, &work.repository.keys)?, self.commits.len()))
+        let bytes = content.encode(work.level, &work.repository.keys)?;
+        Ok(Encoded { key: content.key(), bytes, raw_len: self.commits.len() })
     }
 }
 

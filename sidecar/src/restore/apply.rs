@@ -355,23 +355,40 @@ impl Build<'_> {
                 blocking(move || log_object::decode(&entry.key, &bytes, &keys)).await?.map_err(RestoreError::from)
             })
             .buffered(AHEAD);
-        let mut tip: Option<ContentHash> = None;
-        while let Some((header, commits)) = decoded.try_next().await? {
-            if header.database != database.identity {
-                let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
-                return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
+        // The disk's writes and the decoding do not wait for each other.
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<(u8, Vec<u8>)>(1);
+        let writer = tokio::task::spawn_blocking(move || {
+            while let Some((log_version, commits)) = receiver.blocking_recv() {
+                segments.write(log_version, &commits)?;
             }
-            if tip.replace(header.tip().chain).is_some_and(|before| before != header.previous_chain) {
-                return Err(RestoreError::Unreachable {
-                    wanted: header.first,
-                    reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
-                });
+            segments.finish()
+        });
+        let feed = async {
+            let mut tip: Option<ContentHash> = None;
+            while let Some((header, commits)) = decoded.try_next().await? {
+                if header.database != database.identity {
+                    let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
+                    return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
+                }
+                if tip.replace(header.tip().chain).is_some_and(|before| before != header.previous_chain) {
+                    return Err(RestoreError::Unreachable {
+                        wanted: header.first,
+                        reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
+                    });
+                }
+                self.tally.wrote(commits.len());
+                if sender.send((header.log_version, commits)).await.is_err() {
+                    // The writer gave up and says why itself.
+                    break;
+                }
             }
-            self.tally.wrote(commits.len());
-            segments = blocking(move || segments.write(header.log_version, &commits).map(|()| segments)).await??;
-        }
-        segments.finish()?;
-        Ok(())
+            Ok::<_, RestoreError>(())
+        };
+        let fed = feed.await;
+        drop(sender);
+        // Waited for in any case: nothing may still be written while a failed restore is cleared away.
+        let written = writer.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
+        fed.and(written)
     }
 }
 
