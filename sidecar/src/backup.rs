@@ -9,8 +9,10 @@ pub mod snapshot;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::backup::log::LogArchive;
 use crate::clock::{Clock, Stopwatch};
@@ -19,6 +21,7 @@ use crate::datadir::{DataDir, DataDirError};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::{Progress, Tally};
 use crate::repository::instance::{Capture, InstanceError};
+use crate::repository::log_object::ChainTip;
 use crate::repository::manifest::{self, DatabasePoint, RestorePoint};
 use crate::repository::{Repository, RepositoryError, paths};
 
@@ -53,6 +56,8 @@ pub enum BackupError {
         path.display()
     )]
     LogVanished { name: String, path: PathBuf },
+    #[error("database {name} is not archived up to now: {reason}")]
+    NotFollowed { name: String, reason: String },
     #[error("a worker of the backup stopped: {0}")]
     Worker(String),
 }
@@ -69,7 +74,7 @@ pub struct BackupOptions {
 }
 
 /// What a backup did. Field names are stable.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackupReport {
     pub restore_point: RestorePointId,
     pub label: Option<String>,
@@ -83,7 +88,7 @@ pub struct BackupReport {
 }
 
 /// Where one database stands, in a backup's or restore's report.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DatabaseReport {
     pub identity: Identity,
     pub name: String,
@@ -99,6 +104,43 @@ pub(crate) struct Work {
     pub progress: Arc<dyn Progress>,
     pub tally: Arc<Tally>,
     pub level: i32,
+    pub observer: Arc<dyn Observer>,
+}
+
+/// Told whenever the archive of a database has grown and what was added is durable.
+pub trait Observer: Send + Sync {
+    fn archived(&self, database: Identity, timeline: TimelineId, tip: &ChainTip, stored_bytes: usize);
+}
+
+/// Tells nobody.
+pub struct Unobserved;
+
+impl Observer for Unobserved {
+    fn archived(&self, _: Identity, _: TimelineId, _: &ChainTip, _: usize) {}
+}
+
+/// How a restore point gets at a database's archive: by archiving the log itself, or by asking who follows it.
+pub(crate) trait LogSource: Sync {
+    fn archive<'a>(
+        &'a self,
+        work: &'a Arc<Work>,
+        database: &'a Database,
+        dir: PathBuf,
+    ) -> BoxFuture<'a, Result<LogArchive, BackupError>>;
+}
+
+/// Archives the log itself.
+struct Direct;
+
+impl LogSource for Direct {
+    fn archive<'a>(
+        &'a self,
+        work: &'a Arc<Work>,
+        database: &'a Database,
+        dir: PathBuf,
+    ) -> BoxFuture<'a, Result<LogArchive, BackupError>> {
+        async move { log::archive(work, database.identity, &dir).await }.boxed()
+    }
 }
 
 /// Archives what is new and makes a restore point.
@@ -112,17 +154,28 @@ pub async fn create(
     clock: Arc<dyn Clock>,
     progress: Arc<dyn Progress>,
 ) -> Result<BackupReport, BackupError> {
-    let stopwatch = Stopwatch::start();
-    if options.key_dir.is_some() && !repository.keys.seals() && !options.allow_plain_keys {
-        return Err(BackupError::PlainKeys);
-    }
     let work = Arc::new(Work {
         repository: repository.clone(),
         clock,
         progress,
         tally: Arc::new(Tally::default()),
         level: options.level.unwrap_or(DEFAULT_LEVEL),
+        observer: Arc::new(Unobserved),
     });
+    create_from(&work, &Direct, data, options).await
+}
+
+/// As [`create`], with the logs' archives from `source`.
+pub(crate) async fn create_from(
+    work: &Arc<Work>,
+    source: &dyn LogSource,
+    data: &DataDir,
+    options: &BackupOptions,
+) -> Result<BackupReport, BackupError> {
+    let stopwatch = Stopwatch::start();
+    if options.key_dir.is_some() && !work.repository.keys.seals() && !options.allow_plain_keys {
+        return Err(BackupError::PlainKeys);
+    }
     let mut problems = Vec::new();
     let mut archived: Vec<(Identity, LogArchive)> = Vec::new();
     // A database that appears while we work is found in the next copy, and then archived as well.
@@ -138,7 +191,7 @@ pub async fn create(
             break control;
         }
         for database in new {
-            let archive = archive_database(&work, data, &database, &mut problems).await?;
+            let archive = archive_database(work, source, data, &database, &mut problems).await?;
             archived.push((database.identity, archive));
         }
     };
@@ -147,7 +200,7 @@ pub async fn create(
     if points.is_empty() {
         return Err(BackupError::Empty(data.root().to_owned()));
     }
-    let point = seal_restore_point(&work, data, control, points, options).await?;
+    let point = seal_restore_point(work, data, control, points, options).await?;
     Ok(BackupReport {
         restore_point: point.id,
         label: point.label,
@@ -174,6 +227,7 @@ impl DatabaseReport {
 
 async fn archive_database(
     work: &Arc<Work>,
+    source: &dyn LogSource,
     data: &DataDir,
     database: &Database,
     problems: &mut Vec<String>,
@@ -184,7 +238,7 @@ async fn archive_database(
         return Ok(LogArchive::default());
     };
     work.progress.phase(&format!("log of {name}"), None);
-    let archive = log::archive(work, database.identity, &replica.log_path()).await?;
+    let archive = source.archive(work, database, replica.log_path()).await?;
     problems.extend(archive.problems.iter().map(|problem| format!("database {name}: {problem}")));
     if let Some(tip) = &archive.tip {
         work.progress.phase(&format!("snapshot of {name}"), None);

@@ -4,11 +4,13 @@
 //! [`ExitStatus`].
 
 mod backup;
+mod config;
 mod failure;
 mod key;
 mod output;
 mod progress;
 mod restore;
+mod run;
 mod status;
 mod verify;
 
@@ -21,6 +23,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::Output;
 use crate::clock::{Clock, SystemClock};
+use crate::config::Config;
+use crate::config::load::{self, Loaded};
 use crate::datadir::DataDir;
 use crate::repository::Repository;
 use crate::repository::crypto::Keyring;
@@ -37,8 +41,11 @@ pub struct Cli {
 
 #[derive(Debug, Args)]
 struct Globals {
-    /// Where backups are kept: file:///absolute/path
-    #[arg(long, global = true, env = "INNER_UNIVERSE__REPOSITORY__URL", value_name = "URL")]
+    /// The configuration: a file in TOML, JSON or YAML
+    #[arg(long, global = true, env = "INNER_UNIVERSE_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where backups are kept: file:///absolute/path, s3://bucket/prefix, gs:// or az://
+    #[arg(long, global = true, value_name = "URL")]
     repository: Option<String>,
     /// A file with age identities that open an encrypted repository; may be given several times
     #[arg(long, global = true, value_name = "FILE")]
@@ -56,6 +63,8 @@ struct Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Archive continuously, keep schedules, and, after `--`, start and watch the server
+    Run(run::RunArgs),
     /// Take, list and show restore points
     Backup {
         #[command(subcommand)]
@@ -67,6 +76,11 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// What is archived, and how far it lags behind the log
     Status(status::StatusArgs),
+    /// Check, describe and show the configuration
+    Config {
+        #[command(subcommand)]
+        command: config::ConfigCommand,
+    },
     /// Keys for client-side encryption
     Key {
         #[command(subcommand)]
@@ -77,7 +91,8 @@ enum Command {
 /// Runs a parsed command line and returns its exit code.
 pub fn main(cli: Cli) -> ExitCode {
     let output = Output::new(cli.globals.json, cli.globals.quiet);
-    output::start_logging(cli.globals.verbose, cli.globals.quiet);
+    let daemon = matches!(cli.command, Command::Run(_));
+    output::start_logging(cli.globals.verbose + u8::from(daemon), cli.globals.quiet);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(6).enable_all().build();
     let result = match runtime {
@@ -94,49 +109,104 @@ pub fn main(cli: Cli) -> ExitCode {
 }
 
 async fn run(cli: Cli, output: &Output) -> Result<ExitStatus, Failure> {
-    let context = Context { globals: cli.globals, output, clock: Arc::new(SystemClock) };
+    let loaded = cli.globals.load();
+    if let Command::Config { command } = cli.command {
+        return config::run(output, command, loaded);
+    }
+    let loaded = loaded.map_err(|error| Failure::usage(format!("the configuration is wrong: {error}")))?;
+    let context = Context { loaded, output, clock: Arc::new(SystemClock) };
     match cli.command {
+        Command::Run(args) => run::run(&context, args).await,
         Command::Backup { command } => backup::run(&context, command).await,
         Command::Restore(args) => restore::run(&context, args).await,
         Command::Verify(args) => verify::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
+        Command::Config { .. } => Ok(ExitStatus::Ok),
         Command::Key { command } => key::run(&context, command),
+    }
+}
+
+impl Globals {
+    /// The file, then the environment, then the flags that stand for keys.
+    fn load(&self) -> Result<Loaded, load::ConfigError> {
+        let mut flags = Vec::new();
+        if let Some(url) = &self.repository {
+            flags.push(("repository.url", url.as_str().into(), "--repository"));
+        }
+        if !self.identity.is_empty() {
+            let files: Vec<_> = self.identity.iter().map(|path| path.display().to_string()).collect();
+            flags.push(("repository.identity_files", files.into(), "--identity"));
+        }
+        let environment =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        load::load(self.config.as_deref(), environment, &flags)
     }
 }
 
 /// What every verb needs.
 struct Context<'a> {
-    globals: Globals,
+    loaded: Loaded,
     output: &'a Output,
     clock: Arc<dyn Clock>,
 }
 
 impl Context<'_> {
+    fn config(&self) -> &Config {
+        &self.loaded.config
+    }
+
     fn url(&self) -> Result<&str, Failure> {
-        self.globals.repository.as_deref().ok_or_else(|| {
-            Failure::usage("no repository is named; give --repository URL or set INNER_UNIVERSE__REPOSITORY__URL")
+        self.config().repository.url.as_deref().ok_or_else(|| {
+            Failure::usage("no repository is named; give --repository URL, or set repository.url in the configuration")
         })
     }
 
+    /// Keys to write a repository with: `recipients`, or else those of the configuration.
     fn keyring(&self, recipients: &[String]) -> Result<Keyring, Failure> {
-        Ok(Keyring::new(recipients, &self.globals.identity)?)
+        let config = &self.config().repository;
+        let recipients = if recipients.is_empty() { &config.recipients } else { recipients };
+        Ok(Keyring::new(recipients, &config.identity_files)?)
     }
 
+    /// The repository, to read.
     async fn repository(&self) -> Result<Repository, Failure> {
-        Ok(Repository::open(self.url()?, self.keyring(&[])?).await?)
+        let keys = Keyring::new(&[], &self.config().repository.identity_files)?;
+        Ok(Repository::open(self.url()?, &self.config().repository, keys).await?)
+    }
+
+    /// The repository, to write; made if it is not there.
+    async fn writable(&self, keys: Keyring) -> Result<Repository, Failure> {
+        let url = self.url()?;
+        let repository = Repository::open_or_create(url, &self.config().repository, keys, self.clock.as_ref()).await?;
+        let conditional = repository.conditional();
+        if !conditional.create || !conditional.update {
+            self.output.warn(
+                "the store ignores conditional writes: two sidecars that start in the same second could both write; run \
+                 only one, or use a store that honours If-None-Match and If-Match",
+            );
+        }
+        Ok(repository)
     }
 }
 
 /// The data directory, under either of its names.
 #[derive(Debug, Args)]
 struct DataDirArg {
-    /// The server's data directory
-    #[arg(long, alias = "db-path", env = "INNER_UNIVERSE__SPACETIMEDB_CONFIG__DB_PATH", value_name = "DIR")]
-    data_dir: PathBuf,
+    /// The server's data directory; spacetimedb_config.db_path when left out
+    #[arg(long, alias = "db-path", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
 }
 
 impl DataDirArg {
-    fn open(&self) -> Result<DataDir, Failure> {
-        Ok(DataDir::open(&self.data_dir)?)
+    fn path(&self, context: &Context<'_>) -> Result<PathBuf, Failure> {
+        self.data_dir.clone().or_else(|| context.config().spacetimedb_config.db_path.clone()).ok_or_else(|| {
+            Failure::usage(
+                "no data directory is named; give --data-dir DIR, or set spacetimedb_config.db_path in the configuration",
+            )
+        })
+    }
+
+    fn open(&self, context: &Context<'_>) -> Result<DataDir, Failure> {
+        Ok(DataDir::open(&self.path(context)?)?)
     }
 }

@@ -1,10 +1,15 @@
 //! The only room that asks what time it is, so that tests can turn the clock.
 
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use jiff::Timestamp;
 
-/// Wall-clock time, for names and reports; never for measuring how long something took.
+/// Wall-clock time, for names and reports; never for measuring how long something took. And sleep, which tests can shorten.
 pub trait Clock: Send + Sync {
     fn now(&self) -> Timestamp;
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()>;
 }
 
 /// The machine's clock.
@@ -14,6 +19,11 @@ impl Clock for SystemClock {
     #[expect(clippy::disallowed_methods, reason = "this is the room of the wall clock")]
     fn now(&self) -> Timestamp {
         Timestamp::now()
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is the room of the clock")]
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        tokio::time::sleep(duration).boxed()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Writes that survive a power cut: data, then fsync, then rename, then fsync of the parent.
 //!
-//! Nothing here overwrites: every call that could refuses instead.
+//! Nothing here overwrites but [`replace`]: every other call that could refuses instead.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -70,6 +70,21 @@ pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
     }
     fs::rename(from, to).on("rename", from)?;
     sync_dir(&parent(to))
+}
+
+/// Replaces a file's content at once: after a crash the old or the new content is there, whole.
+///
+/// # Errors
+/// When the new file cannot be written or renamed.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
+    name.push(".new");
+    let new = parent(path).join(name);
+    let mut file = File::create(&new).on("create", &new)?;
+    file.write_all(bytes).on("write", &new)?;
+    file.sync_all().on("sync", &new)?;
+    fs::rename(&new, path).on("rename", &new)?;
+    sync_dir(&parent(path))
 }
 
 /// Creates a file that must not exist, and writes it whole. Not yet durable: follow with [`sync_tree`].

@@ -4,9 +4,12 @@
 //! the objects, `restore` plans and rebuilds a data directory from them, `verify` proves them. `cli` is the only room
 //! that prints.
 
+pub mod archiver;
 pub mod backup;
 pub mod cli;
 pub mod clock;
+pub mod config;
+pub mod daemon;
 pub mod datadir;
 pub mod durable;
 pub mod ids;

@@ -6,10 +6,12 @@
 pub mod crypto;
 pub mod document;
 pub mod instance;
+pub mod lease;
 pub mod log_object;
 pub mod manifest;
 pub mod pack;
 pub mod paths;
+pub mod store;
 pub mod timeline;
 
 use std::sync::Arc;
@@ -17,20 +19,23 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{ObjectStoreExt, PutMode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::clock::Clock;
+use crate::config::RepositoryConfig;
 use crate::datadir::bytes::Malformed;
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::crypto::{CryptoError, Keyring};
+use crate::repository::lease::Fence;
 use crate::repository::manifest::{RepositoryInfo, RestorePoint, SnapshotManifest, Timeline};
+use crate::repository::store::{Conditional, Store};
 
 /// What can go wrong with the repository.
 #[derive(Debug, thiserror::Error)]
 pub enum RepositoryError {
-    #[error("{url} is not a repository address: {reason}; use file:///absolute/path")]
+    #[error("{url} cannot be used as a repository: {reason}")]
     BadUrl { url: String, reason: String },
     #[error("there is no repository at {url}; `inner-universe backup create` makes one")]
     NoRepository { url: String },
@@ -44,6 +49,19 @@ pub enum RepositoryError {
     Conflict { key: String },
     #[error("the store failed on {key}: {source}; check that it is reachable and writable")]
     Store { key: String, source: object_store::Error },
+    #[error("the store refused {key}: {hint} (it said: {said})")]
+    Denied { key: String, hint: &'static str, said: String },
+    #[error("the store gave no answer on {key} within {after:?}; check that it is reachable")]
+    Timeout { key: String, after: std::time::Duration },
+    #[error(
+        "{writer} is writing to this repository until {expires_at}; stop it, wait until its lease expires, or take over \
+         with --force if it is dead"
+    )]
+    Locked { writer: String, expires_at: jiff::Timestamp },
+    #[error("the lease on the repository {}; nothing was written since", if *.expired { "expired before it was renewed" } else { "was taken by another sidecar" })]
+    LeaseLost { expired: bool },
+    #[error("{url} holds other things and no repository: {found}; choose an empty bucket, directory or prefix")]
+    NotEmpty { url: String, found: String },
     #[error(transparent)]
     Crypto(#[from] CryptoError),
 }
@@ -51,7 +69,7 @@ pub enum RepositoryError {
 impl RepositoryError {
     /// Would another try be in vain?
     pub fn is_permanent(&self) -> bool {
-        !matches!(self, Self::Store { .. })
+        !matches!(self, Self::Store { .. } | Self::Timeout { .. } | Self::LeaseLost { expired: true })
     }
 
     pub(crate) fn damaged(key: &Key, reason: impl ToString) -> Self {
@@ -59,9 +77,16 @@ impl RepositoryError {
     }
 
     fn store(key: &Key, source: object_store::Error) -> Self {
+        let key = key.to_string();
         match source {
-            object_store::Error::NotFound { .. } => Self::Missing { key: key.to_string() },
-            source => Self::Store { key: key.to_string(), source },
+            object_store::Error::NotFound { .. } if store::hint(&source.to_string()).is_none() => Self::Missing { key },
+            object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => {
+                Self::Conflict { key }
+            }
+            source => match store::hint(&source.to_string()) {
+                Some(hint) => Self::Denied { key, hint, said: store::said(&source) },
+                None => Self::Store { key, source },
+            },
         }
     }
 }
@@ -69,45 +94,53 @@ impl RepositoryError {
 /// An open repository.
 #[derive(Clone)]
 pub struct Repository {
-    store: Arc<dyn ObjectStore>,
+    store: Store,
+    conditional: Conditional,
+    fence: Option<Arc<Fence>>,
     pub info: RepositoryInfo,
     pub keys: Keyring,
 }
 
 impl Repository {
-    /// Opens the repository at `url`.
+    /// Opens the repository at `url` to read.
     ///
     /// # Errors
     /// [`RepositoryError::NoRepository`] when nothing is there.
-    pub async fn open(url: &str, keys: Keyring) -> Result<Self, RepositoryError> {
-        Self::open_in(connect(url, false)?, url, keys).await
+    pub async fn open(url: &str, config: &RepositoryConfig, keys: Keyring) -> Result<Self, RepositoryError> {
+        Self::open_in(Store::connect(url, config, false)?, url, keys).await
     }
 
-    /// Opens the repository at `url`, or makes one that seals to the keyring's recipients.
+    /// Opens the repository at `url` to write, or makes one that seals to the keyring's recipients.
     ///
     /// # Errors
     /// When the store fails, or the repository seals to other recipients than those given.
-    pub async fn open_or_create(url: &str, keys: Keyring, clock: &dyn Clock) -> Result<Self, RepositoryError> {
-        Self::open_or_create_in(connect(url, true)?, url, keys, clock).await
+    pub async fn open_or_create(
+        url: &str,
+        config: &RepositoryConfig,
+        keys: Keyring,
+        clock: &dyn Clock,
+    ) -> Result<Self, RepositoryError> {
+        Self::open_or_create_in(Store::connect(url, config, true)?, url, keys, clock).await
     }
 
     /// As [`Self::open`], in a store that is connected already.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub async fn open_in(store: Arc<dyn ObjectStore>, url: &str, keys: Keyring) -> Result<Self, RepositoryError> {
+    pub async fn open_in(store: Store, url: &str, keys: Keyring) -> Result<Self, RepositoryError> {
         let key = paths::repository();
         let bytes = match store.get(&key).await {
-            Ok(found) => found.bytes().await.map_err(|error| RepositoryError::store(&key, error))?,
-            Err(object_store::Error::NotFound { .. }) => return Err(RepositoryError::NoRepository { url: url.into() }),
-            Err(error) => return Err(RepositoryError::store(&key, error)),
+            Ok((bytes, _)) => bytes,
+            Err(RepositoryError::Missing { .. }) => return Err(RepositoryError::NoRepository { url: url.into() }),
+            Err(error) => return Err(error),
         };
         let info: RepositoryInfo = document::read(&bytes).map_err(|error| RepositoryError::damaged(&key, error))?;
         if info.format > manifest::FORMAT {
             return Err(RepositoryError::UnknownFormat { found: info.format, known: manifest::FORMAT });
         }
         let keys = keys.with_recipients(&info.recipients)?;
-        Ok(Self { store, info, keys })
+        let conditional = Conditional { create: true, update: true };
+        Ok(Self { store, conditional, fence: None, info, keys })
     }
 
     /// As [`Self::open_or_create`], in a store that is connected already.
@@ -115,27 +148,46 @@ impl Repository {
     /// # Errors
     /// As [`Self::open_or_create`].
     pub async fn open_or_create_in(
-        store: Arc<dyn ObjectStore>,
+        store: Store,
         url: &str,
         keys: Keyring,
         clock: &dyn Clock,
     ) -> Result<Self, RepositoryError> {
-        match Self::open_in(store.clone(), url, keys.clone()).await {
-            Err(RepositoryError::NoRepository { .. }) => {}
-            opened => return opened,
-        }
-        let info = RepositoryInfo {
-            format: manifest::FORMAT,
-            id: RestorePointId(ulid::Ulid::new()),
-            created_at: clock.now(),
-            recipients: keys.recipient_names(),
-        };
         let key = paths::repository();
-        match put_new(store.as_ref(), &key, document::write(&info).into()).await {
-            // Somebody else made it at the same moment: theirs is the one.
-            Ok(()) | Err(RepositoryError::Conflict { .. }) => Self::open_in(store, url, keys).await,
-            Err(error) => Err(error),
+        let mut opened = Self::open_in(store.clone(), url, keys.clone()).await;
+        if matches!(opened, Err(RepositoryError::NoRepository { .. })) {
+            // A mistyped prefix must not fill a place that belongs to something else.
+            let listed = store.within(&key, 0, store.objects().list_with_delimiter(None)).await?;
+            let mut found = listed.objects.iter().map(|object| &object.location).chain(&listed.common_prefixes);
+            if let Some(found) = found.find(|key| **key != paths::repository()) {
+                return Err(RepositoryError::NotEmpty { url: url.into(), found: found.to_string() });
+            }
+            let info = RepositoryInfo {
+                format: manifest::FORMAT,
+                id: RestorePointId(ulid::Ulid::new()),
+                created_at: clock.now(),
+                recipients: keys.recipient_names(),
+            };
+            opened = match store.put(&key, document::write(&info).into(), PutMode::Create).await {
+                // Somebody else made it at the same moment: theirs is the one.
+                Ok(_) | Err(RepositoryError::Conflict { .. }) => Self::open_in(store.clone(), url, keys).await,
+                Err(error) => Err(error),
+            };
         }
+        let mut opened = opened?;
+        opened.conditional = store.probe(&key).await?;
+        Ok(opened)
+    }
+
+    /// Which conditional writes the store honours; only known of a repository opened to write.
+    pub fn conditional(&self) -> Conditional {
+        self.conditional
+    }
+
+    /// The same repository, whose writes fail once `fence` says so.
+    fn fenced(mut self, fence: Arc<Fence>) -> Self {
+        self.fence = Some(fence);
+        self
     }
 
     /// Reads a whole object.
@@ -143,8 +195,7 @@ impl Repository {
     /// # Errors
     /// When it is missing or the store fails.
     pub async fn get(&self, key: &Key) -> Result<Bytes, RepositoryError> {
-        let found = self.store.get(key).await.map_err(|error| RepositoryError::store(key, error))?;
-        found.bytes().await.map_err(|error| RepositoryError::store(key, error))
+        Ok(self.store.get(key).await?.0)
     }
 
     /// Reads the first `len` bytes of an object, or all of a shorter one.
@@ -152,8 +203,33 @@ impl Repository {
     /// # Errors
     /// When it is missing or the store fails.
     pub async fn get_start(&self, key: &Key, len: u64) -> Result<Bytes, RepositoryError> {
-        let size = self.store.head(key).await.map_err(|error| RepositoryError::store(key, error))?.size;
-        self.store.get_range(key, 0..len.min(size)).await.map_err(|error| RepositoryError::store(key, error))
+        let size = self.store.within(key, 0, self.store.objects().head(key)).await?.size;
+        self.get_range(key, 0..len.min(size)).await
+    }
+
+    /// Reads some bytes of an object.
+    ///
+    /// # Errors
+    /// When it is missing or shorter, or the store fails.
+    pub async fn get_range(&self, key: &Key, range: std::ops::Range<u64>) -> Result<Bytes, RepositoryError> {
+        let len = range.end.saturating_sub(range.start);
+        self.store.within(key, len, self.store.objects().get_range(key, range)).await
+    }
+
+    /// Deletes an object. One that is gone already is no error.
+    ///
+    /// # Errors
+    /// When the lease is lost or the store fails.
+    pub async fn delete(&self, key: &Key) -> Result<(), RepositoryError> {
+        self.check_fence()?;
+        match self.store.within(key, 0, self.store.objects().delete(key)).await {
+            Err(RepositoryError::Missing { .. }) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn check_fence(&self) -> Result<(), RepositoryError> {
+        self.fence.as_ref().map_or(Ok(()), |fence| fence.check())
     }
 
     /// Writes an object that must not be there yet; the same bytes under the same name are no conflict.
@@ -161,10 +237,27 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError::Conflict`] when other bytes are there, or when the store fails.
     pub async fn put(&self, key: &Key, bytes: Bytes) -> Result<(), RepositoryError> {
-        match put_new(self.store.as_ref(), key, bytes.clone()).await {
+        self.check_fence()?;
+        // Where names are overwritten without a word, looking first is the best there is.
+        let written = if !self.conditional.create && self.exists(key).await? {
+            Err(RepositoryError::Conflict { key: key.to_string() })
+        } else {
+            self.store.put(key, bytes.clone(), PutMode::Create).await
+        };
+        match written {
             Err(RepositoryError::Conflict { .. }) if self.get(key).await? == bytes => Ok(()),
-            result => result,
+            result => result.map(|_| ()),
         }
+    }
+
+    /// Begins an object that is too large for memory, with its first bytes. The name must be free: look first.
+    ///
+    /// # Errors
+    /// When the lease is lost or the store fails.
+    pub async fn put_large(&self, key: &Key, start: Bytes) -> Result<LargePut<'_>, RepositoryError> {
+        self.check_fence()?;
+        let upload = self.store.begin_large(key).await?;
+        Ok(LargePut { repository: self, key: key.clone(), upload, buffer: start.to_vec() })
     }
 
     /// Is there an object of this name?
@@ -172,10 +265,10 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn exists(&self, key: &Key) -> Result<bool, RepositoryError> {
-        match self.store.head(key).await {
+        match self.store.within(key, 0, self.store.objects().head(key)).await {
             Ok(_) => Ok(true),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(error) => Err(RepositoryError::store(key, error)),
+            Err(RepositoryError::Missing { .. }) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
@@ -184,7 +277,7 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn list(&self, prefix: &Key) -> Result<Vec<(Key, u64)>, RepositoryError> {
-        let objects = self.store.list(Some(prefix)).map_ok(|object| (object.location, object.size));
+        let objects = self.store.objects().list(Some(prefix)).map_ok(|object| (object.location, object.size));
         let mut objects: Vec<_> = objects.try_collect().await.map_err(|error| RepositoryError::store(prefix, error))?;
         objects.sort();
         Ok(objects)
@@ -192,8 +285,7 @@ impl Repository {
 
     /// The names of the folders directly below `prefix`.
     async fn folders(&self, prefix: &Key) -> Result<Vec<String>, RepositoryError> {
-        let listed = self.store.list_with_delimiter(Some(prefix)).await;
-        let listed = listed.map_err(|error| RepositoryError::store(prefix, error))?;
+        let listed = self.store.within(prefix, 0, self.store.objects().list_with_delimiter(Some(prefix))).await?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned));
         Ok(names.collect())
     }
@@ -302,37 +394,48 @@ impl Repository {
     }
 }
 
-/// Connects to the store that `url` names.
-fn connect(url: &str, create: bool) -> Result<Arc<dyn ObjectStore>, RepositoryError> {
-    let refuse = |reason: String| RepositoryError::BadUrl { url: url.to_owned(), reason };
-    let parsed = url::Url::parse(url).map_err(|error| refuse(error.to_string()))?;
-    match parsed.scheme() {
-        "file" => {
-            let path =
-                parsed.to_file_path().map_err(|()| refuse("it is not an absolute path on this machine".into()))?;
-            if create {
-                std::fs::create_dir_all(&path).map_err(|source| RepositoryError::Store {
-                    key: path.display().to_string(),
-                    source: object_store::Error::Generic { store: "file", source: source.into() },
-                })?;
-            } else if !path.is_dir() {
-                return Err(RepositoryError::NoRepository { url: url.to_owned() });
-            }
-            let store = object_store::local::LocalFileSystem::new_with_prefix(&path);
-            let store = store.map_err(|error| refuse(error.to_string()))?;
-            Ok(Arc::new(store.with_fsync(true)))
-        }
-        "memory" => Ok(Arc::new(object_store::memory::InMemory::new())),
-        scheme => Err(refuse(format!("this release has no store for `{scheme}:`"))),
-    }
+/// What S3 accepts as a part, and more than that.
+const LARGE_PART: usize = 8 << 20;
+
+/// An object on its way to the store in parts. It is there only once [`LargePut::finish`] has returned.
+pub struct LargePut<'a> {
+    repository: &'a Repository,
+    key: Key,
+    upload: Box<dyn object_store::MultipartUpload>,
+    buffer: Vec<u8>,
 }
 
-async fn put_new(store: &dyn ObjectStore, key: &Key, bytes: Bytes) -> Result<(), RepositoryError> {
-    let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-    match store.put_opts(key, PutPayload::from_bytes(bytes), options).await {
-        Ok(_) => Ok(()),
-        Err(object_store::Error::AlreadyExists { .. }) => Err(RepositoryError::Conflict { key: key.to_string() }),
-        Err(error) => Err(RepositoryError::store(key, error)),
+impl LargePut<'_> {
+    /// # Errors
+    /// When the lease is lost or the store fails.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), RepositoryError> {
+        self.buffer.extend_from_slice(&bytes);
+        if self.buffer.len() >= LARGE_PART { self.send().await } else { Ok(()) }
+    }
+
+    async fn send(&mut self) -> Result<(), RepositoryError> {
+        self.repository.check_fence()?;
+        let part = std::mem::take(&mut self.buffer);
+        let len = part.len() as u64;
+        let sent = self.upload.put_part(part.into());
+        self.repository.store.within(&self.key, len, sent).await
+    }
+
+    /// # Errors
+    /// When the lease is lost or the store fails.
+    pub async fn finish(mut self) -> Result<(), RepositoryError> {
+        if !self.buffer.is_empty() {
+            self.send().await?;
+        }
+        self.repository.check_fence()?;
+        self.repository.store.within(&self.key, 0, self.upload.complete()).await.map(|_| ())
+    }
+
+    /// Leaves nothing behind, as far as the store lets us.
+    pub async fn abandon(mut self) {
+        if let Err(error) = self.upload.abort().await {
+            tracing::debug!(key = %self.key, %error, "an unfinished upload was not cleared away");
+        }
     }
 }
 

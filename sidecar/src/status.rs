@@ -5,6 +5,8 @@ use serde::Serialize;
 
 use crate::backup::READ_SIZE;
 use crate::clock::Clock;
+use crate::config::Config;
+use crate::daemon::state::{self, DaemonStatus, ScheduleStatus};
 use crate::datadir::control_db::ControlDbCopy;
 use crate::datadir::log::{LogReader, Tail, segments};
 use crate::datadir::{DataDir, DataDirError};
@@ -27,7 +29,21 @@ pub enum StatusError {
 pub struct StatusReport {
     pub databases: Vec<DatabaseStatus>,
     pub last_restore_point: Option<LastRestorePoint>,
+    /// `None`: no drill was run.
+    pub last_drill: Option<Timestamp>,
+    pub schedules: Vec<ScheduleStatus>,
+    /// `None` when no daemon ever ran on this data directory from this machine.
+    pub daemon: Option<DaemonSummary>,
     pub problems: Vec<String>,
+}
+
+/// The daemon, as its own notes tell.
+#[derive(Debug, Clone, Serialize)]
+pub struct DaemonSummary {
+    pub running: bool,
+    pub pid: u32,
+    pub started_at: Timestamp,
+    pub last_error: Option<String>,
 }
 
 /// One database's place.
@@ -44,6 +60,10 @@ pub struct DatabaseStatus {
     /// Seconds by which the newest archived transaction is older than the newest in the log.
     pub lag_seconds: f64,
     pub last_commit_time: Option<Timestamp>,
+    /// Bytes of this database's log objects, over all timelines.
+    pub archived_bytes: u64,
+    /// The error that the daemon is retrying.
+    pub last_error: Option<String>,
 }
 
 /// The newest restore point.
@@ -59,12 +79,28 @@ pub struct LastRestorePoint {
 ///
 /// # Errors
 /// When either cannot be read.
-pub async fn status(repository: &Repository, data: &DataDir, clock: &dyn Clock) -> Result<StatusReport, StatusError> {
+pub async fn status(
+    repository: &Repository,
+    data: &DataDir,
+    config: &Config,
+    clock: &dyn Clock,
+) -> Result<StatusReport, StatusError> {
     let control = {
         let data = data.clone();
         blocking(move || ControlDbCopy::take(&data)).await??
     };
-    let mut report = StatusReport { databases: Vec::new(), last_restore_point: None, problems: Vec::new() };
+    let daemon = state::read_status(config, data.root());
+    let mut report = StatusReport {
+        databases: Vec::new(),
+        last_restore_point: None,
+        last_drill: None,
+        schedules: Vec::new(),
+        daemon: None,
+        problems: Vec::new(),
+    };
+    if let Some(daemon) = &daemon {
+        report.tell_daemon(daemon, clock.now());
+    }
     for database in &control.databases {
         let name = database.display_name();
         let Some(replica) = database.replica.map(|id| data.replica(id)) else {
@@ -109,7 +145,18 @@ pub async fn status(repository: &Repository, data: &DataDir, clock: &dyn Clock) 
             lag_transactions: behind,
             lag_seconds: std::time::Duration::from_micros(lag_micros.unsigned_abs()).as_secs_f64(),
             last_commit_time: last_time.and_then(|micros| Timestamp::from_microsecond(micros).ok()),
+            archived_bytes: repository.log_bytes(&database.identity).await?,
+            last_error: daemon.iter().flat_map(|daemon| &daemon.databases).find_map(|followed| {
+                (followed.identity == database.identity).then(|| followed.error.clone()).flatten()
+            }),
         });
+        let alert = config.archive.lag_alert.0.as_secs_f64();
+        if let Some(found) = report.databases.last().filter(|found| found.lag_seconds > alert) {
+            report.problems.push(format!(
+                "database {} is {:.0} s behind, more than archive.lag_alert ({})",
+                found.name, found.lag_seconds, config.archive.lag_alert
+            ));
+        }
     }
     if let Some(id) = repository.restore_point_ids().await?.last() {
         match repository.restore_point(*id).await {
@@ -127,6 +174,42 @@ pub async fn status(repository: &Repository, data: &DataDir, clock: &dyn Clock) 
         report.problems.push("there is no restore point; take one with `inner-universe backup create`".into());
     }
     Ok(report)
+}
+
+/// A daemon that writes no status any more has died.
+const STALE: i64 = 15;
+
+impl StatusReport {
+    fn tell_daemon(&mut self, daemon: &DaemonStatus, now: Timestamp) {
+        let age = now.duration_since(daemon.written_at).as_secs();
+        let running = daemon.running && age < STALE;
+        if daemon.running && !running {
+            self.problems.push(format!(
+                "the daemon (process {}) told nothing of itself for {age} s; see whether it runs, and start it again",
+                daemon.pid
+            ));
+        }
+        for database in &daemon.databases {
+            let name = &database.name;
+            if let Some(error) = database.error.as_ref().filter(|_| running) {
+                self.problems.push(format!("database {name} is not being archived: {error}"));
+            }
+            let events = database.events.iter();
+            self.problems.extend(events.map(|event| format!("database {name}, {:.0}: {}", event.at, event.message)));
+        }
+        for schedule in &daemon.schedules {
+            if let (Some(false), Some(message)) = (schedule.last_ok, &schedule.last_message) {
+                self.problems.push(format!("the last scheduled {} failed: {message}", schedule.name));
+            }
+        }
+        self.schedules = daemon.schedules.clone();
+        self.daemon = Some(DaemonSummary {
+            running,
+            pid: daemon.pid,
+            started_at: daemon.started_at,
+            last_error: daemon.last_error.clone(),
+        });
+    }
 }
 
 async fn archived_end(

@@ -10,11 +10,11 @@ use serde::Serialize;
 
 use crate::ids::{ContentHash, Offset, RestorePointId};
 use crate::progress::Progress;
-use crate::repository::log_object::{self, ChainTip, LogHeader};
+use crate::repository::log_object::{ChainTip, LogHeader};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
 use crate::repository::pack::{self, EntryKind};
-use crate::repository::timeline::ancestry;
-use crate::repository::{Repository, RepositoryError, crypto::CryptoError, instance, paths};
+use crate::repository::timeline::{LogEntry, ancestry};
+use crate::repository::{InObject, Repository, RepositoryError, crypto::CryptoError, instance, paths};
 
 /// The report of a verify. Field names are stable.
 #[derive(Debug, Clone, Serialize, Default)]
@@ -154,7 +154,7 @@ impl Walk<'_> {
             if entry.first > point.offset {
                 break;
             }
-            let Some(header) = self.log_object(&entry.key, &point.name).await? else {
+            let Some(header) = self.log_object(entry, &point.name).await? else {
                 tip = None;
                 continue;
             };
@@ -172,7 +172,7 @@ impl Walk<'_> {
                 );
             }
             promised |= header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain);
-            tip = Some(header.tip());
+            tip = Some(header.tip_until(entry.last));
         }
         if !promised && tip.is_some_and(|tip| tip.next > point.offset) {
             self.find(
@@ -223,41 +223,62 @@ impl Walk<'_> {
     }
 
     /// Reads and checks one log object, once. `None` when it is not whole; the finding is made already.
-    async fn log_object(&mut self, key: &Key, database: &str) -> Result<Option<LogHeader>, RepositoryError> {
+    async fn log_object(&mut self, entry: &LogEntry, database: &str) -> Result<Option<LogHeader>, RepositoryError> {
+        let key = &entry.key;
         if let Some(known) = self.logs.get(key) {
             return Ok(known.clone());
         }
+        let opened = self.repository.open_log(entry).await;
         let mut whole = None;
-        if let Some(bytes) = self.fetch(key).await? {
-            let (owned, keys) = (key.clone(), self.repository.keys.clone());
-            let checked = tokio::task::spawn_blocking(move || {
-                // The header and the body's hash can be checked without any key.
-                let header = LogHeader::parse(&bytes).and_then(|header| header.check_body(&bytes).map(|()| header));
-                let header = header.map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
-                Ok::<_, RepositoryError>((header, log_object::decode(&owned, &bytes, &keys).map(|_| ())))
-            });
-            match flatten(checked.await, key) {
-                Ok((header, decoded)) => {
-                    match decoded {
-                        Ok(()) => {}
-                        Err(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
-                        Err(error) => self.damaged(key, &reason(&error)),
+        if let Some(open) = self.sort_out_log(entry, opened, database)? {
+            self.report.objects += 1;
+            self.report.bytes += open.header.object_len();
+            whole = Some(open.header.as_ref().clone());
+            for index in 0..open.header.parts.len() {
+                let stored = self.repository.log_part(&open, index).await;
+                let Some(stored) = self.sort_out_log(entry, stored, database)? else {
+                    whole = None;
+                    break;
+                };
+                self.progress.advance(stored.len() as u64);
+                let (header, owned, keys) = (Arc::clone(&open.header), key.clone(), self.repository.keys.clone());
+                let checked = tokio::task::spawn_blocking(move || {
+                    // The parts' hashes can be checked without any key.
+                    header.check_part(index, &stored).in_object(&owned)?;
+                    Ok(header.decode_part(&owned, index, &stored, &keys).map(|_| ()))
+                });
+                match flatten(checked.await, key) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(key, &error),
+                    Ok(Err(error)) => self.damaged(key, &reason(&error)),
+                    Err(error) => {
+                        self.sort_out_log(entry, Err::<(), _>(error), database)?;
+                        whole = None;
+                        break;
                     }
-                    whole = Some(header);
-                }
-                Err(error) => {
-                    let lost = match paths::parse_log(key) {
-                        Some((first, last)) => {
-                            format!("; transactions {first} to {last} of {database} are not readable")
-                        }
-                        None => String::new(),
-                    };
-                    self.damaged(key, &format!("{}{lost}", reason(&error)));
                 }
             }
         }
         self.logs.insert(key.clone(), whole.clone());
         Ok(whole)
+    }
+
+    /// As [`Self::sort_out`], and says which transactions a damaged log object takes along.
+    fn sort_out_log<T>(
+        &mut self,
+        entry: &LogEntry,
+        result: Result<T, RepositoryError>,
+        database: &str,
+    ) -> Result<Option<T>, RepositoryError> {
+        match result {
+            Err(RepositoryError::Damaged { reason, .. }) => {
+                let (first, last) = (entry.first, entry.last);
+                let lost = format!("{reason}; transactions {first} to {last} of {database} are not readable");
+                self.damaged(&entry.key, &lost);
+                Ok(None)
+            }
+            result => self.sort_out(&entry.key, result),
+        }
     }
 
     /// Reads and checks one pack, once, and that it holds every entry in `wanted`.

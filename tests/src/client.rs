@@ -7,6 +7,12 @@ use serde_json::{Value, json};
 /// Every row of every table, as sorted JSON texts.
 pub type Rows = BTreeMap<String, Vec<String>>;
 
+/// A client of HTTP whose TLS, which no test needs, has its provider.
+pub fn http() -> reqwest::Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::new()
+}
+
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
@@ -18,7 +24,7 @@ pub struct Client {
 impl Client {
     /// Takes a new identity from the server.
     pub async fn new(url: &str) -> Self {
-        let http = reqwest::Client::new();
+        let http = http();
         let answer = http.post(format!("{url}/v1/identity")).send().await.expect("ask for an identity");
         let answer: Value = answer.json().await.expect("an identity");
         let text = |name: &str| answer[name].as_str().expect("a text").to_owned();
@@ -27,7 +33,7 @@ impl Client {
 
     /// The same identity at another server.
     pub fn at(&self, url: &str) -> Self {
-        Self { url: url.to_owned(), http: reqwest::Client::new(), ..self.clone() }
+        Self { url: url.to_owned(), http: http(), ..self.clone() }
     }
 
     /// Publishes a module; returns the database's identity.
@@ -46,6 +52,13 @@ impl Client {
         let identity = &answer["Success"]["database_identity"];
         let identity = identity.as_str().or_else(|| identity["__identity__"].as_str());
         identity.map(|identity| identity.trim_start_matches("0x").to_owned()).ok_or(text)
+    }
+
+    /// Deletes a database.
+    pub async fn delete(&self, name: &str) {
+        let request = self.http.delete(format!("{}/v1/database/{name}", self.url)).bearer_auth(&self.token);
+        let answer = request.send().await.expect("an answer");
+        assert!(answer.status().is_success(), "delete {name}: {}", answer.status());
     }
 
     /// Calls a reducer; the error is the server's answer.

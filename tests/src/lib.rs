@@ -2,7 +2,9 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "tests measure and print")]
 
 pub mod client;
+pub mod daemon;
 pub mod oracle;
+pub mod s3;
 pub mod server;
 pub mod sidecar;
 pub mod synthetic;

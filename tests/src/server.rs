@@ -48,7 +48,7 @@ impl Server {
     }
 
     async fn wait_ready(&mut self) -> bool {
-        let http = reqwest::Client::new();
+        let http = crate::client::http();
         let deadline = Instant::now() + Duration::from_secs(120);
         while Instant::now() < deadline {
             if self.child.try_wait().expect("the server's state").is_some() {
@@ -102,6 +102,17 @@ impl Drop for Server {
     }
 }
 
-fn free_port() -> u16 {
+/// Waits until the server at `url` answers, whoever started it.
+pub async fn wait_for(url: &str) {
+    let http = crate::client::http();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !http.get(format!("{url}/v1/ping")).send().await.is_ok_and(|answer| answer.status().is_success()) {
+        assert!(Instant::now() < deadline, "the server at {url} does not answer");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A port of the loopback interface that nobody listens on.
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free loopback port").port()
 }

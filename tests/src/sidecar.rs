@@ -1,9 +1,11 @@
 //! Runs the real `inner-universe` binary.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::tools;
 
@@ -37,18 +39,44 @@ impl Run {
 #[derive(Clone)]
 pub struct Sidecar {
     pub repository: String,
+    state: Arc<TempDir>,
+    settings: Vec<(String, String)>,
 }
 
 impl Sidecar {
     /// With a repository in a directory.
     pub fn at(path: &Path) -> Self {
-        Self { repository: format!("file://{}", path.display()) }
+        Self::with(&format!("file://{}", path.display()))
+    }
+
+    /// With a repository at `url`.
+    pub fn with(url: &str) -> Self {
+        Self {
+            repository: url.to_owned(),
+            state: Arc::new(tempfile::tempdir().expect("a temporary directory")),
+            settings: Vec::new(),
+        }
+    }
+
+    /// With settings as variables without their prefix.
+    pub fn configured(mut self, settings: Vec<(String, String)>) -> Self {
+        self.settings = settings;
+        self
     }
 
     pub fn command(&self) -> Command {
         let mut command = Command::new(tools::inner_universe());
-        command.env_remove("RUST_LOG").arg("--json").arg("--repository").arg(&self.repository);
+        command.env_remove("RUST_LOG").env("INNER_UNIVERSE__ARCHIVE__STATE_DIR", self.state_dir());
+        for (name, value) in &self.settings {
+            command.env(format!("INNER_UNIVERSE__{name}"), value);
+        }
+        command.arg("--json").arg("--repository").arg(&self.repository);
         command
+    }
+
+    /// Beside the repository, so that tests share nothing.
+    pub fn state_dir(&self) -> PathBuf {
+        self.state.path().to_owned()
     }
 
     pub fn run<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(&self, arguments: I) -> Run {

@@ -81,6 +81,17 @@ pub async fn run(client: &Client, database: &str, random: &mut Random, n: u64) -
     succeeded
 }
 
+/// Makes calls until the server no longer answers.
+pub async fn run_until_refused(client: &Client, database: &str, random: &mut Random) {
+    loop {
+        let (reducer, arguments) = next_call(random);
+        match client.call(database, reducer, arguments).await {
+            Err(error) if error.starts_with("error sending request") => return,
+            _ => {}
+        }
+    }
+}
+
 /// The journal has no hole and the balances add up; returns the journal's length.
 pub fn assert_consistent(rows: &Rows) -> u64 {
     let parse = |table: &str| -> Vec<Value> {

@@ -5,6 +5,10 @@
 mod bad_input;
 #[path = "promises/bindings.rs"]
 mod bindings;
+#[path = "promises/config.rs"]
+mod config;
+#[path = "promises/daemon.rs"]
+mod daemon;
 #[path = "promises/fixture.rs"]
 mod fixture;
 #[path = "promises/instance.rs"]
@@ -17,6 +21,8 @@ mod official;
 mod random_logs;
 #[path = "promises/restore_exact.rs"]
 mod restore_exact;
+#[path = "promises/s3.rs"]
+mod s3;
 #[path = "promises/synthetic.rs"]
 mod synthetic;
 #[path = "promises/timelines.rs"]

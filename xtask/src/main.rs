@@ -6,6 +6,7 @@ mod bindings;
 mod fuzz;
 mod run;
 mod server;
+mod stores;
 mod test;
 mod wasm;
 

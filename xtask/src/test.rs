@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::run::{Result, cargo, root, run, target};
-use crate::{server, wasm};
+use crate::{server, stores, wasm};
 
 /// What the tests run against.
 pub struct Prepared {
@@ -52,8 +52,12 @@ pub fn test(arguments: &[String]) -> Result<()> {
     command.args(["test", "--locked", "--workspace", "--"]).args(filters);
     // Each test that needs a server starts its own; more at once than cores only makes all of them slower.
     command.args(["--test-threads", "2"]);
+    if let Some(moto) = stores::moto()? {
+        command.env("INNER_UNIVERSE_MOTO", moto);
+    }
+    command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     if all {
-        command.env("INNER_UNIVERSE_TEST_ALL", "1");
+        command.env("INNER_UNIVERSE_TEST_ALL", "1").env("INNER_UNIVERSE_GARAGE", stores::garage()?);
     }
     command.current_dir(root());
     prepared.give(&mut command);

@@ -44,12 +44,12 @@ impl Default for LogArchive {
 }
 
 /// Where the archive goes on.
-struct Continuation {
-    timeline: TimelineId,
-    tip: ChainTip,
+pub(crate) struct Continuation {
+    pub timeline: TimelineId,
+    pub tip: ChainTip,
     /// Is anything archived at or before the tip on this history?
-    has_past: bool,
-    problems: Vec<String>,
+    pub has_past: bool,
+    pub problems: Vec<String>,
 }
 
 /// Archives everything in the log at `dir` that is not archived yet, up to its end at the moment it is reached.
@@ -94,7 +94,7 @@ async fn is_stuck(dir: &Path, next: Offset, at: u64) -> Result<bool, BackupError
 }
 
 /// Reads the log from the tip on, compresses on several threads, and uploads in order.
-async fn upload(
+pub(crate) async fn upload(
     work: &Arc<Work>,
     database: Identity,
     timeline: TimelineId,
@@ -135,20 +135,50 @@ async fn upload(
 
 /// A log object on its way to the store.
 struct Encoded {
+    database: Identity,
+    timeline: TimelineId,
     key: Key,
     bytes: Vec<u8>,
     raw_len: usize,
+    after: ChainTip,
 }
 
 async fn write_in_order(work: Arc<Work>, mut objects: mpsc::Receiver<Encoded>) -> Result<(), RepositoryError> {
-    while let Some(Encoded { key, bytes, raw_len }) = objects.recv().await {
-        let len = bytes.len();
-        put_log(&work.repository, &key, bytes).await?;
-        work.tally.wrote_object(len);
-        work.tally.read(raw_len);
-        work.progress.advance(raw_len as u64);
+    while let Some(object) = objects.recv().await {
+        object.write(&work).await?;
     }
     Ok(())
+}
+
+impl Encoded {
+    async fn write(self, work: &Work) -> Result<(), RepositoryError> {
+        let len = self.bytes.len();
+        put_log(&work.repository, &self.key, self.bytes).await?;
+        work.tally.wrote_object(len);
+        work.tally.read(self.raw_len);
+        work.progress.advance(self.raw_len as u64);
+        work.observer.archived(self.database, self.timeline, &self.after, len);
+        Ok(())
+    }
+}
+
+/// Writes one object of commits that continue `before`. Returns the archive's new end.
+pub(crate) async fn write_batch(
+    work: &Arc<Work>,
+    database: Identity,
+    timeline: TimelineId,
+    before: ChainTip,
+    batch: Batch,
+    commits: Vec<u8>,
+) -> Result<ChainTip, BackupError> {
+    let after = before.extend(&batch, &commits);
+    let run = Run { batch, before, after, commits, _room: None };
+    let encoded = {
+        let work = Arc::clone(work);
+        blocking(move || run.encode(&work, database, timeline)).await??
+    };
+    encoded.write(work).await?;
+    Ok(after)
 }
 
 /// Commits on their way from the log to an object.
@@ -158,7 +188,7 @@ struct Run {
     after: ChainTip,
     commits: Vec<u8>,
     /// Held until the commits are compressed: it bounds how many runs are in memory.
-    _room: OwnedSemaphorePermit,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 impl Run {
@@ -173,7 +203,7 @@ impl Run {
             commits: &self.commits,
         };
         let bytes = content.encode(work.level, &work.repository.keys)?;
-        Ok(Encoded { key: content.key(), bytes, raw_len: self.commits.len() })
+        Ok(Encoded { database, timeline, key: content.key(), bytes, raw_len: self.commits.len(), after: self.after })
     }
 }
 
@@ -196,7 +226,7 @@ fn read_runs(
         }
         let after = tip.extend(&batch, &commits);
         let at_end = reader.at_end();
-        if sender.blocking_send(Run { batch, before: tip, after, commits, _room: permit }).is_err() {
+        if sender.blocking_send(Run { batch, before: tip, after, commits, _room: Some(permit) }).is_err() {
             // The uploader gave up and says why itself.
             break;
         }
@@ -222,8 +252,8 @@ async fn put_log(repository: &Repository, key: &Key, bytes: Vec<u8>) -> Result<(
     }
 }
 
-/// `None` when there is no log.
-async fn find_continuation(
+/// Compares log and archive by content. `None` when there is no log.
+pub(crate) async fn find_continuation(
     work: &Arc<Work>,
     database: Identity,
     dir: &Path,
@@ -317,8 +347,8 @@ async fn timeline_start(
         || RepositoryError::damaged(&key, format!("transaction {fork}, where a timeline forks off, is missing"));
     let entry = chain.range(fork, fork).first().ok_or_else(broken)?;
     let header = repository.log_header(&entry.key).await?;
-    let link = header.links.iter().find(|link| link.last == fork).ok_or_else(broken)?;
-    Ok(ChainTip { next: timeline.start, chain: link.chain, max_time: header.times.max })
+    let index = header.links.iter().position(|link| link.last == fork).ok_or_else(broken)?;
+    header.tip_at(index).ok_or_else(broken).map_err(Into::into)
 }
 
 struct Beginning {
@@ -368,9 +398,7 @@ async fn find_fork(
         let middle = agree + (differ - agree) / 2;
         let header = repository.log_header(&entries[middle].key).await?;
         let shared = shared_links(dir, &header).await?.unwrap_or(0);
-        if let Some(link) = shared.checked_sub(1).map(|last| header.links[last]) {
-            // A time of a link inside an object is not known alone; the object's is an upper bound, as times are.
-            let tip = ChainTip { next: Offset(link.last.0 + 1), chain: link.chain, max_time: header.times.max };
+        if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last)) {
             best = Some((entries[middle].timeline, tip));
         }
         if shared == header.links.len() {

@@ -11,7 +11,12 @@ use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
 use crate::cli::restore::RestoreArgs;
 use crate::cli::{Context, DataDirArg};
+use crate::clock::Clock;
+use crate::daemon::control::{self, Answer, Request};
+use crate::daemon::state::StateDir;
+use crate::datadir::DataDir;
 use crate::ids::RestorePointId;
+use crate::repository::lease::Lease;
 use crate::repository::manifest::RestorePoint;
 use crate::repository::{Repository, RepositoryError};
 
@@ -38,17 +43,20 @@ pub struct CreateArgs {
     #[arg(long)]
     label: Option<String>,
     /// The server's --jwt-key-dir, to keep the keys that old tokens need; captured only into an encrypted repository
-    #[arg(long, env = "INNER_UNIVERSE__SPACETIMEDB_CONFIG__KEY_DIR", value_name = "DIR")]
+    #[arg(long, value_name = "DIR")]
     key_dir: Option<PathBuf>,
     /// Capture the keys even though the repository is not encrypted
-    #[arg(long, requires = "key_dir")]
+    #[arg(long)]
     allow_plain_keys: bool,
     /// An age recipient to seal a new repository to; may be given several times
     #[arg(long, value_name = "AGE1...")]
     recipient: Vec<String>,
-    /// zstd compression level
-    #[arg(long, value_parser = clap::value_parser!(i32).range(1..=19), default_value_t = backup::DEFAULT_LEVEL)]
-    compression_level: i32,
+    /// zstd compression level; repository.compression_level when left out
+    #[arg(long, value_parser = clap::value_parser!(i32).range(1..=19))]
+    compression_level: Option<i32>,
+    /// Take the lease from another sidecar; only when that one is dead
+    #[arg(long)]
+    force: bool,
 }
 
 pub async fn run(context: &Context<'_>, command: BackupCommand) -> Result<ExitStatus, Failure> {
@@ -61,30 +69,82 @@ pub async fn run(context: &Context<'_>, command: BackupCommand) -> Result<ExitSt
 }
 
 async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, Failure> {
-    let data = args.data.open()?;
+    let data = args.data.open(context)?;
+    if !args.force
+        && let Some(report) = ask_daemon(context, &data, args.label.as_deref()).await?
+    {
+        return Ok(show_report(context, &report));
+    }
     let keys = context.keyring(&args.recipient)?;
-    if args.key_dir.is_some() && args.recipient.is_empty() && !args.allow_plain_keys {
+    let key_dir = args.key_dir.or_else(|| context.config().spacetimedb_config.key_dir.clone());
+    if key_dir.is_some() && !keys.seals() && !args.allow_plain_keys {
         // Say so before a repository is made that could never hold the keys.
-        match Repository::open(context.url()?, keys.clone()).await {
+        match Repository::open(context.url()?, &context.config().repository, keys.clone()).await {
             Ok(repository) if repository.keys.seals() => {}
             Ok(_) | Err(RepositoryError::NoRepository { .. }) => return Err(backup::BackupError::PlainKeys.into()),
             Err(error) => return Err(error.into()),
         }
     }
-    let repository = Repository::open_or_create(context.url()?, keys, context.clock.as_ref()).await?;
+    let repository = context.writable(keys).await?;
     let options = BackupOptions {
         label: args.label,
-        key_dir: args.key_dir,
+        key_dir,
         allow_plain_keys: args.allow_plain_keys,
-        level: Some(args.compression_level),
+        level: Some(args.compression_level.unwrap_or(context.config().repository.compression_level)),
     };
     let progress = context.output.progress();
-    let report = backup::create(&repository, &data, &options, Arc::clone(&context.clock), progress).await?;
+    let held = context.config().repository.lease_duration.0;
+    let lease = Lease::acquire(&repository, held, Arc::clone(&context.clock), args.force).await?;
+    let fenced = lease.fenced();
+    let work = backup::create(&fenced, &data, &options, Arc::clone(&context.clock), progress);
+    let report = while_held(&lease, context.clock.as_ref(), work).await;
+    lease.release().await;
+    Ok(show_report(context, &report?))
+}
+
+fn show_report(context: &Context<'_>, report: &BackupReport) -> ExitStatus {
     for problem in &report.problems {
         context.output.warn(problem);
     }
-    context.output.result(&report, describe);
-    Ok(ExitStatus::Ok)
+    context.output.result(report, describe);
+    ExitStatus::Ok
+}
+
+/// A daemon on the same data directory and repository holds the lease: it makes the restore point for us.
+async fn ask_daemon(
+    context: &Context<'_>,
+    data: &DataDir,
+    label: Option<&str>,
+) -> Result<Option<BackupReport>, Failure> {
+    let socket = StateDir::locate(context.config(), data.root()).join("control.sock");
+    let request = Request::BackupCreate { url: context.url()?.to_owned(), label: label.map(ToOwned::to_owned) };
+    match control::ask(&socket, &request).await {
+        Ok(Some(Answer::Created(report))) => Ok(Some(report)),
+        Ok(Some(Answer::Failed(message))) => {
+            Err(Failure::new(ExitStatus::Failed, format!("the daemon made no restore point: {message}")))
+        }
+        Ok(Some(Answer::Elsewhere) | None) => Ok(None),
+        Err(error) => Err(Failure::new(ExitStatus::Failed, format!("the daemon went away while it worked: {error}"))),
+    }
+}
+
+/// Runs `work` and renews the lease meanwhile. A lost lease fails the work's next write, which then says so.
+async fn while_held<T>(lease: &Lease, clock: &dyn Clock, work: impl Future<Output = T>) -> T {
+    let renewals = async {
+        loop {
+            clock.sleep(lease.renewal_interval()).await;
+            if let Err(error) = lease.renew().await {
+                tracing::warn!(%error, "the lease was not renewed");
+                if error.is_permanent() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        result = work => result,
+        () = renewals => unreachable!("renewals never end"),
+    }
 }
 
 fn describe(report: &BackupReport) -> String {

@@ -3,6 +3,8 @@
 use std::process::ExitCode;
 
 use crate::backup::BackupError;
+use crate::daemon::DaemonError;
+use crate::daemon::supervisor::SupervisorError;
 use crate::datadir::DataDirError;
 use crate::repository::RepositoryError;
 use crate::repository::crypto::CryptoError;
@@ -84,9 +86,26 @@ impl From<BackupError> for Failure {
             BackupError::Repository(error) => of_repository(error),
             BackupError::Instance(error) => of_instance(error),
             BackupError::PlainKeys => ExitStatus::Usage,
-            BackupError::Empty(_) | BackupError::LogVanished { .. } | BackupError::Worker(_) => ExitStatus::Failed,
+            BackupError::Empty(_)
+            | BackupError::LogVanished { .. }
+            | BackupError::NotFollowed { .. }
+            | BackupError::Worker(_) => ExitStatus::Failed,
         };
         Self::new(status, error)
+    }
+}
+
+impl From<DaemonError> for Failure {
+    fn from(error: DaemonError) -> Self {
+        match error {
+            DaemonError::DataDir(error) => error.into(),
+            DaemonError::Repository(error) => error.into(),
+            DaemonError::Backup(error) => error.into(),
+            DaemonError::Supervisor(error @ SupervisorError::Running { .. }) => Self::new(ExitStatus::Refused, error),
+            error @ (DaemonError::File(_) | DaemonError::Schedule(_) | DaemonError::Supervisor(_)) => {
+                Self::new(ExitStatus::Failed, error)
+            }
+        }
     }
 }
 
@@ -132,8 +151,13 @@ fn of_repository(error: &RepositoryError) -> ExitStatus {
     match error {
         RepositoryError::BadUrl { .. } => ExitStatus::Usage,
         RepositoryError::NoRepository { .. } => ExitStatus::NothingToRestore,
-        RepositoryError::Conflict { .. } => ExitStatus::Locked,
-        RepositoryError::Store { .. } => ExitStatus::StoreUnreachable,
+        RepositoryError::Conflict { .. } | RepositoryError::Locked { .. } | RepositoryError::LeaseLost { .. } => {
+            ExitStatus::Locked
+        }
+        RepositoryError::Store { .. } | RepositoryError::Denied { .. } | RepositoryError::Timeout { .. } => {
+            ExitStatus::StoreUnreachable
+        }
+        RepositoryError::NotEmpty { .. } => ExitStatus::Refused,
         RepositoryError::Crypto(error) => of_crypto(error),
         RepositoryError::UnknownFormat { .. } | RepositoryError::Missing { .. } | RepositoryError::Damaged { .. } => {
             ExitStatus::Failed

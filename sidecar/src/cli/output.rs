@@ -61,7 +61,8 @@ pub fn start_logging(verbose: u8, quiet: bool) {
     let level = match (quiet, verbose) {
         (true, _) => "error",
         (_, 0) => "warn",
-        (_, 1) => "info,inner_universe=debug",
+        (_, 1) => "warn,inner_universe=info",
+        (_, 2) => "info,inner_universe=debug",
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));

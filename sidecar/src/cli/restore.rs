@@ -6,9 +6,9 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 
-use crate::cli::Context;
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
+use crate::cli::{Context, DataDirArg};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::restore::apply::{self, ApplyOptions};
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
@@ -16,9 +16,8 @@ use crate::restore::target::Target;
 
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
-    /// The data directory to make
-    #[arg(long, alias = "db-path", env = "INNER_UNIVERSE__SPACETIMEDB_CONFIG__DB_PATH", value_name = "DIR")]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    data: DataDirArg,
     /// latest, offset:N, time:RFC3339, label:L, or a restore point's id; offsets and times are inclusive
     #[arg(long, default_value = "latest", value_name = "TARGET")]
     to: Target,
@@ -65,6 +64,7 @@ struct PlannedDatabase {
 }
 
 pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus, Failure> {
+    let data_dir = args.data.path(context)?;
     let repository = context.repository().await?;
     let request = RestoreRequest {
         target: args.to.clone(),
@@ -75,10 +75,10 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
     let plan = plan::plan(&repository, &request).await?;
     warn(context, &plan, &args.to);
     if args.dry_run {
-        context.output.result(&report(&plan, args.data_dir), describe_plan);
+        context.output.result(&report(&plan, data_dir), describe_plan);
         return Ok(ExitStatus::Ok);
     }
-    let options = ApplyOptions { data_dir: args.data_dir, key_dir: args.key_dir, force: args.force };
+    let options = ApplyOptions { data_dir, key_dir: args.key_dir, force: args.force };
     let (clock, progress) = (Arc::clone(&context.clock), context.output.progress());
     let report = apply::apply(&repository, &plan, &options, clock, progress).await?;
     context.output.result(&report, |report| {

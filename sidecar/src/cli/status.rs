@@ -1,41 +1,77 @@
 //! `status`
 
+use std::time::Duration;
+
 use clap::Args;
 
 use crate::cli::failure::{ExitStatus, Failure};
+use crate::cli::output::bytes;
 use crate::cli::{Context, DataDirArg};
-use crate::status;
+use crate::ids::Offset;
+use crate::status::{self, StatusReport};
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     #[command(flatten)]
     data: DataDirArg,
+    /// Look again every two seconds until interrupted
+    #[arg(long)]
+    watch: bool,
 }
 
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+
 pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, Failure> {
-    let data = args.data.open()?;
+    let data = args.data.open(context)?;
     let repository = context.repository().await?;
-    let report = status::status(&repository, &data, context.clock.as_ref()).await?;
-    context.output.result(&report, |report| {
-        let mut text = String::new();
-        let show = |offset: Option<crate::ids::Offset>| offset.map_or("-".to_owned(), |offset| offset.to_string());
-        for database in &report.databases {
-            text += &format!(
-                "{}: log at {}, archived to {}, behind by {} transactions ({:.1} s)\n",
-                database.name,
-                show(database.log_offset),
-                show(database.archived_offset),
-                database.lag_transactions,
-                database.lag_seconds
-            );
+    loop {
+        let report = status::status(&repository, &data, context.config(), context.clock.as_ref()).await?;
+        context.output.result(&report, describe);
+        if !args.watch {
+            return Ok(ExitStatus::Ok);
         }
-        if let Some(point) = &report.last_restore_point {
-            text += &format!("last restore point {} ({} s ago)\n", point.id, point.age_seconds);
+        tokio::select! {
+            () = context.clock.sleep(WATCH_INTERVAL) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(ExitStatus::Ok),
         }
-        for problem in &report.problems {
-            text += &format!("problem: {problem}\n");
-        }
-        text
-    });
-    Ok(ExitStatus::Ok)
+    }
+}
+
+fn describe(report: &StatusReport) -> String {
+    let mut text = String::new();
+    let show = |offset: Option<Offset>| offset.map_or("-".to_owned(), |offset| offset.to_string());
+    for database in &report.databases {
+        text += &format!(
+            "{}: timeline {}, log at {}, archived to {}, behind by {} transactions ({:.1} s), {} archived\n",
+            database.name,
+            database.timeline.map_or("-".into(), |timeline| timeline.to_string()),
+            show(database.log_offset),
+            show(database.archived_offset),
+            database.lag_transactions,
+            database.lag_seconds,
+            bytes(database.archived_bytes)
+        );
+    }
+    if let Some(point) = &report.last_restore_point {
+        text += &format!("last restore point {} ({} s ago)\n", point.id, point.age_seconds);
+    }
+    for schedule in &report.schedules {
+        let time = |time: Option<jiff::Timestamp>| time.map_or("-".to_owned(), |time| format!("{time:.0}"));
+        text += &format!(
+            "schedule {}: last {}, next {} ({} {})\n",
+            schedule.name,
+            time(schedule.last_run),
+            time(schedule.next_run),
+            schedule.cron,
+            schedule.time_zone
+        );
+    }
+    match &report.daemon {
+        Some(daemon) if daemon.running => text += &format!("daemon: process {} runs\n", daemon.pid),
+        _ => text += "daemon: not running; start it with `inner-universe run`\n",
+    }
+    for problem in &report.problems {
+        text += &format!("problem: {problem}\n");
+    }
+    text
 }

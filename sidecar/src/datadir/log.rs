@@ -9,13 +9,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::datadir::DataDirError;
 use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
 use crate::durable::{FileError, OnPath};
-use crate::ids::Offset;
+use crate::ids::{ContentHash, Offset};
 
 const READ_SIZE: usize = 1 << 20;
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -31,6 +31,16 @@ pub struct Batch {
     pub times: Times,
     /// Bytes of the last commit.
     pub last_len: usize,
+}
+
+impl Batch {
+    /// This batch and the one read after it, of the same format version.
+    pub fn merge(&mut self, later: &Self) {
+        self.last = later.last;
+        self.commits += later.commits;
+        self.times.merge(later.times);
+        self.last_len = later.last_len;
+    }
 }
 
 /// The server's times inside a run of commits, microseconds since the Unix epoch; `None` where no commit had inputs.
@@ -108,10 +118,21 @@ pub struct LogReader {
     open: Option<OpenSegment>,
     tail: Tail,
     at_end: bool,
+    last_read: Option<LastRead>,
+}
+
+/// The last commit handed out, where it can be looked at again.
+struct LastRead {
+    segment: Offset,
+    at: u64,
+    len: usize,
+    hash: ContentHash,
 }
 
 struct OpenSegment {
     file: SegmentFile,
+    /// Device and inode: the name can come to mean another file.
+    inode: (u64, u64),
     source: Source,
     log_version: u8,
     /// Decoded bytes read from the source so far.
@@ -134,7 +155,8 @@ impl LogReader {
     /// [`DataDirError::Gone`] when the log starts after `from`; damage between the segment's start and `from`.
     pub fn open(dir: &Path, from: Offset) -> Result<Self, DataDirError> {
         let files = segments(dir)?;
-        let mut reader = Self { dir: dir.to_owned(), next: from, open: None, tail: Tail::Clean, at_end: false };
+        let mut reader =
+            Self { dir: dir.to_owned(), next: from, open: None, tail: Tail::Clean, at_end: false, last_read: None };
         let Some(earliest) = files.first() else {
             reader.next = Offset(0);
             return Ok(reader);
@@ -220,7 +242,50 @@ impl LogReader {
             segment.carry.extend_from_slice(&buffer[filled.len..]);
             buffer.truncate(filled.len);
         }
+        if filled.commits > 0 {
+            self.remember_last(buffer, &filled);
+        }
         Ok(filled.into_batch())
+    }
+
+    fn remember_last(&mut self, buffer: &[u8], filled: &Filled) {
+        self.last_read = None;
+        if let Some(segment) = &self.open
+            && filled.last_in == Some(segment.file.first)
+            && matches!(segment.source, Source::Plain(_))
+        {
+            let (end, len) = (segment.read - segment.carry.len() as u64, filled.last_len);
+            let hash = ContentHash::of(&buffer[filled.len - len..filled.len]);
+            self.last_read = Some(LastRead { segment: segment.file.first, at: end - len as u64, len, hash });
+        }
+    }
+
+    /// Does the log still hold what was read of it last? After a restore or a power cut other commits can stand in the
+    /// place of those that were read. `false` also when the server has rewritten the segment: then open the log again.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn is_unchanged(&self) -> Result<bool, DataDirError> {
+        let Some(segment) = &self.open else { return Ok(true) };
+        let path = &segment.file.path;
+        let now = match fs::metadata(path) {
+            Ok(now) => now,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error).on("inspect", path).map_err(Into::into),
+        };
+        if segment.inode != (now.dev(), now.ino()) {
+            return Ok(false);
+        }
+        let Source::Plain(file) = &segment.source else { return Ok(true) };
+        if now.len() < segment.read - segment.carry.len() as u64 {
+            return Ok(false);
+        }
+        let Some(last) = self.last_read.as_ref().filter(|last| last.segment == segment.file.first) else {
+            return Ok(true);
+        };
+        let mut commit = vec![0; last.len];
+        let read = read_at_most(file, &mut commit, last.at).on("read", path)?;
+        Ok(read == last.len && ContentHash::of(&commit) == last.hash)
     }
 
     /// Opens the segment that continues the log, if it is there with its header written.
@@ -301,6 +366,8 @@ impl LogReader {
 #[derive(Default)]
 struct Filled {
     log_version: u8,
+    /// The segment that the last commit stands in.
+    last_in: Option<Offset>,
     first: Option<Offset>,
     last: Offset,
     commits: u64,
@@ -337,6 +404,8 @@ impl OpenSegment {
     fn open(file: &SegmentFile) -> Result<Option<Self>, DataDirError> {
         let path = &file.path;
         let plain = File::open(path).on("open", path)?;
+        let opened = plain.metadata().on("inspect", path)?;
+        let inode = (opened.dev(), opened.ino());
         let mut magic = [0; 4];
         if read_at_most(&plain, &mut magic, 0).on("read", path)? < magic.len() {
             return Ok(None);
@@ -368,7 +437,7 @@ impl OpenSegment {
         }
         let sealed = matches!(source, Source::Zstd(_));
         let log_version = header.log_version;
-        Ok(Some(Self { file: file.clone(), source, log_version, read: read as u64, carry: Vec::new(), sealed }))
+        Ok(Some(Self { file: file.clone(), inode, source, log_version, read: read as u64, carry: Vec::new(), sealed }))
     }
 
     /// Parses commits at the end of `buffer[..filled.len]`, reading more as needed.
@@ -404,6 +473,7 @@ impl OpenSegment {
                     }
                     filled.first.get_or_insert(commit.first);
                     filled.last = commit.last();
+                    filled.last_in = Some(self.file.first);
                     filled.commits += 1;
                     filled.last_len = commit.bytes.len();
                     filled.len += commit.bytes.len();

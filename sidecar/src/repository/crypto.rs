@@ -1,7 +1,7 @@
 //! Client-side encryption with age. Writing needs recipients only; reading needs an identity file.
 
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::durable::{FileError, OnPath};
@@ -42,10 +42,9 @@ impl Keyring {
     ///
     /// # Errors
     /// When a text is no recipient or a file holds no identity.
-    pub fn new(recipients: &[String], identity_files: &[impl AsRef<Path>]) -> Result<Self, CryptoError> {
+    pub fn new(recipients: &[String], identity_files: &[PathBuf]) -> Result<Self, CryptoError> {
         let mut keys = Self { recipients: parse_recipients(recipients)?, identities: Vec::new() };
         for path in identity_files {
-            let path = path.as_ref();
             let text = std::fs::read_to_string(path).on("read", path)?;
             let refuse =
                 |reason: &str| CryptoError::BadIdentity { path: path.display().to_string(), reason: reason.into() };

@@ -1,8 +1,9 @@
 //! Log objects: runs of commits, byte for byte as in the server's log, behind a header that proves them.
 //!
-//! The body is one zstd frame, sealed if the repository is. The header holds the body's hash, so a stored object can be
-//! checked without any key; and a chain of links, each a BLAKE3 hash over the link before and the commits it covers, so
-//! that a gap, a swap or a repetition shows when objects are put side by side. Compaction keeps the links.
+//! The body is a row of parts, each one zstd frame, sealed if the repository is, so that a large object is read part by
+//! part. The header holds each part's hash, so a stored object can be checked without any key; and a chain of links, each a
+//! BLAKE3 hash over the link before and the commits it covers, so that a gap, a swap or a repetition shows when objects are
+//! put side by side. Compaction keeps the links.
 
 use object_store::path::Path as Key;
 
@@ -10,14 +11,15 @@ use crate::datadir::bytes::{Cursor, Malformed};
 use crate::datadir::commit::Frame;
 use crate::datadir::log::{Batch, Times};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
-use crate::repository::crypto::Keyring;
+use crate::repository::crypto::{CryptoError, Keyring};
 use crate::repository::{InObject, RepositoryError, paths};
 
 const MAGIC: [u8; 8] = *b"IULOG\r\n\x1a";
 const VERSION: u16 = 1;
 const FLAG_SEALED: u16 = 1;
-const FIXED_LEN: usize = 192;
-const LINK_LEN: usize = 80;
+const FIXED_LEN: usize = 160;
+const LINK_LEN: usize = 88;
+const PART_LEN: usize = 48;
 const HASH_LEN: usize = 32;
 /// Where the header's length stands.
 const LEN_AT: usize = 12;
@@ -42,8 +44,8 @@ pub struct LogHeader {
     pub raw_len: u64,
     pub body_len: u64,
     pub previous_chain: ContentHash,
-    pub body_hash: ContentHash,
     pub links: Vec<Link>,
+    pub parts: Vec<Part>,
     /// Bytes of the header itself.
     pub len: usize,
 }
@@ -56,6 +58,19 @@ pub struct Link {
     pub chain: ContentHash,
     /// The hash of the last commit alone: what a log that starts inside the run can still be compared with.
     pub last_commit: ContentHash,
+    /// The latest time of the history up to `last`, microseconds.
+    pub max_time: Option<i64>,
+}
+
+/// A piece of a body that is read on its own: whole links in one frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Bytes as stored.
+    pub stored_len: u64,
+    /// How many links it holds.
+    pub links: u32,
+    /// The hash of the bytes as stored.
+    pub hash: ContentHash,
 }
 
 /// Where a chain stands: what the next object continues.
@@ -66,6 +81,8 @@ pub struct ChainTip {
     pub chain: ContentHash,
     /// The latest time so far.
     pub max_time: Option<i64>,
+    /// The hash of the last commit; `None` at a beginning.
+    pub last_commit: Option<ContentHash>,
 }
 
 impl ChainTip {
@@ -73,7 +90,7 @@ impl ChainTip {
     pub fn origin(database: &Identity, start: Offset) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"inner-universe log chain 1").update(&database.0);
-        Self { next: start, chain: ContentHash(*hasher.finalize().as_bytes()), max_time: None }
+        Self { next: start, chain: ContentHash(*hasher.finalize().as_bytes()), max_time: None, last_commit: None }
     }
 
     /// After one more run of commits.
@@ -82,6 +99,7 @@ impl ChainTip {
             next: Offset(batch.last.0 + 1),
             chain: link(&self.chain, commits),
             max_time: self.max_time.max(batch.times.max),
+            last_commit: Some(ContentHash::of(&commits[commits.len().saturating_sub(batch.last_len)..])),
         }
     }
 }
@@ -114,9 +132,7 @@ impl LogContent<'_> {
     /// # Errors
     /// When compression or sealing fails.
     pub fn encode(&self, level: i32, keys: &Keyring) -> Result<Vec<u8>, RepositoryError> {
-        let compressed = zstd::bulk::compress(self.commits, level);
-        let compressed = compressed.map_err(|error| RepositoryError::damaged(&self.key(), error))?;
-        let body = keys.seal(compressed)?;
+        let (part, body) = seal_part(self.commits, 1, level, keys)?;
         let header = LogHeader {
             sealed: keys.seals(),
             database: self.database,
@@ -130,13 +146,14 @@ impl LogContent<'_> {
             raw_len: self.commits.len() as u64,
             body_len: body.len() as u64,
             previous_chain: self.before.chain,
-            body_hash: ContentHash::of(&body),
             links: vec![Link {
                 last: self.batch.last,
                 raw_len: self.commits.len() as u64,
                 chain: self.after.chain,
                 last_commit: ContentHash::of(&self.commits[self.commits.len().saturating_sub(self.batch.last_len)..]),
+                max_time: self.after.max_time,
             }],
+            parts: vec![part],
             len: 0,
         };
         let mut bytes = header.to_bytes();
@@ -145,15 +162,29 @@ impl LogContent<'_> {
     }
 }
 
+/// Compresses and, if the keyring has recipients, seals the commits of `links` links.
+pub(super) fn seal_part(
+    commits: &[u8],
+    links: u32,
+    level: i32,
+    keys: &Keyring,
+) -> Result<(Part, Vec<u8>), RepositoryError> {
+    let compressed = zstd::bulk::compress(commits, level);
+    let compressed = compressed.map_err(|error| CryptoError::Seal(format!("compress: {error}")))?;
+    let stored = keys.seal(compressed)?;
+    Ok((Part { stored_len: stored.len() as u64, links, hash: ContentHash::of(&stored) }, stored))
+}
+
 impl LogHeader {
     /// The chain after this object.
     pub fn tip(&self) -> ChainTip {
         let chain = self.links.last().map_or(self.previous_chain, |link| link.chain);
-        ChainTip { next: Offset(self.last.0.saturating_add(1)), chain, max_time: self.times.max }
+        let last_commit = self.links.last().map(|link| link.last_commit);
+        ChainTip { next: Offset(self.last.0.saturating_add(1)), chain, max_time: self.times.max, last_commit }
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
-        let len = FIXED_LEN + self.links.len() * LINK_LEN + HASH_LEN;
+        let len = FIXED_LEN + self.links.len() * LINK_LEN + self.parts.len() * PART_LEN + HASH_LEN;
         let mut bytes = Vec::with_capacity(len);
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -171,15 +202,21 @@ impl LogHeader {
         bytes.extend_from_slice(&self.raw_len.to_le_bytes());
         bytes.extend_from_slice(&self.body_len.to_le_bytes());
         bytes.extend_from_slice(&self.previous_chain.0);
-        bytes.extend_from_slice(&self.body_hash.0);
         bytes.extend_from_slice(&u32::try_from(self.links.len()).unwrap_or(u32::MAX).to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&u32::try_from(self.parts.len()).unwrap_or(u32::MAX).to_le_bytes());
         debug_assert_eq!(bytes.len(), FIXED_LEN);
         for link in &self.links {
             bytes.extend_from_slice(&link.last.0.to_le_bytes());
             bytes.extend_from_slice(&link.raw_len.to_le_bytes());
             bytes.extend_from_slice(&link.chain.0);
             bytes.extend_from_slice(&link.last_commit.0);
+            bytes.extend_from_slice(&link.max_time.unwrap_or(NO_TIME).to_le_bytes());
+        }
+        for part in &self.parts {
+            bytes.extend_from_slice(&part.stored_len.to_le_bytes());
+            bytes.extend_from_slice(&part.links.to_le_bytes());
+            bytes.extend_from_slice(&[0; 4]);
+            bytes.extend_from_slice(&part.hash.0);
         }
         let hash = ContentHash::of(&bytes);
         bytes.extend_from_slice(&hash.0);
@@ -228,9 +265,8 @@ impl LogHeader {
         let raw_len = cursor.u64("the raw length")?;
         let body_len = cursor.u64("the body's length")?;
         let previous_chain = ContentHash(cursor.array("the previous chain hash")?);
-        let body_hash = ContentHash(cursor.array("the body's hash")?);
         let count = cursor.array_len(LINK_LEN, "the links")?;
-        cursor.take(4, "the reserved bytes")?;
+        let part_count = cursor.u32("the number of parts")? as usize;
         let mut links = Vec::with_capacity(count);
         for _ in 0..count {
             links.push(Link {
@@ -238,9 +274,22 @@ impl LogHeader {
                 raw_len: cursor.u64("a link's length")?,
                 chain: ContentHash(cursor.array("a link's chain hash")?),
                 last_commit: ContentHash(cursor.array("a link's last commit's hash")?),
+                max_time: Some(cursor.i64("a link's time")?).filter(|time| *time != NO_TIME),
             });
         }
-        let ordered = first <= last
+        // As many as the hashed header has room for.
+        let mut parts = Vec::with_capacity(part_count.min(hashed.len() / PART_LEN));
+        for _ in 0..part_count {
+            let (stored_len, links) = (cursor.u64("a part's length")?, cursor.u32("a part's links")?);
+            cursor.take(4, "the reserved bytes")?;
+            parts.push(Part { stored_len, links, hash: ContentHash(cursor.array("a part's hash")?) });
+        }
+        let stored = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.stored_len));
+        let covered: u64 = parts.iter().map(|part| u64::from(part.links)).sum();
+        let whole =
+            stored == Some(body_len) && covered == links.len() as u64 && parts.iter().all(|part| part.links > 0);
+        let ordered = whole
+            && first <= last
             && last.0 < u64::MAX
             && links.windows(2).all(|pair| pair[0].last < pair[1].last)
             && links.first().is_some_and(|link| link.last >= first)
@@ -262,23 +311,203 @@ impl LogHeader {
             raw_len,
             body_len,
             previous_chain,
-            body_hash,
             links,
+            parts,
             len,
         })
     }
 
-    /// Does the stored body hash to what the header says? Needs no key.
+    /// Where part `index` stands in the object.
+    pub fn part_range(&self, index: usize) -> std::ops::Range<u64> {
+        let before: u64 = self.parts.iter().take(index).map(|part| part.stored_len).sum();
+        let start = self.len as u64 + before;
+        start..start + self.parts.get(index).map_or(0, |part| part.stored_len)
+    }
+
+    /// Bytes of the object that this is the header of.
+    pub fn object_len(&self) -> u64 {
+        (self.len as u64).saturating_add(self.body_len)
+    }
+
+    /// Does the stored part hash to what the header says? Needs no key.
     ///
     /// # Errors
     /// When it does not.
-    pub fn check_body(&self, object: &[u8]) -> Result<(), Malformed> {
-        let body = object.get(self.len..).unwrap_or_default();
-        if body.len() as u64 != self.body_len || ContentHash::of(body) != self.body_hash {
-            return Err(Malformed { at: self.len as u64, reason: "the body does not match its hash".into() });
+    pub fn check_part(&self, index: usize, stored: &[u8]) -> Result<(), Malformed> {
+        match self.parts.get(index) {
+            Some(part) if part.stored_len == stored.len() as u64 && ContentHash::of(stored) == part.hash => Ok(()),
+            _ => {
+                let reason = format!("part {index} of the body does not match its hash");
+                Err(Malformed { at: self.part_range(index).start, reason })
+            }
         }
-        Ok(())
     }
+
+    /// What part `index` continues, and the links in it.
+    fn span(&self, index: usize) -> (ContentHash, Offset, &[Link]) {
+        let count = |parts: &[Part]| parts.iter().map(|part| part.links as usize).sum::<usize>();
+        let start = count(self.parts.get(..index).unwrap_or_default());
+        let end = start + count(self.parts.get(index..=index).unwrap_or_default());
+        let before = start.checked_sub(1).and_then(|before| self.links.get(before));
+        let chain = before.map_or(self.previous_chain, |link| link.chain);
+        let first = before.map_or(self.first, |link| Offset(link.last.0.saturating_add(1)));
+        (chain, first, self.links.get(start..end).unwrap_or_default())
+    }
+
+    /// The part that holds link `index`.
+    pub fn part_of_link(&self, index: usize) -> usize {
+        let mut end = 0;
+        let holds = |part: &Part| {
+            end += part.links as usize;
+            index < end
+        };
+        self.parts.iter().position(holds).unwrap_or(0)
+    }
+
+    /// The end of the history after link `index`.
+    pub fn tip_at(&self, index: usize) -> Option<ChainTip> {
+        let link = self.links.get(index)?;
+        let next = Offset(link.last.0.saturating_add(1));
+        Some(ChainTip { next, chain: link.chain, max_time: link.max_time, last_commit: Some(link.last_commit) })
+    }
+
+    /// The end of the history after `last`, where a timeline that forked off inside this object leaves it.
+    pub fn tip_until(&self, last: Offset) -> ChainTip {
+        let within = self.links.partition_point(|link| link.last <= last);
+        within.checked_sub(1).and_then(|index| self.tip_at(index)).unwrap_or(ChainTip {
+            next: self.first,
+            chain: self.previous_chain,
+            max_time: None,
+            last_commit: None,
+        })
+    }
+
+    /// The chain hash before part `index`; and, of its links up to `last`, the chain hash after them and their bytes.
+    pub fn part_until(&self, index: usize, last: Offset) -> (ContentHash, ContentHash, u64) {
+        let (before, _, links) = self.span(index);
+        let counted = links.iter().take_while(|link| link.last <= last);
+        let (after, len) = counted.fold((before, 0), |(_, len), link| (link.chain, len + link.raw_len));
+        (before, after, len)
+    }
+
+    /// The parts that hold any transaction from `first` to `last`, both included.
+    pub fn parts_within(&self, first: Offset, last: Offset) -> std::ops::Range<usize> {
+        let mut wanted = 0..0;
+        for index in 0..self.parts.len() {
+            let (_, starts, links) = self.span(index);
+            let ends = links.last().map_or(starts, |link| link.last);
+            if ends >= first && starts <= last {
+                wanted = if wanted.is_empty() { index..index + 1 } else { wanted.start..index + 1 };
+            }
+        }
+        wanted
+    }
+
+    /// Opens part `index`: its commits, after every check there is.
+    ///
+    /// # Errors
+    /// When a hash, the chain or a commit is wrong, or the part cannot be unsealed.
+    pub fn decode_part(
+        &self,
+        key: &Key,
+        index: usize,
+        stored: &[u8],
+        keys: &Keyring,
+    ) -> Result<Vec<u8>, RepositoryError> {
+        self.check_part(index, stored).in_object(key)?;
+        let opened;
+        let compressed = if self.sealed {
+            opened = keys.open(stored)?;
+            opened.as_slice()
+        } else {
+            stored
+        };
+        let (chain, first, links) = self.span(index);
+        let raw_len = links.iter().fold(0u64, |sum, link| sum.saturating_add(link.raw_len));
+        let commits = decompress(compressed, raw_len).map_err(|error| RepositoryError::damaged(key, error))?;
+        check_commits(self.log_version, chain, first, links, &commits).in_object(key)?;
+        Ok(commits)
+    }
+}
+
+/// A header put together from others: their links, in parts that are copied or made anew.
+pub(crate) struct Merge {
+    header: LogHeader,
+    /// Links added since the last part was closed.
+    open_links: u32,
+}
+
+impl Merge {
+    pub(crate) fn new(database: Identity, timeline: TimelineId, level: u8, archived_at: i64) -> Self {
+        let header = LogHeader {
+            sealed: false,
+            database,
+            timeline,
+            log_version: 0,
+            level,
+            first: Offset(0),
+            last: Offset(0),
+            times: Times::default(),
+            archived_at,
+            raw_len: 0,
+            body_len: 0,
+            previous_chain: ContentHash([0; 32]),
+            links: Vec::new(),
+            parts: Vec::new(),
+            len: 0,
+        };
+        Self { header, open_links: 0 }
+    }
+
+    /// Takes an object over as it is, parts and all.
+    pub(crate) fn copy(&mut self, input: &LogHeader) {
+        self.join(input);
+        self.header.links.extend_from_slice(&input.links);
+        self.header.parts.extend_from_slice(&input.parts);
+    }
+
+    /// Adds the links of one part; its commits go into the next [`Self::seal`].
+    pub(crate) fn add(&mut self, input: &LogHeader, index: usize) {
+        if index == 0 {
+            self.join(input);
+        }
+        let (_, _, links) = input.span(index);
+        self.header.links.extend_from_slice(links);
+        self.open_links += u32::try_from(links.len()).unwrap_or(u32::MAX);
+    }
+
+    /// Closes a part that holds `commits`, those of all links added since the last.
+    pub(crate) fn seal(&mut self, commits: &[u8], level: i32, keys: &Keyring) -> Result<Vec<u8>, RepositoryError> {
+        let (part, stored) = seal_part(commits, std::mem::take(&mut self.open_links), level, keys)?;
+        self.header.parts.push(part);
+        Ok(stored)
+    }
+
+    fn join(&mut self, input: &LogHeader) {
+        let header = &mut self.header;
+        if header.links.is_empty() {
+            header.sealed = input.sealed;
+            header.log_version = input.log_version;
+            header.first = input.first;
+            header.previous_chain = input.previous_chain;
+        }
+        header.last = input.last;
+        header.times.merge(input.times);
+        header.raw_len += input.raw_len;
+    }
+
+    pub(crate) fn header(&self) -> LogHeader {
+        let body_len = self.header.parts.iter().map(|part| part.stored_len).sum();
+        LogHeader { body_len, ..self.header.clone() }
+    }
+}
+
+/// Is this the header of the object that `key` names?
+pub fn check_name(key: &Key, header: &LogHeader) -> Result<(), RepositoryError> {
+    if paths::parse_log(key) == Some((header.first, header.last)) {
+        return Ok(());
+    }
+    Err(RepositoryError::damaged(key, "its header holds other offsets than its name"))
 }
 
 /// Reads a whole object: its header, and its commits after every check there is.
@@ -287,41 +516,43 @@ impl LogHeader {
 /// When the name, the hashes, the chain or a commit is wrong, or it cannot be unsealed.
 pub fn decode(key: &Key, object: &[u8], keys: &Keyring) -> Result<(LogHeader, Vec<u8>), RepositoryError> {
     let header = LogHeader::parse(object).in_object(key)?;
-    if paths::parse_log(key) != Some((header.first, header.last)) {
-        return Err(RepositoryError::damaged(key, "its header holds other offsets than its name"));
+    check_name(key, &header)?;
+    if header.object_len() != object.len() as u64 {
+        return Err(RepositoryError::damaged(key, "it is not as long as its header says"));
     }
-    header.check_body(object).in_object(key)?;
-    let body = object.get(header.len..).unwrap_or_default();
-    let opened;
-    let compressed = if header.sealed {
-        opened = keys.open(body)?;
-        opened.as_slice()
-    } else {
-        body
-    };
-    let commits = decompress(compressed, header.raw_len).map_err(|error| RepositoryError::damaged(key, error))?;
-    check_commits(&header, &commits).in_object(key)?;
+    let mut commits = Vec::new();
+    for index in 0..header.parts.len() {
+        let range = header.part_range(index);
+        let stored = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
+        let stored = stored.and_then(|(start, end)| object.get(start..end)).unwrap_or_default();
+        commits.append(&mut header.decode_part(key, index, stored, keys)?);
+    }
     Ok((header, commits))
 }
 
-/// No object holds more; it bounds what a crafted header can make us allocate.
+/// No part holds more; it bounds what a crafted header can make us allocate.
 const MAX_RAW_LEN: u64 = 4 << 30;
 
 fn decompress(compressed: &[u8], raw_len: u64) -> std::io::Result<Vec<u8>> {
     match usize::try_from(raw_len) {
         Ok(len) if raw_len <= MAX_RAW_LEN => zstd::bulk::decompress(compressed, len),
-        _ => Err(std::io::Error::other(format!("it claims {raw_len} bytes, more than any object holds"))),
+        _ => Err(std::io::Error::other(format!("it claims {raw_len} bytes, more than any part holds"))),
     }
 }
 
-fn check_commits(header: &LogHeader, commits: &[u8]) -> Result<(), Malformed> {
-    if commits.len() as u64 != header.raw_len {
+fn check_commits(
+    log_version: u8,
+    mut chain: ContentHash,
+    mut next: Offset,
+    links: &[Link],
+    commits: &[u8],
+) -> Result<(), Malformed> {
+    let raw_len = links.iter().fold(0u64, |sum, link| sum.saturating_add(link.raw_len));
+    if commits.len() as u64 != raw_len {
         return Err(Malformed { at: 0, reason: "the body is not as long as its header says".into() });
     }
-    let mut chain = header.previous_chain;
     let mut at = 0;
-    let mut next = header.first;
-    for expected in &header.links {
+    for expected in links {
         let end = at + usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
         let run = commits.get(at..end).unwrap_or_default();
         chain = link(&chain, run);
@@ -330,7 +561,7 @@ fn check_commits(header: &LogHeader, commits: &[u8]) -> Result<(), Malformed> {
         }
         let mut inside = 0;
         while inside < run.len() {
-            let Frame::Commit(commit) = Frame::parse(header.log_version, &run[inside..]) else {
+            let Frame::Commit(commit) = Frame::parse(log_version, &run[inside..]) else {
                 return Err(Malformed { at: (at + inside) as u64, reason: "this is not a whole commit".into() });
             };
             if commit.first != next {

@@ -10,6 +10,10 @@ pub fn repository() -> Key {
     Key::from("repository.json")
 }
 
+pub fn lease() -> Key {
+    Key::from("lease.json")
+}
+
 pub fn databases() -> Key {
     Key::from("databases")
 }
@@ -37,6 +41,12 @@ pub fn parse_log(key: &Key) -> Option<(Offset, Offset)> {
     let (first, last) = key.filename()?.strip_suffix(LOG_SUFFIX)?.split_once('-')?;
     let (first, last) = (Offset::from_padded(first).ok()?, Offset::from_padded(last).ok()?);
     (first <= last && last.0 < u64::MAX).then_some((first, last))
+}
+
+/// The level that a log object's folder tells.
+pub fn parse_log_level(key: &Key) -> Option<u8> {
+    let folder = key.parts().rev().nth(1)?;
+    folder.as_ref().strip_prefix('L')?.parse().ok()
 }
 
 pub fn snapshots(database: &Identity, timeline: TimelineId) -> Key {

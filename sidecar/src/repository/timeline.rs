@@ -1,11 +1,13 @@
 //! A database's log in the repository: the row of objects that leads to a place on a timeline, through its ancestors.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use object_store::path::Path as Key;
 
 use crate::ids::{Identity, Offset, TimelineId};
-use crate::repository::log_object::{HEADER_READ, LogHeader};
+use crate::repository::log_object::{HEADER_READ, LogHeader, check_name};
 use crate::repository::manifest::Timeline;
 use crate::repository::{InObject, Repository, RepositoryError, paths};
 
@@ -14,10 +16,24 @@ use crate::repository::{InObject, Repository, RepositoryError, paths};
 pub struct LogEntry {
     pub key: Key,
     pub timeline: TimelineId,
+    /// 0 as archived, higher after compaction.
+    pub level: u8,
     pub first: Offset,
+    /// The last transaction that counts: in a chain that leaves a timeline inside the object, less than its name says.
     pub last: Offset,
     /// Bytes as stored.
     pub size: u64,
+}
+
+/// Objects up to this size are read in one request.
+const READ_WHOLE: u64 = 6 << 20;
+
+/// A log object whose header was read.
+#[derive(Debug, Clone)]
+pub struct OpenLog {
+    pub key: Key,
+    pub header: Arc<LogHeader>,
+    whole: Option<Bytes>,
 }
 
 /// The unbroken row of log objects of one timeline and the ancestors it grew from.
@@ -77,15 +93,36 @@ impl Repository {
         line.reverse();
         let mut rows = Vec::new();
         for (timeline, until) in line {
-            let mut entries = Vec::new();
-            for (key, size) in self.list(&paths::logs(database, timeline.timeline)).await? {
-                if let Some((first, last)) = paths::parse_log(&key) {
-                    entries.push(LogEntry { key, timeline: timeline.timeline, first, last, size });
-                }
-            }
+            let entries = self.log_entries(database, timeline.timeline).await?;
             rows.push((timeline.start, until, entries));
         }
         Ok(assemble(rows))
+    }
+
+    /// Every log object of one timeline, of every level.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn log_entries(
+        &self,
+        database: &Identity,
+        timeline: TimelineId,
+    ) -> Result<Vec<LogEntry>, RepositoryError> {
+        let objects = self.list(&paths::logs(database, timeline)).await?;
+        let entry = |(key, size): (Key, u64)| {
+            let ((first, last), level) = (paths::parse_log(&key)?, paths::parse_log_level(&key)?);
+            Some(LogEntry { key, timeline, level, first, last, size })
+        };
+        Ok(objects.into_iter().filter_map(entry).collect())
+    }
+
+    /// Bytes of a database's log objects, over all timelines.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn log_bytes(&self, database: &Identity) -> Result<u64, RepositoryError> {
+        let objects = self.list(&paths::timelines(database)).await?;
+        Ok(objects.iter().filter(|(key, _)| paths::parse_log(key).is_some()).map(|(_, size)| size).sum())
     }
 
     /// The newest timeline with log of its own. One that was begun and never written to promises nothing.
@@ -129,6 +166,41 @@ impl Repository {
         Ok(false)
     }
 
+    /// Opens a log object to read it part by part.
+    ///
+    /// # Errors
+    /// When it is missing, its header is damaged, or it is another than its name says.
+    pub async fn open_log(&self, entry: &LogEntry) -> Result<OpenLog, RepositoryError> {
+        let (header, whole) = if entry.size <= READ_WHOLE {
+            let whole = self.get(&entry.key).await?;
+            (LogHeader::parse(&whole).in_object(&entry.key)?, Some(whole))
+        } else {
+            (self.log_header(&entry.key).await?, None)
+        };
+        check_name(&entry.key, &header)?;
+        let stored = whole.as_ref().map_or(entry.size, |whole| whole.len() as u64);
+        if header.object_len() != stored {
+            return Err(RepositoryError::damaged(&entry.key, "it is not as long as its header says"));
+        }
+        Ok(OpenLog { key: entry.key.clone(), header: Arc::new(header), whole })
+    }
+
+    /// Reads part `index` of an open log object, as it is stored.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn log_part(&self, open: &OpenLog, index: usize) -> Result<Bytes, RepositoryError> {
+        let range = open.header.part_range(index);
+        match &open.whole {
+            Some(whole) => {
+                let start = usize::try_from(range.start).unwrap_or(usize::MAX).min(whole.len());
+                let end = usize::try_from(range.end).unwrap_or(usize::MAX).min(whole.len());
+                Ok(whole.slice(start..end.max(start)))
+            }
+            None => self.get_range(&open.key, range).await,
+        }
+    }
+
     /// Reads the header of a log object.
     ///
     /// # Errors
@@ -145,26 +217,20 @@ impl Repository {
 
 /// Puts the objects of a line of timelines into one row: oldest timeline first, `until` the last offset taken of each.
 ///
-/// At every offset the object that reaches furthest is taken, so what compaction made is preferred to what it was made
-/// from, and objects that do not start where the row stands are passed over.
+/// Of the objects that start where the row stands, the one is taken from which the row reaches furthest, and of these the
+/// largest: so what compaction made is preferred to what it was made from, and what a writer who had lost its lease still
+/// wrote, cut otherwise, leads nowhere. Objects that do not start where the row stands are passed over.
 fn assemble(rows: Vec<(Offset, Option<Offset>, Vec<LogEntry>)>) -> LogChain {
     let mut chain = LogChain::default();
     let mut next: Option<Offset> = None;
     for (start, until, entries) in rows {
-        let mut by_first: BTreeMap<Offset, LogEntry> = BTreeMap::new();
-        for entry in entries {
-            match by_first.get(&entry.first) {
-                Some(other) if other.last >= entry.last => {}
-                _ => {
-                    by_first.insert(entry.first, entry);
-                }
-            }
-        }
+        let by_first = furthest(entries);
         let mut at = next.unwrap_or(start);
         while until.is_none_or(|until| at <= until) {
-            let Some(entry) = by_first.get(&at) else { break };
+            let Some((entry, _)) = by_first.get(&at) else { break };
             at = Offset(entry.last.0.saturating_add(1));
-            chain.entries.push(entry.clone());
+            let last = until.map_or(entry.last, |until| entry.last.min(until));
+            chain.entries.push(LogEntry { last, ..entry.clone() });
         }
         let stray =
             by_first.range(at..).map(|(first, _)| *first).find(|first| until.is_none_or(|until| *first <= until));
@@ -186,6 +252,24 @@ fn assemble(rows: Vec<(Offset, Option<Offset>, Vec<LogEntry>)>) -> LogChain {
     chain
 }
 
+/// For every offset that objects start at, the one to take and how far the row reaches from it.
+fn furthest(mut entries: Vec<LogEntry>) -> BTreeMap<Offset, (LogEntry, Offset)> {
+    // From the end on, so that what follows an object is known when it is looked at.
+    entries.sort_by_key(|entry| std::cmp::Reverse(entry.first));
+    let mut best: BTreeMap<Offset, (LogEntry, Offset)> = BTreeMap::new();
+    for entry in entries {
+        let following = best.get(&Offset(entry.last.0.saturating_add(1)));
+        let reach = following.map_or(entry.last, |(_, reach)| (*reach).max(entry.last));
+        match best.get(&entry.first) {
+            Some((other, other_reach)) if (*other_reach, other.last) >= (reach, entry.last) => {}
+            _ => {
+                best.insert(entry.first, (entry, reach));
+            }
+        }
+    }
+    best
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,6 +278,7 @@ mod tests {
         LogEntry {
             key: Key::from(format!("{timeline}/{first}-{last}")),
             timeline: TimelineId(timeline),
+            level: 0,
             first: Offset(first),
             last: Offset(last),
             size: 1,
@@ -216,6 +301,13 @@ mod tests {
     }
 
     #[test]
+    fn an_object_that_leads_nowhere_is_passed_over_although_it_is_larger() {
+        let objects = vec![entry(1, 0, 9), entry(1, 10, 19), entry(1, 10, 24), entry(1, 20, 29), entry(1, 30, 31)];
+        let chain = assemble(vec![(Offset(0), None, objects)]);
+        assert_eq!((ranges(&chain), chain.hole), (vec![(0, 9), (10, 19), (20, 29), (30, 31)], None));
+    }
+
+    #[test]
     fn a_missing_object_is_a_hole() {
         let chain = assemble(vec![(Offset(0), None, vec![entry(1, 0, 4), entry(1, 7, 9)])]);
         assert_eq!((ranges(&chain), chain.hole), (vec![(0, 4)], Some((Offset(5), Offset(7)))));
@@ -227,6 +319,11 @@ mod tests {
         let chain =
             assemble(vec![(Offset(0), Some(Offset(9)), parent.clone()), (Offset(10), None, vec![entry(2, 10, 12)])]);
         assert_eq!(ranges(&chain), [(0, 4), (5, 9), (10, 12)]);
+        let inside = assemble(vec![
+            (Offset(0), Some(Offset(7)), vec![entry(1, 0, 4), entry(1, 5, 20)]),
+            (Offset(8), None, vec![entry(2, 8, 12)]),
+        ]);
+        assert_eq!((ranges(&inside), inside.hole), (vec![(0, 4), (5, 7), (8, 12)], None));
         let broken = assemble(vec![(Offset(0), Some(Offset(9)), vec![entry(1, 0, 4)]), (Offset(10), None, parent)]);
         assert_eq!(broken.hole, Some((Offset(5), Offset(10))));
     }

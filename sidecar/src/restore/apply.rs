@@ -18,7 +18,7 @@ use crate::datadir::{DataDir, control_db, snapshot};
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{ContentHash, Identity, Offset};
 use crate::progress::{Progress, Tally};
-use crate::repository::log_object;
+use crate::repository::log_object::LogHeader;
 use crate::repository::manifest::SnapshotManifest;
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::{Repository, RepositoryError, instance, paths};
@@ -346,15 +346,31 @@ impl Build<'_> {
     async fn write_log(&self, database: &DatabasePlan, dir: &Path) -> Result<(), RestoreError> {
         fs::create_dir_all(dir).on("create", dir)?;
         let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
-        let mut decoded = futures::stream::iter(database.log.clone())
-            .map(|entry| async move {
-                let bytes = self.repository.get(&entry.key).await?;
-                self.tally.read(bytes.len());
-                self.progress.advance(bytes.len() as u64);
-                let keys = self.repository.keys.clone();
-                blocking(move || log_object::decode(&entry.key, &bytes, &keys)).await?.map_err(RestoreError::from)
+        let (from, until) = (database.log_from, database.offset);
+        let decoded = futures::stream::iter(database.log.clone())
+            .map(|entry| async move { Ok::<_, RestoreError>((self.repository.open_log(&entry).await?, entry)) })
+            .buffered(AHEAD)
+            .map_ok(|(open, entry)| {
+                let parts = open.header.parts_within(from, until.min(entry.last));
+                futures::stream::iter(parts.map(move |index| Ok::<_, RestoreError>((open.clone(), entry.last, index))))
             })
-            .buffered(AHEAD);
+            .try_flatten()
+            .map_ok(|(open, last, index)| async move {
+                let stored = self.repository.log_part(&open, index).await?;
+                self.tally.read(stored.len());
+                self.progress.advance(stored.len() as u64);
+                let keys = self.repository.keys.clone();
+                let decode = move || {
+                    let mut commits = open.header.decode_part(&open.key, index, &stored, &keys)?;
+                    // Where a timeline forks off inside an object, what follows belongs to another history.
+                    let (before, after, len) = open.header.part_until(index, last);
+                    commits.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+                    Ok(Decoded { header: open.header, before, after, commits })
+                };
+                blocking(decode).await?.map_err(|error: RepositoryError| RestoreError::from(error))
+            })
+            .try_buffered(AHEAD);
+        let mut decoded = std::pin::pin!(decoded);
         // The disk's writes and the decoding do not wait for each other.
         let (sender, mut receiver) = tokio::sync::mpsc::channel::<(u8, Vec<u8>)>(1);
         let writer = tokio::task::spawn_blocking(move || {
@@ -365,12 +381,12 @@ impl Build<'_> {
         });
         let feed = async {
             let mut tip: Option<ContentHash> = None;
-            while let Some((header, commits)) = decoded.try_next().await? {
+            while let Some(Decoded { header, before, after, commits }) = decoded.try_next().await? {
                 if header.database != database.identity {
                     let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
                     return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
                 }
-                if tip.replace(header.tip().chain).is_some_and(|before| before != header.previous_chain) {
+                if tip.replace(after).is_some_and(|found| found != before) {
                     return Err(RestoreError::Unreachable {
                         wanted: header.first,
                         reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
@@ -390,6 +406,14 @@ impl Build<'_> {
         let written = writer.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
         fed.and(written)
     }
+}
+
+/// A part of a log object, with the chain hashes around it.
+struct Decoded {
+    header: Arc<LogHeader>,
+    before: ContentHash,
+    after: ContentHash,
+    commits: Vec<u8>,
 }
 
 /// Writes a snapshot's objects where the server looks for them.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::datadir::commit::Frame;
 use crate::ids::{Identity, Offset, TimelineId};
-use crate::repository::log_object::{self, ChainTip};
+use crate::repository::log_object::{ChainTip, Link};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
 use crate::repository::timeline::{LogChain, LogEntry, ancestry};
 use crate::repository::{Repository, RepositoryError};
@@ -358,8 +358,8 @@ async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Op
     let Some(entry) = chain.entries.last() else {
         return Err(RestoreError::NothingToRestore("nothing is archived".into()));
     };
-    let header = repository.log_header(&entry.key).await?;
-    Ok((header.last, header.times.max))
+    let tip = repository.log_header(&entry.key).await?.tip_until(entry.last);
+    Ok((entry.last, tip.max_time))
 }
 
 /// The last offset whose time, and all before it, are at or before `time`.
@@ -374,33 +374,57 @@ async fn at_time(
     let mut before: Option<ChainTip> = None;
     while within < later {
         let middle = within + (later - within) / 2;
-        let header = repository.log_header(&chain.entries[middle].key).await?;
-        if header.times.max.is_some_and(|max| max > micros) {
+        let entry = &chain.entries[middle];
+        let tip = repository.log_header(&entry.key).await?.tip_until(entry.last);
+        if tip.max_time.is_some_and(|max| max > micros) {
             later = middle;
         } else {
-            before = Some(header.tip());
+            before = Some(tip);
             within = middle + 1;
         }
     }
     let mut found = before.map(|tip| (Offset(tip.next.0 - 1), tip.max_time));
     if let Some(entry) = chain.entries.get(within) {
-        let object = repository.get(&entry.key).await?;
-        let (header, commits) = log_object::decode(&entry.key, &object, &repository.keys)?;
-        let (mut at, mut max) = (0, before.and_then(|tip| tip.max_time));
-        while let Frame::Commit(commit) = Frame::parse(header.log_version, &commits[at..]) {
-            max = max.max(commit.inputs().map(|inputs| inputs.time_micros));
-            if max.is_some_and(|max| max > micros) {
-                break;
-            }
-            found = Some((commit.last(), max));
-            at += commit.bytes.len();
-        }
+        let later = |link: &Link| link.max_time.is_some_and(|max| max > micros);
+        found = walk(repository, entry, found, later, |_, max| max.is_some_and(|max| max > micros)).await?;
     }
     match found {
         // Without any time at or before the target there is no state of that time.
         Some((offset, Some(max))) => Ok((offset, Some(max))),
         _ => Err(RestoreError::NothingToRestore(format!("its first transaction is later than {time}"))),
     }
+}
+
+/// Walks an object's commits until `beyond` holds, and returns the last before that with the latest time up to it. Only the
+/// part is read that holds the first link for which `within` holds; `before` is where the history stands before the object.
+async fn walk(
+    repository: &Repository,
+    entry: &LogEntry,
+    before: Option<(Offset, Option<i64>)>,
+    within: impl Fn(&Link) -> bool,
+    beyond: impl Fn(Offset, Option<i64>) -> bool,
+) -> Result<Option<(Offset, Option<i64>)>, RestoreError> {
+    let open = repository.open_log(entry).await?;
+    let header = &open.header;
+    let Some(index) = header.links.iter().position(within) else { return Ok(before) };
+    let part = header.part_of_link(index);
+    let stored = repository.log_part(&open, part).await?;
+    let commits = header.decode_part(&open.key, part, &stored, &repository.keys)?;
+    let start = index.checked_sub(1).and_then(|index| header.tip_at(index));
+    let mut found = start.map(|tip| (Offset(tip.next.0 - 1), tip.max_time)).or(before);
+    let mut at = 0;
+    while let Frame::Commit(commit) = Frame::parse(header.log_version, &commits[at..]) {
+        at += commit.bytes.len();
+        if found.is_some_and(|(last, _)| commit.last() <= last) {
+            continue;
+        }
+        let max = found.and_then(|(_, max)| max).max(commit.inputs().map(|inputs| inputs.time_micros));
+        if commit.last() > entry.last || beyond(commit.last(), max) {
+            break;
+        }
+        found = Some((commit.last(), max));
+    }
+    Ok(found)
 }
 
 /// The end of the last commit that lies wholly at or before `offset`, and its time. A commit of several transactions
@@ -415,30 +439,23 @@ async fn at_offset(
     };
     let entry = &chain.entries[index];
     if entry.last == offset {
-        return Ok((offset, repository.log_header(&entry.key).await?.times.max));
+        return Ok((offset, repository.log_header(&entry.key).await?.tip_until(offset).max_time));
     }
     let before = match index.checked_sub(1) {
-        Some(before) => Some(repository.log_header(&chain.entries[before].key).await?.tip()),
+        Some(before) => {
+            let entry = &chain.entries[before];
+            Some(repository.log_header(&entry.key).await?.tip_until(entry.last))
+        }
         None => None,
     };
-    let object = repository.get(&entry.key).await?;
-    let (header, commits) = log_object::decode(&entry.key, &object, &repository.keys)?;
-    let mut found = before.map(|tip| Offset(tip.next.0 - 1));
-    let (mut at, mut max) = (0, before.and_then(|tip| tip.max_time));
-    while let Frame::Commit(commit) = Frame::parse(header.log_version, &commits[at..]) {
-        if commit.last() > offset {
-            break;
-        }
-        max = max.max(commit.inputs().map(|inputs| inputs.time_micros));
-        found = Some(commit.last());
-        at += commit.bytes.len();
-    }
+    let before = before.map(|tip| (Offset(tip.next.0 - 1), tip.max_time));
+    let found = walk(repository, entry, before, |link| link.last >= offset, |last, _| last > offset).await?;
     let found = found.ok_or_else(|| {
         RestoreError::NothingToRestore(format!(
             "transaction {offset} lies inside the first commit, which cannot be cut"
         ))
     })?;
-    Ok((found, max))
+    Ok(found)
 }
 
 /// The newest snapshot at or before `offset` on this history whose transaction the log still holds.

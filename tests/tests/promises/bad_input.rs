@@ -169,7 +169,7 @@ fn a_target_beyond_what_is_archived_and_targets_that_are_none() {
     assert_eq!(restore("yesterday").code, 2);
     assert!(restore("01ARZ3NDEKTSV4RRFFQ69G5FAV").fails_with(4).contains("backup list"));
     assert!(!target.exists());
-    let run = Sidecar { repository: "ftp://x/y".into() }.run(["backup", "list"]);
+    let run = Sidecar::with("ftp://x/y").run(["backup", "list"]);
     assert!(run.fails_with(2).contains("file:///"));
     // A file where a directory is needed: the store cannot be made.
     let blocked = Sidecar::at(&backed_up.object("repository.json").join("below"));

@@ -8,6 +8,8 @@ use inner_universe::datadir::commit::Frame;
 use inner_universe::datadir::log::LogReader;
 use inner_universe::ids::Offset;
 use inner_universe::progress::Silent;
+use inner_universe::repository::Repository;
+use inner_universe::repository::store::Store;
 use inner_universe::restore::plan::RestoreRequest;
 use inner_universe::restore::target::Target;
 use inner_universe::verify;
@@ -123,7 +125,7 @@ proptest! {
             }
             let target = synthetic.dir.path().join("restored");
             let url = "memory://";
-            let opened = inner_universe::repository::Repository::open_in(store.clone(), url, Default::default()).await;
+            let opened = Repository::open_in(Store::around(store.clone()), url, Default::default()).await;
             if let Ok(repository) = opened {
                 let found = verify::verify(&repository, &[], Arc::new(Silent)).await.expect("verify");
                 // A restore point that is gone altogether leaves nothing behind that could be missed.

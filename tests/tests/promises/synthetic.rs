@@ -10,6 +10,7 @@ use inner_universe::datadir::DataDir;
 use inner_universe::progress::Silent;
 use inner_universe::repository::Repository;
 use inner_universe::repository::crypto::Keyring;
+use inner_universe::repository::store::Store;
 use inner_universe::restore::RestoreError;
 use inner_universe::restore::apply::{self, ApplyOptions, RestoreReport};
 use inner_universe::restore::plan::{RestoreRequest, plan};
@@ -18,9 +19,10 @@ use object_store::memory::InMemory;
 /// A repository in memory, and the store behind it for damage.
 pub async fn repository() -> (Repository, Arc<InMemory>) {
     let store = Arc::new(InMemory::new());
-    let repository = Repository::open_or_create_in(store.clone(), "memory://", Keyring::default(), &SystemClock)
-        .await
-        .expect("open");
+    let repository =
+        Repository::open_or_create_in(Store::around(store.clone()), "memory://", Keyring::default(), &SystemClock)
+            .await
+            .expect("open");
     (repository, store)
 }
 

@@ -1,0 +1,403 @@
+//! The archiver: follows one database's log and writes what is new to the repository, for as long as the daemon runs.
+//!
+//! Invariants:
+//! - only whole commits with a good checksum are archived, in order, each object after the one before is durable;
+//! - the log itself is the queue: while the store is out, nothing is read ahead and memory does not grow;
+//! - before each object the log is looked at again: if other commits stand where the last ones stood, nothing is written
+//!   and the archive is compared with the log anew, which forks a timeline where they part.
+
+pub mod compaction;
+pub mod position;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::BackoffBuilder;
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::archiver::position::Position;
+use crate::backup::log::{self, LogArchive, Tip};
+use crate::backup::{BackupError, Work, blocking};
+use crate::datadir::DataDirError;
+use crate::datadir::log::{Batch, LogReader, Tail, segments};
+use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::repository::log_object::ChainTip;
+
+/// After this long an end that is no commit is no write under way any more.
+const STUCK_AFTER: Duration = Duration::from_secs(2);
+/// Reads of one wake are at least so far apart, so that a busy log is not read commit by commit.
+const READ_PAUSE: Duration = Duration::from_millis(20);
+
+/// How to archive.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    pub flush_interval: Duration,
+    pub flush_bytes: usize,
+    /// How often to look where no notification comes.
+    pub poll: Duration,
+}
+
+/// What is known of one database while it is followed. Shared with whoever reports it.
+#[derive(Debug)]
+pub struct Followed {
+    pub identity: Identity,
+    pub name: String,
+    inner: Mutex<Progress>,
+}
+
+/// A copy of what is known.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    pub timeline: Option<TimelineId>,
+    pub tip: Option<ChainTip>,
+    /// When log and archive were last seen equal, or an object was last written.
+    pub caught_up_at: Option<Timestamp>,
+    /// One past the last transaction that was read from the log.
+    pub read_to: Option<Offset>,
+    pub objects: u64,
+    pub stored_bytes: u64,
+    /// The error that is being retried.
+    pub error: Option<String>,
+    /// Forks, gaps and damage since the start, newest last, with their times.
+    pub events: Vec<(Timestamp, String)>,
+}
+
+/// More than the status needs; an endless row of forks must not grow memory.
+const KEPT_EVENTS: usize = 32;
+
+impl Followed {
+    pub fn new(identity: Identity, name: String) -> Self {
+        Self { identity, name, inner: Mutex::default() }
+    }
+
+    pub fn progress(&self) -> Progress {
+        self.inner.lock().clone()
+    }
+
+    /// An object is durable.
+    pub fn archived(&self, timeline: TimelineId, tip: &ChainTip, stored_bytes: usize, now: Timestamp) {
+        let mut inner = self.inner.lock();
+        inner.timeline = Some(timeline);
+        inner.tip = Some(*tip);
+        inner.objects += 1;
+        inner.stored_bytes += stored_bytes as u64;
+        inner.read_to = inner.read_to.max(Some(tip.next));
+        inner.caught_up_at = Some(now);
+        inner.error = None;
+    }
+
+    fn event(&self, now: Timestamp, text: String) {
+        tracing::warn!(database = %self.name, "{text}");
+        let mut inner = self.inner.lock();
+        if inner.events.len() == KEPT_EVENTS {
+            inner.events.remove(0);
+        }
+        inner.events.push((now, text));
+    }
+}
+
+/// Asks an archiver to write everything the log holds now, and to say where that is.
+#[derive(Clone)]
+pub struct FlushHandle(mpsc::Sender<oneshot::Sender<LogArchive>>);
+
+impl FlushHandle {
+    /// `None` when the archiver has stopped.
+    pub async fn flush(&self) -> Option<LogArchive> {
+        let (answer, answered) = oneshot::channel();
+        self.0.send(answer).await.ok()?;
+        answered.await.ok()
+    }
+}
+
+/// Follows one log.
+pub struct Archiver {
+    work: Arc<Work>,
+    followed: Arc<Followed>,
+    dir: PathBuf,
+    settings: Settings,
+    wake: Arc<tokio::sync::Notify>,
+    requests: mpsc::Receiver<oneshot::Sender<LogArchive>>,
+    waiting: Vec<oneshot::Sender<LogArchive>>,
+    promised: Option<Position>,
+    stop: CancellationToken,
+}
+
+/// Why a log is no longer followed.
+enum Ended {
+    Stopped,
+    /// The log is to be compared with the archive anew.
+    Anew,
+}
+
+impl Archiver {
+    pub(crate) fn new(
+        work: Arc<Work>,
+        followed: Arc<Followed>,
+        dir: PathBuf,
+        settings: Settings,
+        wake: Arc<tokio::sync::Notify>,
+        stop: CancellationToken,
+    ) -> (Self, FlushHandle) {
+        let (sender, requests) = mpsc::channel(4);
+        let archiver =
+            Self { work, followed, dir, settings, wake, requests, waiting: Vec::new(), promised: None, stop };
+        (archiver, FlushHandle(sender))
+    }
+
+    /// With what was reported archived before this start: it must still be there.
+    pub(crate) fn keeping(mut self, promised: Option<Position>) -> Self {
+        self.promised = promised;
+        self
+    }
+
+    /// Follows the log until told to stop; then writes what is left and ends. Errors are retried for ever.
+    pub async fn run(mut self) {
+        let backoff = backon::ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(Duration::from_secs(15))
+            .with_jitter()
+            .without_max_times();
+        let mut delays = backoff.build();
+        loop {
+            let before = self.followed.progress().objects;
+            match self.follow().await {
+                Ok(Ended::Stopped) => return,
+                Ok(Ended::Anew) => delays = backoff.build(),
+                Err(error) => {
+                    if self.followed.progress().objects > before {
+                        delays = backoff.build();
+                    }
+                    let delay = delays.next().unwrap_or(Duration::from_secs(15));
+                    tracing::warn!(database = %self.followed.name, %error, ?delay, "archiving failed and is tried again");
+                    self.followed.inner.lock().error = Some(error.to_string());
+                    tokio::select! {
+                        () = self.work.clock.sleep(delay) => {}
+                        // One more try is made while stopping; then the log keeps what is left for the next start.
+                        () = self.stop.cancelled() => {
+                            if let Err(error) = self.follow().await {
+                                let name = &self.followed.name;
+                                tracing::error!(database = %name, %error, "stopped before everything was archived");
+                            }
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn follow(&mut self) -> Result<Ended, BackupError> {
+        let database = self.followed.identity;
+        let Some(from) = log::find_continuation(&self.work, database, &self.dir).await? else {
+            self.answer(None);
+            return Ok(if self.wait(self.settings.poll).await { Ended::Anew } else { Ended::Stopped });
+        };
+        for problem in from.problems {
+            self.followed.event(self.work.clock.now(), problem);
+        }
+        if let Some(promised) = self.promised.take() {
+            self.check_promise(&promised).await?;
+        }
+        let timeline = from.timeline;
+        {
+            let mut inner = self.followed.inner.lock();
+            inner.timeline = Some(timeline);
+            inner.tip = from.has_past.then_some(from.tip);
+        }
+        let (mut tip, _) = log::upload(&self.work, database, timeline, from.tip, &self.dir).await?;
+        let mut has_past = from.has_past || tip.next != from.tip.next;
+        let Some(opened) = self.open(tip).await? else { return Ok(Ended::Anew) };
+        let mut reader = Some(opened);
+        let mut pending = Pending::default();
+        let mut flushed_at: Option<Instant> = None;
+        let mut stuck = Stuck::default();
+        loop {
+            let stopping = self.stop.is_cancelled();
+            let Some(open) = reader.take() else { return Ok(Ended::Anew) };
+            let read = self.read(open, pending).await?;
+            reader = Some(read.reader);
+            pending = read.pending;
+            if !read.unchanged {
+                return Ok(Ended::Anew);
+            }
+            self.follow_tail(&read.tail, &mut stuck, tip);
+            let asked = stopping || !self.waiting.is_empty();
+            let full = read.more || pending.len() >= self.settings.flush_bytes;
+            let since = flushed_at.map_or(Duration::MAX, |at| at.elapsed());
+            if !pending.is_empty() && (asked || full || since >= self.settings.flush_interval) {
+                flushed_at = Some(Instant::now());
+                for (batch, commits) in std::mem::take(&mut pending).parts {
+                    tip = log::write_batch(&self.work, database, timeline, tip, batch, commits).await?;
+                    has_past = true;
+                }
+            }
+            if pending.is_empty() && !read.more {
+                self.caught_up(tip);
+                self.answer(Some((timeline, has_past.then_some(tip))));
+                if stopping {
+                    return Ok(Ended::Stopped);
+                }
+            }
+            if !read.more {
+                let until_flush = self.settings.flush_interval.saturating_sub(since);
+                let limit = if pending.is_empty() { self.settings.poll } else { until_flush };
+                self.wait(limit.min(self.settings.poll)).await;
+            }
+        }
+    }
+
+    /// Waits for news of the log, a request, or `limit`. `false` when told to stop.
+    async fn wait(&mut self, limit: Duration) -> bool {
+        tokio::select! {
+            () = self.wake.notified() => {
+                self.work.clock.sleep(READ_PAUSE.min(limit)).await;
+            }
+            () = self.work.clock.sleep(limit) => {}
+            Some(request) = self.requests.recv() => self.waiting.push(request),
+            () = self.stop.cancelled() => return false,
+        }
+        true
+    }
+
+    async fn check_promise(&self, promised: &Position) -> Result<(), BackupError> {
+        let (repository, database) = (&self.work.repository, &self.followed.identity);
+        let timelines = repository.timelines(database).await?;
+        let chain = repository.log_chain(database, &timelines, promised.timeline).await?;
+        let lost_from = match chain.last() {
+            Some(last) if last >= promised.offset => return Ok(()),
+            Some(last) => Offset(last.0 + 1),
+            None => Offset(0),
+        };
+        let text = format!(
+            "transactions {lost_from} to {} were archived on timeline {} and are no longer in the store; find out who \
+             deleted them, and run `inner-universe verify`",
+            promised.offset, promised.timeline
+        );
+        self.followed.event(self.work.clock.now(), text);
+        Ok(())
+    }
+
+    /// Opens the log after `tip`; `None` when its last commit is not the archive's.
+    async fn open(&self, tip: ChainTip) -> Result<Option<LogReader>, BackupError> {
+        let dir = self.dir.clone();
+        let open = move || {
+            let last = Offset(tip.next.0.saturating_sub(1));
+            let reaches_back = segments(&dir)?.first().is_some_and(|segment| segment.first <= last);
+            let Some(expected) = tip.last_commit.filter(|_| reaches_back) else {
+                return LogReader::open(&dir, tip.next).map(Some);
+            };
+            let mut reader = LogReader::open(&dir, last)?;
+            let mut commit = Vec::new();
+            let batch = reader.next_batch(1, &mut commit)?;
+            let same = batch.is_some_and(|batch| batch.last == last) && ContentHash::of(&commit) == expected;
+            Ok(same.then_some(reader))
+        };
+        Ok(blocking(open).await??)
+    }
+
+    async fn read(&self, mut reader: LogReader, mut pending: Pending) -> Result<Read, BackupError> {
+        let room = self.settings.flush_bytes.saturating_sub(pending.len()).max(1);
+        let read = blocking(move || {
+            let mut commits = Vec::new();
+            let mut more = false;
+            let unchanged = reader.is_unchanged()?;
+            if unchanged && let Some(batch) = reader.next_batch(room, &mut commits)? {
+                more = !reader.at_end();
+                pending.add(batch, commits);
+            }
+            // Looked at again after reading: what was read continues what was there before.
+            let unchanged = unchanged && reader.is_unchanged()?;
+            let tail = reader.tail().clone();
+            Ok::<_, DataDirError>(Read { reader, pending, unchanged, tail, more })
+        });
+        let read = read.await??;
+        if let Some((batch, _)) = read.pending.parts.last() {
+            self.followed.inner.lock().read_to = Some(Offset(batch.last.0 + 1));
+        }
+        Ok(read)
+    }
+
+    fn follow_tail(&self, tail: &Tail, stuck: &mut Stuck, tip: ChainTip) {
+        let Tail::Unfinished { at, reason } = tail else {
+            *stuck = Stuck::default();
+            return;
+        };
+        if stuck.at != Some(*at) {
+            *stuck = Stuck { at: Some(*at), since: Some(Instant::now()), told: false };
+        } else if !stuck.told && stuck.since.is_some_and(|since| since.elapsed() > STUCK_AFTER) {
+            stuck.told = true;
+            let text = format!(
+                "the log ends at byte {at} of its last segment in something that is no commit ({reason}); after a crash \
+                 the server drops it at its next start, but if the server runs and writes on, the segment is damaged and \
+                 nothing after transaction {} is archived",
+                tip.next.0.saturating_sub(1)
+            );
+            self.followed.event(self.work.clock.now(), text);
+        }
+    }
+
+    fn caught_up(&self, tip: ChainTip) {
+        let mut inner = self.followed.inner.lock();
+        inner.caught_up_at = Some(self.work.clock.now());
+        inner.read_to = Some(tip.next);
+        inner.error = None;
+    }
+
+    fn answer(&mut self, end: Option<(TimelineId, Option<ChainTip>)>) {
+        for request in self.waiting.drain(..) {
+            let (timeline, tip) = end.map_or((TimelineId::FIRST, None), |(timeline, tip)| (timeline, tip));
+            let tip =
+                tip.map(|tip| Tip { last: Offset(tip.next.0.saturating_sub(1)), chain: tip.chain, time: tip.max_time });
+            // Who asked may have given up.
+            let _ = request.send(LogArchive { timeline, tip, problems: Vec::new() });
+        }
+    }
+}
+
+/// Commits read and not yet written, a part for each format version.
+#[derive(Default)]
+struct Pending {
+    parts: Vec<(Batch, Vec<u8>)>,
+}
+
+impl Pending {
+    fn add(&mut self, batch: Batch, commits: Vec<u8>) {
+        match self.parts.last_mut() {
+            Some((pending, before)) if pending.log_version == batch.log_version => {
+                pending.merge(&batch);
+                before.extend_from_slice(&commits);
+            }
+            _ => self.parts.push((batch, commits)),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.parts.iter().map(|(_, commits)| commits.len()).sum()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+}
+
+struct Read {
+    reader: LogReader,
+    pending: Pending,
+    /// Does the log still hold what was read of it?
+    unchanged: bool,
+    tail: Tail,
+    /// There is more to read at once.
+    more: bool,
+}
+
+#[derive(Default)]
+struct Stuck {
+    at: Option<u64>,
+    since: Option<Instant>,
+    told: bool,
+}

@@ -1,0 +1,333 @@
+//! The configuration: a file in TOML, JSON or YAML, then the environment, then flags.
+//!
+//! Invariants: every key has a default; unknown keys are errors; all problems of a configuration are found in one go, each
+//! with its place; secrets never appear in what is printed.
+
+pub mod load;
+pub mod tree;
+pub mod value;
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::config::value::{ByteSize, Cron, Period, Secret, TimeZone};
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub module_config: ModuleConfig,
+    pub spacetimedb_config: SpacetimedbConfig,
+    pub server_config: ServerConfig,
+    pub feature_flags: FeatureFlags,
+    pub repository: RepositoryConfig,
+    pub archive: ArchiveConfig,
+    pub schedule: ScheduleConfig,
+}
+
+/// The module that `deploy` publishes.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModuleConfig {
+    /// The module's source directory.
+    pub module_dir: Option<PathBuf>,
+    /// The compiled module.
+    pub module_path: Option<PathBuf>,
+    /// Build the module before publishing it.
+    pub build_module: bool,
+}
+
+/// The server beside the sidecar.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpacetimedbConfig {
+    /// The server's data directory.
+    pub db_path: Option<PathBuf>,
+    /// Address the server listens on.
+    pub address: String,
+    pub port: u16,
+    pub log_level: LogLevel,
+    /// The server binary; found on PATH when left out.
+    pub server_bin: Option<PathBuf>,
+    /// The server's token keys, captured into restore points of an encrypted repository.
+    pub key_dir: Option<PathBuf>,
+    /// What to do when a server started by `run -- COMMAND` ends.
+    pub restart: Restart,
+    /// The longest wait before a restart; waits double from one second.
+    pub restart_backoff_max: Period,
+}
+
+impl Default for SpacetimedbConfig {
+    fn default() -> Self {
+        Self {
+            db_path: None,
+            address: "127.0.0.1".into(),
+            port: 3000,
+            log_level: LogLevel::Info,
+            server_bin: None,
+            key_dir: None,
+            restart: Restart::OnFailure,
+            restart_backoff_max: Period::seconds(60),
+        }
+    }
+}
+
+/// How much a server logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// When a server that ended is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    Never,
+    /// After a crash or an exit code other than 0.
+    OnFailure,
+    Always,
+}
+
+/// Limits of the server, applied by `deploy` and server mode.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Further clients are refused by the module.
+    pub max_connections: u32,
+    /// Limit of every call to the server, milliseconds.
+    pub timeout_ms: u64,
+    /// The server's page pool, MiB.
+    pub cache_size_mb: u64,
+    /// Only known identities may use the module.
+    pub auth_required: bool,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self { max_connections: 100, timeout_ms: 30_000, cache_size_mb: 512, auth_required: true }
+    }
+}
+
+/// Features of the bundled module.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct FeatureFlags {
+    pub enable_state_versioning: bool,
+    pub enable_audit_log: bool,
+    pub enable_metrics: bool,
+    pub enable_caching: bool,
+    pub enable_distribution: bool,
+}
+
+impl Default for FeatureFlags {
+    fn default() -> Self {
+        Self {
+            enable_state_versioning: true,
+            enable_audit_log: true,
+            enable_metrics: true,
+            enable_caching: true,
+            enable_distribution: false,
+        }
+    }
+}
+
+/// Where backups go, and how.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RepositoryConfig {
+    /// `file:///path`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+    pub url: Option<String>,
+    /// age recipients (`age1...`) that a new repository seals to.
+    pub recipients: Vec<String>,
+    /// age identity files, needed to read a sealed repository.
+    pub identity_files: Vec<PathBuf>,
+    /// zstd level, 1 to 19.
+    pub compression_level: i32,
+    /// The longest a single request to the store may take.
+    pub request_timeout: Period,
+    /// Tries of one request before it counts as failed; the archiver then waits and begins anew.
+    pub request_retries: u32,
+    /// The S3 endpoint, where it is not AWS.
+    pub endpoint: Option<String>,
+    pub region: Option<String>,
+    /// Address buckets as `endpoint/bucket` (true) or `bucket.endpoint` (false).
+    pub path_style: bool,
+    /// S3 credentials; AWS_* variables and instance roles are used when left out.
+    pub access_key_id: Option<String>,
+    pub secret_access_key: Option<Secret>,
+    pub session_token: Option<Secret>,
+    /// `STANDARD_IA`, `GLACIER_IR` and so on; the bucket's default when left out.
+    pub storage_class: Option<String>,
+    /// `AES256` or `aws:kms`.
+    pub server_side_encryption: Option<String>,
+    pub sse_kms_key_id: Option<String>,
+    /// Send a SHA-256 of every object: some servers demand it where objects are locked.
+    pub checksum: bool,
+    /// A PEM file of further certificate authorities.
+    pub ca_file: Option<PathBuf>,
+    /// How long the one writer's lease lasts without renewal; a writer that crashed is replaced after it.
+    pub lease_duration: Period,
+}
+
+impl Default for RepositoryConfig {
+    fn default() -> Self {
+        Self {
+            url: None,
+            recipients: Vec::new(),
+            identity_files: Vec::new(),
+            compression_level: crate::backup::DEFAULT_LEVEL,
+            request_timeout: Period::seconds(30),
+            request_retries: 3,
+            endpoint: None,
+            region: None,
+            path_style: true,
+            access_key_id: None,
+            secret_access_key: None,
+            session_token: None,
+            storage_class: None,
+            server_side_encryption: None,
+            sse_kms_key_id: None,
+            checksum: false,
+            ca_file: None,
+            lease_duration: Period::seconds(30),
+        }
+    }
+}
+
+/// How the daemon archives.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ArchiveConfig {
+    /// The longest a commit waits before its object is written.
+    pub flush_interval: Period,
+    /// An object is written at once when this much log is waiting.
+    pub flush_bytes: ByteSize,
+    /// Merge small log objects into larger ones.
+    pub compaction: bool,
+    /// How often to look for objects to merge.
+    pub compaction_interval: Period,
+    /// How long merged objects stay before they are deleted.
+    pub compaction_grace: Period,
+    /// Lag beyond this is a problem.
+    pub lag_alert: Period,
+    /// Where the daemon keeps its own notes: what it reported archived, when schedules last ran.
+    pub state_dir: Option<PathBuf>,
+}
+
+impl Default for ArchiveConfig {
+    fn default() -> Self {
+        Self {
+            flush_interval: Period::seconds(1),
+            flush_bytes: ByteSize(4 << 20),
+            compaction: true,
+            compaction_interval: Period::seconds(300),
+            compaction_grace: Period::seconds(3600),
+            lag_alert: Period::seconds(60),
+            state_dir: None,
+        }
+    }
+}
+
+/// What the daemon does when. Cron expressions have six fields, seconds first; nothing runs that has none.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleConfig {
+    /// An IANA name such as `Europe/Berlin`.
+    pub time_zone: TimeZone,
+    /// Runs start up to this much later, at random, so that many sidecars do not start at once.
+    pub jitter: Period,
+    pub restore_point: Option<Cron>,
+    pub verify: Option<Cron>,
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        Self { time_zone: TimeZone::UTC, jitter: Period::seconds(0), restore_point: None, verify: None }
+    }
+}
+
+impl Config {
+    /// What no single key shows: keys that need or exclude each other, and ranges.
+    pub(crate) fn validate(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        let mut refuse = |key, message: String| problems.push((key, message));
+        let repository = &self.repository;
+        if !(1..=19).contains(&repository.compression_level) {
+            refuse("repository.compression_level", format!("{} is not from 1 to 19", repository.compression_level));
+        }
+        if let Some(url) = &repository.url
+            && let Err(reason) = crate::repository::store::check_url(url)
+        {
+            refuse("repository.url", reason);
+        }
+        if let Some(endpoint) = &repository.endpoint {
+            match url::Url::parse(endpoint) {
+                Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => {
+                    if !url.username().is_empty() || url.password().is_some() {
+                        let hint = "give credentials as access_key_id and secret_access_key, not in the endpoint";
+                        refuse("repository.endpoint", hint.into());
+                    }
+                }
+                _ => refuse("repository.endpoint", format!("`{endpoint}` is no http:// or https:// address")),
+            }
+        }
+        if repository.access_key_id.is_some() != repository.secret_access_key.is_some() {
+            refuse("repository.access_key_id", "access_key_id and secret_access_key go together; give both".into());
+        }
+        if let Some(sse) = &repository.server_side_encryption
+            && !matches!(sse.as_str(), "AES256" | "aws:kms")
+        {
+            refuse("repository.server_side_encryption", format!("`{sse}` is neither `AES256` nor `aws:kms`"));
+        }
+        if repository.sse_kms_key_id.is_some() && repository.server_side_encryption.as_deref() != Some("aws:kms") {
+            refuse("repository.sse_kms_key_id", "it needs server_side_encryption = \"aws:kms\"".into());
+        }
+        for (key, file) in [("repository.ca_file", &repository.ca_file)] {
+            if let Some(path) = file
+                && let Err(error) = std::fs::File::open(path)
+            {
+                refuse(key, format!("open {}: {error}", path.display()));
+            }
+        }
+        for recipient in &repository.recipients {
+            if let Err(error) = crate::repository::crypto::Keyring::new(std::slice::from_ref(recipient), &[]) {
+                refuse("repository.recipients", error.to_string());
+            }
+        }
+        let at_least = |key, period: Period, least: Period| {
+            (period.0 < least.0).then(|| (key, format!("{period} is less than {least}")))
+        };
+        problems.extend(
+            [
+                at_least("repository.request_timeout", repository.request_timeout, Period::seconds(1)),
+                at_least("repository.lease_duration", repository.lease_duration, Period::seconds(3)),
+                at_least("archive.flush_interval", self.archive.flush_interval, Period::millis(10)),
+                at_least("archive.compaction_interval", self.archive.compaction_interval, Period::seconds(1)),
+            ]
+            .into_iter()
+            .flatten(),
+        );
+        let bytes = self.archive.flush_bytes.0;
+        if !(1..=crate::backup::OBJECT_SIZE as u64).contains(&bytes) {
+            let most = ByteSize(crate::backup::OBJECT_SIZE as u64);
+            problems.push(("archive.flush_bytes", format!("{} is not from 1 B to {most}", self.archive.flush_bytes)));
+        }
+        if self.server_config.timeout_ms == 0 {
+            problems.push(("server_config.timeout_ms", "0 would end every call at once; give milliseconds".into()));
+        }
+        if self.spacetimedb_config.address.parse::<std::net::IpAddr>().is_err()
+            && self.spacetimedb_config.address != "localhost"
+        {
+            let address = &self.spacetimedb_config.address;
+            problems.push(("spacetimedb_config.address", format!("`{address}` is no IP address (nor `localhost`)")));
+        }
+        problems
+    }
+}

@@ -1,0 +1,189 @@
+//! The kinds of values that a configuration holds beyond numbers and texts. Each reads from the text a person would write.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A length of time, written as `250ms`, `30s`, `5m`, `1h 30m`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct Period(pub Duration);
+
+impl Period {
+    pub const fn seconds(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+
+    pub const fn millis(millis: u64) -> Self {
+        Self(Duration::from_millis(millis))
+    }
+}
+
+impl TryFrom<String> for Period {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let hint = || format!("`{text}` is no length of time; write it as 250ms, 30s, 5m or 1h");
+        let signed: jiff::SignedDuration = text.parse().map_err(|_| hint())?;
+        Duration::try_from(signed).map(Self).map_err(|_| hint())
+    }
+}
+
+impl From<Period> for String {
+    fn from(period: Period) -> Self {
+        period.to_string()
+    }
+}
+
+impl fmt::Display for Period {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match jiff::SignedDuration::try_from(self.0) {
+            Ok(signed) => write!(f, "{signed:#}"),
+            Err(_) => write!(f, "{}s", self.0.as_secs()),
+        }
+    }
+}
+
+/// A number of bytes, written as `4MiB` or `500 kB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct ByteSize(pub u64);
+
+impl TryFrom<String> for ByteSize {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let size: bytesize::ByteSize =
+            text.parse().map_err(|_| format!("`{text}` is no size; write it as 512KiB, 4MiB or 1GiB"))?;
+        Ok(Self(size.as_u64()))
+    }
+}
+
+impl From<ByteSize> for String {
+    fn from(size: ByteSize) -> Self {
+        size.to_string()
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Exact, so that what is shown reads back as the same.
+        for (unit, name) in [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
+            if self.0 >= unit && self.0.is_multiple_of(unit) {
+                return write!(f, "{}{name}", self.0 / unit);
+            }
+        }
+        write!(f, "{}B", self.0)
+    }
+}
+
+/// A secret: the text itself, or better `file:/path` or `env:NAME`. It never shows.
+#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(try_from = "String")]
+#[schemars(with = "String")]
+pub struct Secret(String);
+
+impl Secret {
+    /// The secret itself, for the one who needs it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Secret {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let found = if let Some(path) = text.strip_prefix("file:") {
+            let read = std::fs::read_to_string(path).map_err(|error| format!("read the secret in {path}: {error}"))?;
+            read.trim().to_owned()
+        } else if let Some(name) = text.strip_prefix("env:") {
+            std::env::var(name).map_err(|_| format!("the environment has no {name}, which the secret refers to"))?
+        } else {
+            text
+        };
+        if found.is_empty() { Err("the secret is empty".into()) } else { Ok(Self(found)) }
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(redacted)")
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str("(redacted)")
+    }
+}
+
+/// A cron expression of six fields: second, minute, hour, day of month, month, day of week.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct Cron(String);
+
+impl Cron {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The parsed form. The text was checked when it was read.
+    pub fn parse(&self) -> Result<croner::Cron, String> {
+        let parser = croner::parser::CronParser::builder().seconds(croner::parser::Seconds::Required).build();
+        parser.parse(&self.0).map_err(|error| {
+            format!("`{}` is no cron expression of six fields (second minute hour day month weekday): {error}", self.0)
+        })
+    }
+}
+
+impl TryFrom<String> for Cron {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let cron = Self(text);
+        let parsed = cron.parse()?;
+        let now = chrono::Utc::now();
+        match parsed.find_next_occurrence(&now, false) {
+            Ok(_) => Ok(cron),
+            Err(_) => Err(format!("`{}` never comes", cron.0)),
+        }
+    }
+}
+
+impl From<Cron> for String {
+    fn from(cron: Cron) -> Self {
+        cron.0
+    }
+}
+
+/// A time zone by its IANA name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct TimeZone(pub chrono_tz::Tz);
+
+impl TimeZone {
+    pub const UTC: Self = Self(chrono_tz::UTC);
+}
+
+impl TryFrom<String> for TimeZone {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let zone = chrono_tz::Tz::from_str(&text);
+        zone.map(Self).map_err(|_| format!("`{text}` is no time zone; write it as UTC or Europe/Berlin"))
+    }
+}
+
+impl From<TimeZone> for String {
+    fn from(zone: TimeZone) -> Self {
+        zone.0.name().to_owned()
+    }
+}

@@ -1,0 +1,311 @@
+//! The daemon: everything that runs as long as the sidecar runs, under one lease.
+//!
+//! Invariants: nothing is written without the lease, and a lost lease stops everything; an outage of the store is waited
+//! out, never passed on to the server; told to stop, every log is written to its end first, within a bounded time.
+
+pub mod control;
+mod followers;
+pub mod schedule;
+pub mod state;
+pub mod supervisor;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::BackoffBuilder;
+use tokio_util::sync::CancellationToken;
+
+use crate::backup::{self, BackupError, BackupOptions, BackupReport};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::daemon::followers::Followers;
+use crate::daemon::schedule::ScheduleError;
+use crate::daemon::state::{State, StateDir};
+use crate::daemon::supervisor::{Supervisor, SupervisorError};
+use crate::datadir::{DataDir, DataDirError};
+use crate::durable::FileError;
+use crate::progress::Silent;
+use crate::repository::crypto::Keyring;
+use crate::repository::lease::Lease;
+use crate::repository::{Repository, RepositoryError};
+
+/// From being told to stop until the process ends, whatever the store does.
+const STOP_LIMIT: Duration = Duration::from_secs(8);
+/// How often replicas and the instance are looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What ends a daemon before it is told to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Backup(#[from] BackupError),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    #[error(transparent)]
+    Supervisor(#[from] SupervisorError),
+}
+
+/// How to run.
+pub struct DaemonOptions {
+    pub data_dir: PathBuf,
+    pub config: Config,
+    pub url: String,
+    pub keys: Keyring,
+    /// Take the lease from whoever holds it.
+    pub force: bool,
+    /// Wait for a lease that another holds, rather than end.
+    pub wait: bool,
+    pub allow_plain_keys: bool,
+    /// The server to start and watch.
+    pub server: Vec<std::ffi::OsString>,
+}
+
+/// Runs until `stop`, or until something makes going on impossible.
+///
+/// # Errors
+/// A lost lease, a configuration that cannot work, or a server that is not to be started again and failed.
+pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: CancellationToken) -> Result<(), DaemonError> {
+    let state_dir = StateDir::open(&options.config, &options.data_dir)?;
+    let state = Arc::new(State::new(Arc::clone(&clock)));
+    let supervisor = Supervisor::start(&options, Arc::clone(&clock), Arc::clone(&state), stop.clone())?;
+    let result = follow(&options, &state_dir, &state, Arc::clone(&clock), &stop, supervisor.stopped()).await;
+    stop.cancel();
+    let ended = supervisor.end().await;
+    state.stopped();
+    if let Err(error) = state_dir.write_status(&state) {
+        tracing::warn!(%error, "the last status was not written");
+    }
+    result?;
+    Ok(ended?)
+}
+
+async fn follow(
+    options: &DaemonOptions,
+    state_dir: &StateDir,
+    state: &Arc<State>,
+    clock: Arc<dyn Clock>,
+    stop: &CancellationToken,
+    server_stopped: CancellationToken,
+) -> Result<(), DaemonError> {
+    let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(()) };
+    let Some(repository) = wait_for_repository(options, state, clock.as_ref(), stop).await? else { return Ok(()) };
+    let Some(lease) = wait_for_lease(options, &repository, &clock, stop).await? else { return Ok(()) };
+    tracing::info!(token = lease.token(), repository = %options.url, "archiving begins");
+    state.leased(lease.token());
+
+    // Followers stop after the server, so that its last writes are archived too.
+    let stop_followers = CancellationToken::new();
+    let daemon = Arc::new(Daemon {
+        url: options.url.clone(),
+        repository: lease.fenced(),
+        data,
+        clock: Arc::clone(&clock),
+        state: Arc::clone(state),
+        config: options.config.clone(),
+        allow_plain_keys: options.allow_plain_keys,
+        followers: Followers::default(),
+        restore_points: tokio::sync::Mutex::new(()),
+    });
+    let positions = crate::archiver::position::Positions::open(state_dir.path())?;
+    let work = async {
+        tokio::select! {
+            result = daemon.look_around(positions, &stop_followers) => result,
+            result = schedule::run(Arc::clone(&daemon), state_dir) => result,
+            result = control::serve(&daemon, state_dir) => result,
+            () = write_status(state_dir, state, clock.as_ref()) => Ok(()),
+            result = renew(&lease, clock.as_ref()) => result,
+            () = stop.cancelled() => Ok(()),
+        }
+    };
+    let mut result = work.await;
+    stop.cancel();
+    // A lost lease leaves nothing to write.
+    if result.is_ok() {
+        server_stopped.cancelled().await;
+        tracing::info!("writing what is left of the logs");
+    }
+    stop_followers.cancel();
+    let renewals = async {
+        // Stopping takes seconds: the lease must hold meanwhile.
+        let _ = renew(&lease, clock.as_ref()).await;
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = daemon.followers.join() => {}
+        () = clock.sleep(STOP_LIMIT) => {
+            tracing::error!("the store did not take what was left in time; it is archived at the next start");
+        }
+        () = renewals => {}
+    }
+    if !matches!(result, Err(DaemonError::Repository(RepositoryError::Locked { .. }))) {
+        let released = async { lease.release().await };
+        tokio::select! {
+            () = released => {}
+            () = clock.sleep(Duration::from_secs(1)) => {}
+        }
+    } else if let Err(error) = &mut result {
+        tracing::error!(%error, "the lease is lost; nothing more is written");
+    }
+    result
+}
+
+/// Prolongs the lease until another has taken it.
+async fn renew(lease: &Lease, clock: &dyn Clock) -> Result<(), DaemonError> {
+    loop {
+        clock.sleep(lease.renewal_interval()).await;
+        match lease.renew().await {
+            Ok(()) => {}
+            Err(error @ (RepositoryError::Locked { .. } | RepositoryError::LeaseLost { expired: false })) => {
+                return Err(error.into());
+            }
+            Err(error) => tracing::warn!(%error, "the lease was not renewed and is tried again"),
+        }
+    }
+}
+
+async fn write_status(state_dir: &StateDir, state: &Arc<State>, clock: &dyn Clock) {
+    loop {
+        if let Err(error) = state_dir.write_status(state) {
+            tracing::warn!(%error, "the status was not written");
+        }
+        clock.sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// The server may still be about to make its directory.
+async fn wait_for_data_dir(
+    options: &DaemonOptions,
+    clock: &dyn Clock,
+    stop: &CancellationToken,
+) -> Result<Option<DataDir>, DaemonError> {
+    let mut told = false;
+    loop {
+        match DataDir::open(&options.data_dir) {
+            Ok(data) => return Ok(Some(data)),
+            Err(error @ (DataDirError::Missing(_) | DataDirError::NotSpacetime { .. })) => {
+                if !told && options.server.is_empty() {
+                    tracing::warn!(%error, "waiting for the server to make its data directory");
+                    told = true;
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            () = clock.sleep(Duration::from_millis(200)) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
+}
+
+fn patience() -> backon::ExponentialBackoff {
+    backon::ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(500))
+        .with_max_delay(Duration::from_secs(15))
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+async fn wait_for_repository(
+    options: &DaemonOptions,
+    state: &State,
+    clock: &dyn Clock,
+    stop: &CancellationToken,
+) -> Result<Option<Repository>, DaemonError> {
+    let config = &options.config.repository;
+    for delay in patience() {
+        let error = match Repository::open_or_create(&options.url, config, options.keys.clone(), clock).await {
+            Ok(repository) => return Ok(Some(repository)),
+            Err(error) if error.is_permanent() => return Err(error.into()),
+            Err(error) => error,
+        };
+        tracing::warn!(%error, ?delay, "the store is not reached and is tried again; the log keeps what is written meanwhile");
+        state.failed(error.to_string());
+        tokio::select! {
+            () = clock.sleep(delay) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
+async fn wait_for_lease(
+    options: &DaemonOptions,
+    repository: &Repository,
+    clock: &Arc<dyn Clock>,
+    stop: &CancellationToken,
+) -> Result<Option<Lease>, DaemonError> {
+    let duration = options.config.repository.lease_duration.0;
+    let mut told = false;
+    loop {
+        match Lease::acquire(repository, duration, Arc::clone(clock), options.force).await {
+            Ok(lease) => return Ok(Some(lease)),
+            Err(error @ RepositoryError::Locked { .. }) if options.wait => {
+                if !told {
+                    tracing::warn!(%error, "waiting for the lease");
+                    told = true;
+                }
+            }
+            Err(error) if error.is_permanent() => return Err(error.into()),
+            Err(error) => tracing::warn!(%error, "the lease is tried again"),
+        }
+        tokio::select! {
+            () = clock.sleep((duration / 8).max(Duration::from_millis(100))) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
+}
+
+/// What the daemon's tasks share.
+pub struct Daemon {
+    url: String,
+    repository: Repository,
+    data: DataDir,
+    clock: Arc<dyn Clock>,
+    state: Arc<State>,
+    config: Config,
+    allow_plain_keys: bool,
+    followers: Followers,
+    /// One restore point at a time.
+    restore_points: tokio::sync::Mutex<()>,
+}
+
+impl Daemon {
+    /// Makes a restore point from what the archivers have written.
+    ///
+    /// # Errors
+    /// When a log is not archived in time, or the repository fails.
+    pub async fn restore_point(&self, label: Option<String>) -> Result<BackupReport, BackupError> {
+        let _one = self.restore_points.lock().await;
+        let key_dir = self.config.spacetimedb_config.key_dir.clone();
+        let sealed = self.repository.keys.seals() || self.allow_plain_keys;
+        let options = BackupOptions {
+            label,
+            key_dir: key_dir.filter(|_| sealed),
+            allow_plain_keys: self.allow_plain_keys,
+            level: Some(self.config.repository.compression_level),
+        };
+        let work = Arc::new(self.work(Arc::new(backup::Unobserved)));
+        let report = backup::create_from(&work, &self.followers, &self.data, &options).await?;
+        self.state.restore_point(&report);
+        Ok(report)
+    }
+
+    fn work(&self, observer: Arc<dyn backup::Observer>) -> backup::Work {
+        backup::Work {
+            repository: self.repository.clone(),
+            clock: Arc::clone(&self.clock),
+            progress: Arc::new(Silent),
+            tally: Arc::default(),
+            level: self.config.repository.compression_level,
+            observer,
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The socket by which commands on the same machine ask the daemon, which holds the lease, to work for them.
+//!
+//! One JSON document each way, ended by closing the writing side.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::backup::BackupReport;
+use crate::daemon::state::StateDir;
+use crate::daemon::{Daemon, DaemonError};
+use crate::durable::OnPath;
+
+/// No request is longer.
+const MAX_REQUEST: u64 = 64 << 10;
+
+/// What can be asked.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// A restore point in the repository at `url`.
+    BackupCreate { url: String, label: Option<String> },
+}
+
+/// What is answered.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    Created(BackupReport),
+    /// The daemon writes to another repository.
+    Elsewhere,
+    Failed(String),
+}
+
+/// Answers for ever.
+pub(super) async fn serve(daemon: &Arc<Daemon>, state_dir: &StateDir) -> Result<(), DaemonError> {
+    let path = state_dir.socket();
+    // One left by a crash; who holds the lease is alone.
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).on("listen on", &path)?;
+    loop {
+        let (stream, _) = listener.accept().await.on("accept on", &path)?;
+        let daemon = Arc::clone(daemon);
+        tokio::spawn(async move {
+            if let Err(error) = answer(&daemon, stream).await {
+                tracing::debug!(%error, "a command went away before it was answered");
+            }
+        });
+    }
+}
+
+async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> {
+    let mut bytes = Vec::new();
+    (&mut stream).take(MAX_REQUEST).read_to_end(&mut bytes).await?;
+    let answer = match serde_json::from_slice(&bytes) {
+        Ok(Request::BackupCreate { url, .. }) if url != daemon.url => Answer::Elsewhere,
+        Ok(Request::BackupCreate { label, .. }) => match daemon.restore_point(label).await {
+            Ok(report) => Answer::Created(report),
+            Err(error) => Answer::Failed(error.to_string()),
+        },
+        Err(error) => Answer::Failed(format!("the daemon does not understand: {error}; are both of the same release?")),
+    };
+    stream.write_all(&serde_json::to_vec(&answer)?).await?;
+    stream.shutdown().await
+}
+
+/// Asks the daemon behind `socket`; `None` when there is none.
+///
+/// # Errors
+/// When the daemon goes away before it has answered.
+pub async fn ask(socket: &Path, request: &Request) -> std::io::Result<Option<Answer>> {
+    let mut stream = match UnixStream::connect(socket).await {
+        Ok(stream) => stream,
+        Err(_) => return Ok(None),
+    };
+    stream.write_all(&serde_json::to_vec(request)?).await?;
+    stream.shutdown().await?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).await?;
+    Ok(Some(serde_json::from_slice(&bytes)?))
+}

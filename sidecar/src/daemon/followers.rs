@@ -1,0 +1,369 @@
+//! One follower for each database of the data directory: its archiver, its snapshots, its compaction. Databases come and go.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use notify::Watcher;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::archiver::position::{Position, Positions};
+use crate::archiver::{Archiver, FlushHandle, Followed, Settings, compaction};
+use crate::backup::log::LogArchive;
+use crate::backup::{BackupError, LogSource, Observer, Work, blocking, snapshot};
+use crate::daemon::{Daemon, DaemonError, LOOK_INTERVAL};
+use crate::datadir::ReplicaDir;
+use crate::datadir::control_db::{ControlDbCopy, Database};
+use crate::ids::{Identity, TimelineId};
+use crate::repository::log_object::ChainTip;
+
+/// How often native snapshots are looked for.
+const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(5);
+/// Who wants a restore point waits so long for a log to be archived.
+const FLUSH_LIMIT: Duration = Duration::from_secs(120);
+/// Restore points that nobody asked for are at least so far apart.
+const INSTANCE_PAUSE: Duration = Duration::from_secs(2);
+
+/// The followers by database.
+#[derive(Default)]
+pub(super) struct Followers {
+    by_database: Mutex<BTreeMap<Identity, Follower>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Follower {
+    replica: u64,
+    flush: FlushHandle,
+    stop: CancellationToken,
+    /// Ends the notifications when dropped.
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+impl Followers {
+    /// Waits until all have ended, after they were told to.
+    pub(super) async fn join(&self) {
+        loop {
+            let Some(task) = self.tasks.lock().pop() else { return };
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a follower ended badly");
+            }
+        }
+    }
+}
+
+impl LogSource for Followers {
+    fn archive<'a>(
+        &'a self,
+        work: &'a Arc<Work>,
+        database: &'a Database,
+        _dir: PathBuf,
+    ) -> BoxFuture<'a, Result<LogArchive, BackupError>> {
+        let handle = self.by_database.lock().get(&database.identity).map(|follower| follower.flush.clone());
+        async move {
+            let name = database.display_name();
+            let Some(handle) = handle else {
+                return Err(BackupError::NotFollowed { name, reason: "it appeared a moment ago; try again".into() });
+            };
+            tokio::select! {
+                archive = handle.flush() => archive.ok_or_else(|| BackupError::NotFollowed {
+                    name,
+                    reason: "its archiver is stopping".into(),
+                }),
+                () = work.clock.sleep(FLUSH_LIMIT) => Err(BackupError::NotFollowed {
+                    name,
+                    reason: format!("its log was not archived within {FLUSH_LIMIT:?}; see `inner-universe status`"),
+                }),
+            }
+        }
+        .boxed()
+    }
+}
+
+/// Passes on what an archiver wrote.
+struct Report {
+    followed: Arc<Followed>,
+    position: watch::Sender<Option<Position>>,
+    repository: crate::ids::RestorePointId,
+    clock: Arc<dyn crate::clock::Clock>,
+}
+
+impl Observer for Report {
+    fn archived(&self, _: Identity, timeline: TimelineId, tip: &ChainTip, stored_bytes: usize) {
+        self.followed.archived(timeline, tip, stored_bytes, self.clock.now());
+        if let Some(offset) = tip.next.0.checked_sub(1) {
+            let offset = crate::ids::Offset(offset);
+            let _ = self.position.send(Some(Position { repository: self.repository, timeline, offset }));
+        }
+    }
+}
+
+impl Daemon {
+    /// Starts and ends followers as databases come and go, and makes a restore point when the instance changes.
+    pub(super) async fn look_around(
+        self: &Arc<Self>,
+        positions: Positions,
+        stop: &CancellationToken,
+    ) -> Result<(), DaemonError> {
+        let mut seen = None;
+        let mut captured = None;
+        loop {
+            let data = self.data.clone();
+            let fingerprint = blocking(move || fingerprint(data.root())).await?;
+            if seen != Some(fingerprint) {
+                match self.look(&positions, stop).await {
+                    Ok(()) => seen = Some(fingerprint),
+                    // The control database is being written; the next look finds it at rest.
+                    Err(error) => tracing::debug!(%error, "the control database is looked at again"),
+                }
+            }
+            if seen == Some(fingerprint) && captured != seen {
+                // Whatever made the change is likely not done yet.
+                self.clock.sleep(INSTANCE_PAUSE).await;
+                match self.capture_if_changed().await {
+                    Ok(()) => captured = seen,
+                    Err(error) => {
+                        tracing::warn!(%error, "no restore point was made for the changed instance; it is tried again");
+                        self.state.failed(error.to_string());
+                        self.clock.sleep(INSTANCE_PAUSE).await;
+                    }
+                }
+            }
+            self.clock.sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    async fn look(self: &Arc<Self>, positions: &Positions, stop: &CancellationToken) -> Result<(), BackupError> {
+        let data = self.data.clone();
+        let control = blocking(move || ControlDbCopy::take(&data)).await??;
+        let mut present = HashSet::new();
+        for database in &control.databases {
+            let Some(replica) = database.replica else { continue };
+            present.insert(database.identity);
+            let known = self.followers.by_database.lock().get(&database.identity).map(|follower| follower.replica);
+            if known == Some(replica) {
+                continue;
+            }
+            if known.is_some() {
+                self.end(&database.identity);
+            }
+            let follower = self.start(database, self.data.replica(replica), positions, stop);
+            self.followers.by_database.lock().insert(database.identity, follower);
+        }
+        let gone: Vec<_> = self.followers.by_database.lock().keys().copied().collect();
+        for identity in gone.iter().filter(|identity| !present.contains(*identity)) {
+            tracing::info!(%identity, "the database is gone from the server; its archive stays");
+            self.end(identity);
+        }
+        Ok(())
+    }
+
+    fn end(&self, identity: &Identity) {
+        if let Some(follower) = self.followers.by_database.lock().remove(identity) {
+            follower.stop.cancel();
+            self.state.forget(identity);
+        }
+    }
+
+    fn start(
+        self: &Arc<Self>,
+        database: &Database,
+        replica: ReplicaDir,
+        positions: &Positions,
+        stop: &CancellationToken,
+    ) -> Follower {
+        let name = database.display_name();
+        tracing::info!(database = %name, "following its log");
+        let followed = Arc::new(Followed::new(database.identity, name));
+        self.state.follow(Arc::clone(&followed));
+        let stop = stop.child_token();
+        let (position, written) = watch::channel(None);
+        let report = Report {
+            followed: Arc::clone(&followed),
+            position,
+            repository: self.repository.info.id,
+            clock: Arc::clone(&self.clock),
+        };
+        let promised = positions.read(&database.identity).filter(|found| found.repository == self.repository.info.id);
+        let work = Arc::new(self.work(Arc::new(report)));
+        let settings = Settings {
+            flush_interval: self.config.archive.flush_interval.0,
+            flush_bytes: usize::try_from(self.config.archive.flush_bytes.0).unwrap_or(usize::MAX),
+            poll: self.config.archive.flush_interval.0.clamp(Duration::from_millis(50), Duration::from_millis(500)) / 2,
+        };
+        let wake = Arc::new(Notify::new());
+        let watcher = watch_directory(&replica.log_path(), &wake);
+        let (archiver, flush) =
+            Archiver::new(Arc::clone(&work), Arc::clone(&followed), replica.log_path(), settings, wake, stop.clone());
+        let archiver = archiver.keeping(promised);
+        let mut tasks = self.followers.tasks.lock();
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(tokio::spawn(archiver.run()));
+        tasks.push(tokio::spawn(write_positions(positions.clone(), database.identity, written)));
+        let archive = &self.config.archive;
+        if archive.compaction {
+            let (interval, grace) = (archive.compaction_interval.0, archive.compaction_grace.0);
+            tasks.push(tokio::spawn(compact(Arc::clone(&work), Arc::clone(&followed), interval, grace, stop.clone())));
+        }
+        tasks.push(tokio::spawn(follow_snapshots(work, followed, replica.clone(), stop.clone())));
+        Follower { replica: replica.id, flush, stop, _watcher: watcher }
+    }
+
+    /// A new database, a new program or another configuration: the newest restore point does not know it yet.
+    async fn capture_if_changed(&self) -> Result<(), BackupError> {
+        let data = self.data.clone();
+        let (sealed, key_dir) = (self.repository.keys.seals(), self.config.spacetimedb_config.key_dir.clone());
+        let key_dir = key_dir.filter(|_| sealed || self.allow_plain_keys);
+        let capture = blocking(move || {
+            let control = ControlDbCopy::take(&data)?;
+            Ok::<_, BackupError>(crate::repository::instance::Capture::take(&data, &control, key_dir.as_deref())?)
+        });
+        let capture = capture.await??;
+        if let Some(id) = self.repository.restore_point_ids().await?.last() {
+            match self.repository.restore_point(*id).await {
+                Ok(newest) if newest.instance_state == capture.state => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.is_permanent() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match self.restore_point(None).await {
+            Ok(report) => {
+                tracing::info!(restore_point = %report.restore_point, "the instance changed; a restore point holds it");
+                Ok(())
+            }
+            // Nothing is published yet.
+            Err(BackupError::Empty(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+async fn write_positions(positions: Positions, database: Identity, mut written: watch::Receiver<Option<Position>>) {
+    while written.changed().await.is_ok() {
+        let Some(position) = written.borrow_and_update().clone() else { continue };
+        let positions = positions.clone();
+        match blocking(move || positions.write(&database, &position)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the position was not written"),
+            Err(error) => tracing::warn!(%error, "the position was not written"),
+        }
+    }
+}
+
+/// Uploads each native snapshot once it is complete and its transaction archived.
+async fn follow_snapshots(work: Arc<Work>, followed: Arc<Followed>, replica: ReplicaDir, stop: CancellationToken) {
+    let mut told = HashSet::new();
+    loop {
+        tokio::select! {
+            () = work.clock.sleep(SNAPSHOT_INTERVAL) => {}
+            () = stop.cancelled() => return,
+        }
+        let progress = followed.progress();
+        let (Some(timeline), Some(tip)) = (progress.timeline, progress.tip) else { continue };
+        let Some(archived) = tip.next.0.checked_sub(1).map(crate::ids::Offset) else { continue };
+        let found = tokio::select! {
+            found = snapshot::archive(&work, followed.identity, timeline, archived, &replica) => found,
+            () = stop.cancelled() => return,
+        };
+        match found {
+            Ok(problems) => {
+                for problem in problems {
+                    if told.insert(problem.clone()) {
+                        tracing::warn!(database = %followed.name, "{problem}");
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(database = %followed.name, %error, "the snapshot is tried again"),
+        }
+    }
+}
+
+/// Merges small objects from time to time.
+async fn compact(
+    work: Arc<Work>,
+    followed: Arc<Followed>,
+    interval: Duration,
+    grace: Duration,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = work.clock.sleep(interval) => {}
+            () = stop.cancelled() => return,
+        }
+        let timelines = match work.repository.timelines(&followed.identity).await {
+            Ok(timelines) => timelines,
+            Err(error) => {
+                tracing::warn!(database = %followed.name, %error, "compaction is tried again");
+                continue;
+            }
+        };
+        for timeline in timelines {
+            let pass = tokio::select! {
+                pass = compaction::pass(&work, followed.identity, timeline.timeline, grace) => pass,
+                () = stop.cancelled() => return,
+            };
+            match pass {
+                Ok(pass) if pass == compaction::Pass::default() => {}
+                Ok(pass) => tracing::info!(
+                    database = %followed.name,
+                    merged = pass.merged,
+                    written = pass.written,
+                    deleted = pass.deleted,
+                    "log objects were merged"
+                ),
+                Err(error) => tracing::warn!(database = %followed.name, %error, "compaction is tried again"),
+            }
+        }
+    }
+}
+
+/// Wakes the archiver when something is written; without notifications polling goes on alone.
+fn watch_directory(path: &Path, wake: &Arc<Notify>) -> Option<notify::RecommendedWatcher> {
+    let wake = Arc::clone(wake);
+    let news = move |event: notify::Result<notify::Event>| {
+        // Our own reading makes events too.
+        if !matches!(event, Ok(notify::Event { kind: notify::EventKind::Access(_), .. })) {
+            wake.notify_one();
+        }
+    };
+    let watcher = notify::recommended_watcher(news).and_then(|mut watcher| {
+        watcher.watch(path, notify::RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
+    match watcher {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            tracing::debug!(path = %path.display(), %error, "no notifications of writes; the log is polled");
+            None
+        }
+    }
+}
+
+/// Changes when a database, a program or the server's configuration may have.
+fn fingerprint(root: &Path) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    use std::os::unix::fs::MetadataExt;
+    let mut hasher = DefaultHasher::new();
+    let mut add = |path: &Path| {
+        if let Ok(kind) = std::fs::metadata(path) {
+            (path, kind.ino(), kind.len(), kind.mtime(), kind.mtime_nsec()).hash(&mut hasher);
+        }
+    };
+    for path in ["metadata.toml", "config.toml", "replicas", "program-bytes"] {
+        add(&root.join(path));
+    }
+    for dir in ["control-db", "program-bytes"] {
+        let mut paths: Vec<_> =
+            std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        paths.iter().for_each(|path| add(path));
+    }
+    hasher.finish()
+}

@@ -1,0 +1,190 @@
+//! Schedules: what the daemon does at which time. A run that was missed while the daemon was down is made up once; a run
+//! never overlaps the one before; all runs of the same minute on many machines can be spread by jitter.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use jiff::Timestamp;
+use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
+
+use crate::config::value::Cron;
+use crate::daemon::state::{ScheduleStatus, StateDir};
+use crate::daemon::{Daemon, DaemonError};
+use crate::durable::{self, FileError, OnPath};
+use crate::progress::Silent;
+
+/// What can be wrong with schedules.
+#[derive(Debug, thiserror::Error)]
+pub enum ScheduleError {
+    #[error("the schedule of {name} cannot be used: {reason}")]
+    Unusable { name: &'static str, reason: String },
+    #[error("the scheduler failed: {0}")]
+    Scheduler(#[from] JobSchedulerError),
+}
+
+/// What can be scheduled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Task {
+    RestorePoint,
+    Verify,
+}
+
+impl Task {
+    fn name(self) -> &'static str {
+        match self {
+            Self::RestorePoint => "restore_point",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+/// One task with its times.
+struct Schedule {
+    task: Task,
+    cron: Cron,
+    zone: chrono_tz::Tz,
+    jitter: Duration,
+    /// When it last started, kept over restarts.
+    last: PathBuf,
+    daemon: Arc<Daemon>,
+    /// One run at a time.
+    running: tokio::sync::Mutex<()>,
+}
+
+/// Runs the schedules for ever.
+pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(), DaemonError> {
+    let config = daemon.config.schedule.clone();
+    let scheduler = JobScheduler::new().await.map_err(ScheduleError::from)?;
+    let dir = state_dir.path().join("schedules");
+    std::fs::create_dir_all(&dir).on("create", &dir)?;
+    for (task, cron) in [(Task::RestorePoint, config.restore_point), (Task::Verify, config.verify)] {
+        let Some(cron) = cron else { continue };
+        let schedule = Arc::new(Schedule {
+            task,
+            cron,
+            zone: config.time_zone.0,
+            jitter: config.jitter.0,
+            last: dir.join(task.name()),
+            daemon: Arc::clone(&daemon),
+            running: tokio::sync::Mutex::new(()),
+        });
+        schedule.tell(None, None);
+        if schedule.was_missed() {
+            tracing::info!(schedule = task.name(), "a run was missed and is made up for");
+            tokio::spawn(Arc::clone(&schedule).once());
+        }
+        let job = {
+            let schedule = Arc::clone(&schedule);
+            Job::new_async_tz(schedule.cron.as_str().to_owned(), schedule.zone, move |_, _| {
+                Box::pin(Arc::clone(&schedule).once())
+            })
+        };
+        scheduler.add(job.map_err(ScheduleError::from)?).await.map_err(ScheduleError::from)?;
+    }
+    scheduler.start().await.map_err(ScheduleError::from)?;
+    let _running = Running(scheduler);
+    std::future::pending().await
+}
+
+/// Ends the scheduler's own task with us.
+struct Running(JobScheduler);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut scheduler = self.0.clone();
+        tokio::spawn(async move { scheduler.shutdown().await });
+    }
+}
+
+impl Schedule {
+    async fn once(self: Arc<Self>) {
+        let Ok(_one) = self.running.try_lock() else {
+            tracing::warn!(schedule = self.task.name(), "the run before is not done; this one is left out");
+            return;
+        };
+        let clock = Arc::clone(&self.daemon.clock);
+        clock.sleep(self.draw_jitter()).await;
+        let started = clock.now();
+        if let Err(error) = durable::replace(&self.last, started.to_string().as_bytes()) {
+            tracing::warn!(%error, "the time of the run was not kept");
+        }
+        self.tell(Some(started), None);
+        let result = self.work().await;
+        if let Err(message) = &result {
+            tracing::error!(schedule = self.task.name(), error = %message, "a scheduled run failed");
+        }
+        self.tell(Some(started), Some(result));
+    }
+
+    async fn work(&self) -> Result<String, String> {
+        match self.task {
+            Task::RestorePoint => {
+                let report = self.daemon.restore_point(None).await.map_err(|error| error.to_string())?;
+                match report.problems.first() {
+                    None => Ok(format!("restore point {}", report.restore_point)),
+                    Some(problem) => Err(format!("restore point {} was made, but {problem}", report.restore_point)),
+                }
+            }
+            Task::Verify => {
+                let report = crate::verify::verify(&self.daemon.repository, &[], Arc::new(Silent)).await;
+                let report = report.map_err(|error| error.to_string())?;
+                match report.findings.first() {
+                    None => Ok(format!("{} objects are good", report.objects)),
+                    Some(finding) => Err(format!(
+                        "{} findings, the first: {}: {}; run `inner-universe verify`",
+                        report.findings.len(),
+                        finding.object,
+                        finding.message
+                    )),
+                }
+            }
+        }
+    }
+
+    fn draw_jitter(&self) -> Duration {
+        // A fresh ULID's random part is random enough to spread load.
+        let share = (ulid::Ulid::new().random() % 1000) as u32;
+        self.jitter * share / 1000
+    }
+
+    fn tell(&self, last_run: Option<Timestamp>, result: Option<Result<String, String>>) {
+        self.daemon.state.schedule(ScheduleStatus {
+            name: self.task.name().to_owned(),
+            cron: self.cron.as_str().to_owned(),
+            time_zone: self.zone.name().to_owned(),
+            next_run: self.next_after(self.daemon.clock.now()),
+            last_run: last_run.or_else(|| last_run_in(&self.last)),
+            last_ok: result.as_ref().map(Result::is_ok),
+            last_message: result.map(|result| result.unwrap_or_else(|error| error)),
+        });
+    }
+
+    fn next_after(&self, time: Timestamp) -> Option<Timestamp> {
+        let cron = self.cron.parse().ok()?;
+        let from = to_chrono(time)?.with_timezone(&self.zone);
+        let next = cron.find_next_occurrence(&from, false).ok()?;
+        Timestamp::from_millisecond(next.timestamp_millis()).ok()
+    }
+
+    /// Did a time pass since the last run, while nobody was there to keep it?
+    fn was_missed(&self) -> bool {
+        let due = last_run_in(&self.last).and_then(|last| self.next_after(last));
+        due.is_some_and(|due| due <= self.daemon.clock.now())
+    }
+}
+
+fn to_chrono(time: Timestamp) -> Option<DateTime<Utc>> {
+    DateTime::from_timestamp_millis(time.as_millisecond())
+}
+
+fn last_run_in(path: &Path) -> Option<Timestamp> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+impl From<FileError> for ScheduleError {
+    fn from(error: FileError) -> Self {
+        Self::Unusable { name: "runs", reason: error.to_string() }
+    }
+}

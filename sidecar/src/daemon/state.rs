@@ -1,0 +1,223 @@
+//! What the daemon knows of itself, and the file in which it tells others on this machine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::archiver::Followed;
+use crate::backup::BackupReport;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::durable::{self, FileError, OnPath};
+use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+
+/// `status.json` in the state directory, rewritten every second.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    pub pid: u32,
+    pub started_at: Timestamp,
+    pub written_at: Timestamp,
+    /// `false` once the daemon has ended in good order.
+    pub running: bool,
+    /// The lease's fencing token; `None` while there is no lease.
+    pub lease_token: Option<u64>,
+    pub databases: Vec<FollowedStatus>,
+    pub schedules: Vec<ScheduleStatus>,
+    pub server: Option<ServerStatus>,
+    pub last_restore_point: Option<RestorePointId>,
+    /// The latest error of the daemon itself.
+    pub last_error: Option<String>,
+}
+
+/// One database as its archiver sees it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FollowedStatus {
+    pub identity: Identity,
+    pub name: String,
+    pub timeline: Option<TimelineId>,
+    pub archived_offset: Option<Offset>,
+    /// How long ago the archive last held everything in the log.
+    pub behind_seconds: f64,
+    pub objects_written: u64,
+    pub bytes_written: u64,
+    pub error: Option<String>,
+    /// Forks, gaps and damage since the start.
+    pub events: Vec<Event>,
+}
+
+/// Something that happened to a log.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Event {
+    pub at: Timestamp,
+    pub message: String,
+}
+
+/// One schedule.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ScheduleStatus {
+    pub name: String,
+    pub cron: String,
+    pub time_zone: String,
+    pub next_run: Option<Timestamp>,
+    pub last_run: Option<Timestamp>,
+    /// `None` while it runs, and before the first run.
+    pub last_ok: Option<bool>,
+    pub last_message: Option<String>,
+}
+
+/// The server that `run -- COMMAND` watches.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServerStatus {
+    pub pid: Option<u32>,
+    pub starts: u64,
+    pub last_exit: Option<String>,
+}
+
+/// The daemon's knowledge of itself.
+pub struct State {
+    clock: Arc<dyn Clock>,
+    followed: Mutex<Vec<Arc<Followed>>>,
+    rest: Mutex<DaemonStatus>,
+}
+
+impl State {
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        let now = clock.now();
+        let rest = DaemonStatus {
+            pid: std::process::id(),
+            started_at: now,
+            written_at: now,
+            running: true,
+            lease_token: None,
+            databases: Vec::new(),
+            schedules: Vec::new(),
+            server: None,
+            last_restore_point: None,
+            last_error: None,
+        };
+        Self { clock, followed: Mutex::default(), rest: Mutex::new(rest) }
+    }
+
+    pub fn leased(&self, token: u64) {
+        let mut rest = self.rest.lock();
+        rest.lease_token = Some(token);
+        rest.last_error = None;
+    }
+
+    pub fn stopped(&self) {
+        self.rest.lock().running = false;
+    }
+
+    pub fn failed(&self, error: String) {
+        self.rest.lock().last_error = Some(error);
+    }
+
+    pub fn restore_point(&self, report: &BackupReport) {
+        let mut rest = self.rest.lock();
+        rest.last_restore_point = Some(report.restore_point);
+        rest.last_error = None;
+    }
+
+    pub fn server(&self, server: ServerStatus) {
+        self.rest.lock().server = Some(server);
+    }
+
+    pub fn schedule(&self, schedule: ScheduleStatus) {
+        let mut rest = self.rest.lock();
+        match rest.schedules.iter_mut().find(|known| known.name == schedule.name) {
+            Some(known) => *known = schedule,
+            None => rest.schedules.push(schedule),
+        }
+    }
+
+    pub(super) fn follow(&self, followed: Arc<Followed>) {
+        self.followed.lock().push(followed);
+    }
+
+    pub(super) fn forget(&self, identity: &Identity) {
+        self.followed.lock().retain(|followed| followed.identity != *identity);
+    }
+
+    /// All of it, now.
+    pub fn status(&self) -> DaemonStatus {
+        let now = self.clock.now();
+        let mut status = self.rest.lock().clone();
+        status.written_at = now;
+        status.databases =
+            self.followed.lock().iter().map(|followed| describe(followed, status.started_at, now)).collect();
+        status
+    }
+}
+
+fn describe(followed: &Followed, started_at: Timestamp, now: Timestamp) -> FollowedStatus {
+    let progress = followed.progress();
+    let since = progress.caught_up_at.unwrap_or(started_at);
+    FollowedStatus {
+        identity: followed.identity,
+        name: followed.name.clone(),
+        timeline: progress.timeline,
+        archived_offset: progress.tip.and_then(|tip| tip.next.0.checked_sub(1)).map(Offset),
+        behind_seconds: now.duration_since(since).as_secs_f64().max(0.0),
+        objects_written: progress.objects,
+        bytes_written: progress.stored_bytes,
+        error: progress.error,
+        events: progress.events.into_iter().map(|(at, message)| Event { at, message }).collect(),
+    }
+}
+
+/// Where one daemon keeps its notes: a directory for each data directory.
+#[derive(Debug, Clone)]
+pub struct StateDir(PathBuf);
+
+impl StateDir {
+    /// The place of the notes about `data_dir`.
+    pub fn locate(config: &Config, data_dir: &Path) -> PathBuf {
+        let base = config.archive.state_dir.clone().unwrap_or_else(default_base);
+        let absolute = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+        let hash = crate::ids::ContentHash::of(absolute.as_os_str().as_encoded_bytes()).to_string();
+        base.join(format!("data-{}", &hash[..16]))
+    }
+
+    /// Makes the directory if it is missing; only its owner may enter.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn open(config: &Config, data_dir: &Path) -> Result<Self, FileError> {
+        use std::os::unix::fs::PermissionsExt;
+        let path = Self::locate(config, data_dir);
+        std::fs::create_dir_all(&path).on("create", &path)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).on("protect", &path)?;
+        Ok(Self(path))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+
+    pub(super) fn write_status(&self, state: &State) -> Result<(), FileError> {
+        let bytes = serde_json::to_vec_pretty(&state.status()).unwrap_or_default();
+        durable::replace(&self.0.join("status.json"), &bytes)
+    }
+}
+
+/// What the daemon on `data_dir` last told of itself; `None` when there never was one.
+pub fn read_status(config: &Config, data_dir: &Path) -> Option<DaemonStatus> {
+    let path = StateDir::locate(config, data_dir).join("status.json");
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
+fn default_base() -> PathBuf {
+    let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    match (from("XDG_STATE_HOME"), from("HOME")) {
+        (Some(state), _) => state.join("inner-universe"),
+        (None, Some(home)) => home.join(".local/state/inner-universe"),
+        (None, None) => PathBuf::from("/var/lib/inner-universe"),
+    }
+}

@@ -1,0 +1,289 @@
+//! The lease: one sidecar writes a repository at a time.
+//!
+//! Invariants: who holds the lease wrote `lease.json` last and conditionally; the fencing token grows with every change of
+//! hands; a holder stops writing before its lease can be taken by another, as its own clock that never steps back tells.
+//! Even where two writers meet (a process paused in the middle of a request) nothing is lost: objects are written once,
+//! under names that carry their offsets, and chains tell histories apart.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use object_store::{PutMode, UpdateVersion};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
+use crate::repository::manifest::FORMAT;
+use crate::repository::{Repository, RepositoryError, document, paths};
+
+/// `lease.json`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseDocument {
+    pub format: u32,
+    /// Host, process and a random part.
+    pub writer: String,
+    /// Grows by one whenever the lease changes hands.
+    pub token: u64,
+    pub renewed_at: Timestamp,
+    /// From then on another may take it.
+    pub expires_at: Timestamp,
+}
+
+/// May this process write? Shared by all who do.
+#[derive(Debug)]
+pub struct Fence {
+    /// On the clock that counts through suspension.
+    until: Mutex<Duration>,
+    lost: AtomicBool,
+}
+
+impl Fence {
+    /// # Errors
+    /// [`RepositoryError::LeaseLost`] when another writer has the lease, or may by now.
+    pub fn check(&self) -> Result<(), RepositoryError> {
+        if self.lost.load(Ordering::Acquire) {
+            return Err(RepositoryError::LeaseLost { expired: false });
+        }
+        if boot_time() >= *self.until.lock() {
+            return Err(RepositoryError::LeaseLost { expired: true });
+        }
+        Ok(())
+    }
+}
+
+/// A lease that is held. Dropping it leaves it to expire; [`Lease::release`] gives it back at once.
+pub struct Lease {
+    repository: Repository,
+    document: Mutex<(LeaseDocument, UpdateVersion)>,
+    duration: Duration,
+    clock: Arc<dyn Clock>,
+    fence: Arc<Fence>,
+}
+
+/// The share of a lease's time after which its holder stops to write: the rest covers clocks that run apart.
+const SAFE_SHARE: u32 = 4;
+
+impl Lease {
+    /// Takes the lease if it is free or expired; `force` takes it from whoever has it.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Locked`] when another holds it.
+    pub async fn acquire(
+        repository: &Repository,
+        duration: Duration,
+        clock: Arc<dyn Clock>,
+        force: bool,
+    ) -> Result<Self, RepositoryError> {
+        let started = boot_time();
+        let now = clock.now();
+        let (token, mode) = match read(repository).await? {
+            None => (1, PutMode::Create),
+            Some((held, _)) if held.expires_at > now && !force => {
+                return Err(RepositoryError::Locked { writer: held.writer, expires_at: held.expires_at });
+            }
+            Some((held, version)) => (held.token.saturating_add(1), PutMode::Update(version)),
+        };
+        let writer = format!(
+            "{}:{}:{}",
+            rustix::system::uname().nodename().to_string_lossy(),
+            std::process::id(),
+            ulid::Ulid::new()
+        );
+        let document =
+            LeaseDocument { format: FORMAT, writer, token, renewed_at: now, expires_at: expiry(now, duration) };
+        let version = replace(repository, &document, mode).await?;
+        if !repository.conditional().update {
+            settle(repository, &document, clock.as_ref()).await?;
+        }
+        let fence = Arc::new(Fence {
+            until: Mutex::new(started + duration - duration / SAFE_SHARE),
+            lost: AtomicBool::new(false),
+        });
+        Ok(Self { repository: repository.clone(), document: Mutex::new((document, version)), duration, clock, fence })
+    }
+
+    /// The repository, whose writes now fail once the lease is lost.
+    pub fn fenced(&self) -> Repository {
+        self.repository.clone().fenced(Arc::clone(&self.fence))
+    }
+
+    pub fn token(&self) -> u64 {
+        self.document.lock().0.token
+    }
+
+    /// How often to call [`Self::renew`].
+    pub fn renewal_interval(&self) -> Duration {
+        self.duration / 4
+    }
+
+    /// Prolongs the lease.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Locked`] when another has taken it: nothing may be written any more. Other errors may pass.
+    pub async fn renew(&self) -> Result<(), RepositoryError> {
+        let started = boot_time();
+        let now = self.clock.now();
+        let (mut document, version) = self.document.lock().clone();
+        document.renewed_at = now;
+        document.expires_at = expiry(now, self.duration);
+        let ours = |found: &LeaseDocument| found.writer == document.writer && found.token == document.token;
+        if !self.repository.conditional().update {
+            // What cannot be replaced conditionally is at least looked at first.
+            self.still_ours(read(&self.repository).await?, ours)?;
+        }
+        let version = match replace(&self.repository, &document, PutMode::Update(version)).await {
+            Ok(version) => version,
+            Err(RepositoryError::Locked { .. } | RepositoryError::Conflict { .. }) => {
+                // A renewal whose answer was lost has changed the version too: then the lease still names us.
+                let version = self.still_ours(read(&self.repository).await?, ours)?;
+                replace(&self.repository, &document, PutMode::Update(version)).await?
+            }
+            Err(error) => return Err(error),
+        };
+        *self.document.lock() = (document, version);
+        *self.fence.until.lock() = started + self.duration - self.duration / SAFE_SHARE;
+        Ok(())
+    }
+
+    fn still_ours(
+        &self,
+        found: Option<(LeaseDocument, UpdateVersion)>,
+        ours: impl Fn(&LeaseDocument) -> bool,
+    ) -> Result<UpdateVersion, RepositoryError> {
+        match found {
+            Some((found, version)) if ours(&found) => Ok(version),
+            other => {
+                self.fence.lost.store(true, Ordering::Release);
+                let (writer, expires_at) = match other {
+                    Some((found, _)) => (found.writer, found.expires_at),
+                    None => ("nobody: lease.json was deleted".into(), self.clock.now()),
+                };
+                Err(RepositoryError::Locked { writer, expires_at })
+            }
+        }
+    }
+
+    /// Gives the lease back, so that the next writer need not wait. A failure is no harm: it expires.
+    pub async fn release(self) {
+        let (mut document, version) = self.document.lock().clone();
+        self.fence.lost.store(true, Ordering::Release);
+        document.expires_at = document.renewed_at;
+        if let Err(error) = replace(&self.repository, &document, PutMode::Update(version)).await {
+            tracing::debug!(%error, "the lease was not given back and expires");
+        }
+    }
+}
+
+/// Who holds the lease, if anyone ever did.
+///
+/// # Errors
+/// When the store fails or `lease.json` is damaged.
+pub async fn holder(repository: &Repository) -> Result<Option<LeaseDocument>, RepositoryError> {
+    Ok(read(repository).await?.map(|(document, _)| document))
+}
+
+async fn read(repository: &Repository) -> Result<Option<(LeaseDocument, UpdateVersion)>, RepositoryError> {
+    let key = paths::lease();
+    match repository.store.get(&key).await {
+        Ok((bytes, version)) => {
+            let found = document::read(&bytes).map_err(|error| RepositoryError::damaged(&key, error))?;
+            Ok(Some((found, version)))
+        }
+        Err(RepositoryError::Missing { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes `lease.json` under a condition.
+async fn replace(
+    repository: &Repository,
+    document: &LeaseDocument,
+    mode: PutMode,
+) -> Result<UpdateVersion, RepositoryError> {
+    let key = paths::lease();
+    let bytes = document::write(document);
+    if let Some(directory) = repository.store.local() {
+        let (directory, document) = (directory.clone(), document.clone());
+        let create = matches!(mode, PutMode::Create);
+        let replaced = tokio::task::spawn_blocking(move || replace_file(&directory, &document, &bytes, create)).await;
+        return replaced.unwrap_or_else(|_| Err(RepositoryError::Conflict { key: key.to_string() }));
+    }
+    let mode = match mode {
+        PutMode::Update(_) if !repository.conditional().update => PutMode::Overwrite,
+        PutMode::Create if !repository.conditional().create => PutMode::Overwrite,
+        mode => mode,
+    };
+    match repository.store.put(&key, bytes.into(), mode).await {
+        Err(RepositoryError::Conflict { key }) => match read(repository).await? {
+            Some((held, _)) if held.writer != document.writer => {
+                Err(RepositoryError::Locked { writer: held.writer, expires_at: held.expires_at })
+            }
+            _ => Err(RepositoryError::Conflict { key }),
+        },
+        result => result,
+    }
+}
+
+/// In a directory a lock of the file system stands for the condition: who holds the lock reads, compares and renames.
+fn replace_file(
+    directory: &std::path::Path,
+    document: &LeaseDocument,
+    bytes: &[u8],
+    create: bool,
+) -> Result<UpdateVersion, RepositoryError> {
+    let path = directory.join(paths::lease().as_ref());
+    let failed = |error: std::io::Error| RepositoryError::Store {
+        key: path.display().to_string(),
+        source: object_store::Error::Generic { store: "file", source: error.into() },
+    };
+    let lock = std::fs::File::options().create(true).append(true).open(path.with_extension("lock")).map_err(failed)?;
+    lock.lock().map_err(failed)?;
+    if let Ok(found) = std::fs::read(&path)
+        && let Ok(found) = document::read::<LeaseDocument>(&found)
+        && (create
+            || found.token > document.token
+            || (found.token == document.token && found.writer != document.writer))
+    {
+        return Err(RepositoryError::Locked { writer: found.writer, expires_at: found.expires_at });
+    }
+    let written = path.with_extension("json.new");
+    let write = || {
+        let mut file = std::fs::File::create(&written)?;
+        std::io::Write::write_all(&mut file, bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&written, &path)
+    };
+    write().map_err(failed)?;
+    Ok(UpdateVersion { e_tag: None, version: None })
+}
+
+/// Without conditional writes: wait until a rival's write would show, and see whether ours is still there.
+async fn settle(repository: &Repository, document: &LeaseDocument, clock: &dyn Clock) -> Result<(), RepositoryError> {
+    for _ in 0..2 {
+        clock.sleep(Duration::from_millis(1500)).await;
+        match read(repository).await? {
+            Some((found, _)) if found.writer == document.writer => {}
+            Some((found, _)) => {
+                return Err(RepositoryError::Locked { writer: found.writer, expires_at: found.expires_at });
+            }
+            None => return Err(RepositoryError::Missing { key: paths::lease().to_string() }),
+        }
+    }
+    Ok(())
+}
+
+fn expiry(now: Timestamp, duration: Duration) -> Timestamp {
+    jiff::SignedDuration::try_from(duration).ok().and_then(|span| now.checked_add(span).ok()).unwrap_or(now)
+}
+
+/// Since the machine was started, suspension included.
+fn boot_time() -> Duration {
+    #[cfg(target_os = "linux")]
+    let clock = rustix::time::ClockId::Boottime;
+    #[cfg(not(target_os = "linux"))]
+    let clock = rustix::time::ClockId::Monotonic;
+    let now = rustix::time::clock_gettime(clock);
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}

@@ -1,0 +1,329 @@
+//! The stores a repository can lie in, and what they really do: connect, deadlines, and whether conditional writes hold.
+//!
+//! Invariants: every request has a deadline; retries back off and end; credentials never enter an error message.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum, S3ConditionalPut};
+use object_store::path::Path as Key;
+use object_store::{
+    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, ObjectStore, ObjectStoreExt, PutMode,
+    PutMultipartOptions, PutOptions, PutPayload, RetryConfig, UpdateVersion,
+};
+
+use crate::config::RepositoryConfig;
+use crate::repository::RepositoryError;
+
+/// The slowest store that still counts as answering.
+const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
+
+/// A connected store with its deadlines.
+#[derive(Clone)]
+pub struct Store {
+    objects: Arc<dyn ObjectStore>,
+    /// Where a `file://` store lies: its lease cannot be replaced conditionally through [`ObjectStore`].
+    local: Option<PathBuf>,
+    timeout: Duration,
+    storage_class: Option<String>,
+}
+
+/// Which conditional writes a store honours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conditional {
+    /// A name that is taken is not overwritten.
+    pub create: bool,
+    /// A version that was replaced is not replaced again.
+    pub update: bool,
+}
+
+/// Is `url` an address of a repository?
+///
+/// # Errors
+/// The reason why not.
+pub fn check_url(url: &str) -> Result<(), String> {
+    let parsed = url::Url::parse(url).map_err(|error| format!("`{url}` is no address: {error}"))?;
+    if !parsed.username().is_empty() || parsed.password().is_some() {
+        return Err("give credentials in the configuration or the environment, not in the address".into());
+    }
+    match parsed.scheme() {
+        "file" if parsed.to_file_path().is_ok() => Ok(()),
+        "file" => Err(format!("`{url}` is not an absolute path on this machine; write file:///path")),
+        "memory" => Ok(()),
+        "s3" | "gs" | "az" if parsed.host_str().is_some_and(|bucket| !bucket.is_empty()) => Ok(()),
+        "s3" | "gs" | "az" => Err(format!("`{url}` names no bucket; write {}://BUCKET/PREFIX", parsed.scheme())),
+        scheme => Err(format!("there is no store for `{scheme}:`; use file, s3, gs or az")),
+    }
+}
+
+impl Store {
+    /// Connects to the store that `url` names; `create` makes a missing `file://` directory.
+    ///
+    /// # Errors
+    /// [`RepositoryError::BadUrl`] and configuration that the store's client refuses.
+    pub fn connect(url: &str, config: &RepositoryConfig, create: bool) -> Result<Self, RepositoryError> {
+        let refuse = |reason: String| RepositoryError::BadUrl { url: url.to_owned(), reason };
+        check_url(url).map_err(refuse)?;
+        let parsed = url::Url::parse(url).map_err(|error| refuse(error.to_string()))?;
+        let prefix = Key::from_url_path(parsed.path()).map_err(|error| refuse(error.to_string()))?;
+        let mut local = None;
+        let bare: Arc<dyn ObjectStore> = match parsed.scheme() {
+            "file" => {
+                let path = parsed.to_file_path().map_err(|()| refuse("it is no path".into()))?;
+                let store = open_directory(url, &path, create)?;
+                local = Some(path);
+                store
+            }
+            "memory" => Arc::new(object_store::memory::InMemory::new()),
+            scheme => {
+                // `ring` is compiled in for all TLS; a second start in one process keeps the first one's.
+                let _ = rustls::crypto::ring::default_provider().install_default();
+                let client = client_options(config)?;
+                let bucket = parsed.host_str().unwrap_or_default();
+                let store: Arc<dyn ObjectStore> = match scheme {
+                    "s3" => Arc::new(s3(bucket, config, client).map_err(|error| refuse(error.to_string()))?),
+                    "gs" => Arc::new(
+                        object_store::gcp::GoogleCloudStorageBuilder::from_env()
+                            .with_bucket_name(bucket)
+                            .with_client_options(client)
+                            .with_retry(retries(config))
+                            .build()
+                            .map_err(|error| refuse(error.to_string()))?,
+                    ),
+                    _ => Arc::new(
+                        object_store::azure::MicrosoftAzureBuilder::from_env()
+                            .with_container_name(bucket)
+                            .with_client_options(client)
+                            .with_retry(retries(config))
+                            .build()
+                            .map_err(|error| refuse(error.to_string()))?,
+                    ),
+                };
+                if prefix.as_ref().is_empty() {
+                    store
+                } else {
+                    Arc::new(object_store::prefix::PrefixStore::new(store, prefix))
+                }
+            }
+        };
+        Ok(Self {
+            objects: bare,
+            local,
+            timeout: config.request_timeout.0,
+            storage_class: config.storage_class.clone(),
+        })
+    }
+
+    /// Around a store that is connected already.
+    pub fn around(objects: Arc<dyn ObjectStore>) -> Self {
+        Self { objects, local: None, timeout: Duration::from_secs(30), storage_class: None }
+    }
+
+    /// The store itself, for what needs no deadline of its own.
+    pub fn objects(&self) -> &dyn ObjectStore {
+        self.objects.as_ref()
+    }
+
+    pub(super) fn local(&self) -> Option<&PathBuf> {
+        self.local.as_ref()
+    }
+
+    /// Runs a request that moves about `bytes`, within its deadline.
+    ///
+    /// # Errors
+    /// What the request ends in, or that it did not end in time.
+    pub async fn within<T>(
+        &self,
+        key: &Key,
+        bytes: u64,
+        request: impl Future<Output = object_store::Result<T>>,
+    ) -> Result<T, RepositoryError> {
+        let limit = self.timeout + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND);
+        match tokio::time::timeout(limit, request).await {
+            Ok(result) => result.map_err(|error| RepositoryError::store(key, error)),
+            Err(_) => Err(RepositoryError::Timeout { key: key.to_string(), after: limit }),
+        }
+    }
+
+    /// Writes an object under `mode`.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Conflict`] when the mode's condition does not hold, or when the store fails.
+    pub async fn put(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
+        let len = bytes.len() as u64;
+        let options = PutOptions { mode, attributes: self.attributes(), ..PutOptions::default() };
+        let written = self.within(key, len, self.objects.put_opts(key, PutPayload::from_bytes(bytes), options)).await;
+        written.map(UpdateVersion::from)
+    }
+
+    pub(super) async fn begin_large(
+        &self,
+        key: &Key,
+    ) -> Result<Box<dyn object_store::MultipartUpload>, RepositoryError> {
+        let options = PutMultipartOptions { attributes: self.attributes(), ..PutMultipartOptions::default() };
+        self.within(key, 0, self.objects.put_multipart_opts(key, options)).await
+    }
+
+    fn attributes(&self) -> Attributes {
+        let mut attributes = Attributes::new();
+        if let Some(class) = &self.storage_class {
+            attributes.insert(Attribute::StorageClass, class.clone().into());
+        }
+        attributes
+    }
+
+    /// Reads an object with its version.
+    ///
+    /// # Errors
+    /// When it is missing or the store fails.
+    pub async fn get(&self, key: &Key) -> Result<(Bytes, UpdateVersion), RepositoryError> {
+        let found = self.within(key, 0, self.objects.get(key)).await?;
+        let version = UpdateVersion { e_tag: found.meta.e_tag.clone(), version: found.meta.version.clone() };
+        let size = found.meta.size;
+        let bytes = self.within(key, size, found.bytes()).await?;
+        Ok((bytes, version))
+    }
+
+    /// Finds out which conditional writes the store honours, by writing what is at `key` once more.
+    ///
+    /// # Errors
+    /// When `key` is missing or the store fails.
+    pub async fn probe(&self, key: &Key) -> Result<Conditional, RepositoryError> {
+        let (bytes, version) = self.get(key).await?;
+        let create = match self.put(key, bytes.clone(), PutMode::Create).await {
+            Ok(_) => false,
+            Err(RepositoryError::Conflict { .. }) => true,
+            Err(error) => return Err(error),
+        };
+        if self.local.is_some() {
+            // The lease lies under a lock of the file system.
+            return Ok(Conditional { create, update: true });
+        }
+        let other =
+            UpdateVersion { e_tag: Some("\"00000000000000000000000000000000\"".into()), version: version.version };
+        let update = match self.put(key, bytes, PutMode::Update(other)).await {
+            Ok(_) => false,
+            Err(RepositoryError::Conflict { .. }) => true,
+            Err(error) => return Err(error),
+        };
+        Ok(Conditional { create, update })
+    }
+}
+
+fn open_directory(url: &str, path: &PathBuf, create: bool) -> Result<Arc<dyn ObjectStore>, RepositoryError> {
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| RepositoryError::Store {
+        key: path.display().to_string(),
+        source: object_store::Error::Generic { store: "file", source },
+    };
+    if create {
+        std::fs::create_dir_all(path).map_err(|error| failed(error.into()))?;
+    } else if !path.is_dir() {
+        return Err(RepositoryError::NoRepository { url: url.to_owned() });
+    }
+    let store = object_store::local::LocalFileSystem::new_with_prefix(path).map_err(|error| failed(error.into()))?;
+    Ok(Arc::new(store.with_fsync(true)))
+}
+
+fn client_options(config: &RepositoryConfig) -> Result<ClientOptions, RepositoryError> {
+    // The deadline of a whole request grows with its size; see `Store::within`.
+    let mut options = ClientOptions::new()
+        .with_timeout_disabled()
+        .with_connect_timeout(Duration::from_secs(5).min(config.request_timeout.0))
+        .with_allow_http(config.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")));
+    if let Some(path) = &config.ca_file {
+        let refuse = |reason: String| RepositoryError::BadUrl { url: path.display().to_string(), reason };
+        let pem = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+        for certificate in Certificate::from_pem_bundle(&pem).map_err(|error| refuse(error.to_string()))? {
+            options = options.with_root_certificate(certificate);
+        }
+    }
+    Ok(options)
+}
+
+fn retries(config: &RepositoryConfig) -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig {
+            init_backoff: Duration::from_millis(100),
+            max_backoff: Duration::from_secs(5),
+            base: 2.0,
+        },
+        max_retries: config.request_retries as usize,
+        retry_timeout: config.request_timeout.0,
+    }
+}
+
+fn s3(
+    bucket: &str,
+    config: &RepositoryConfig,
+    client: ClientOptions,
+) -> object_store::Result<object_store::aws::AmazonS3> {
+    let mut builder = AmazonS3Builder::from_env()
+        .with_bucket_name(bucket)
+        .with_virtual_hosted_style_request(!config.path_style)
+        .with_conditional_put(S3ConditionalPut::ETagMatch)
+        .with_client_options(client)
+        .with_retry(retries(config));
+    if let Some(endpoint) = &config.endpoint {
+        builder = builder.with_endpoint(endpoint.trim_end_matches('/'));
+        builder = builder.with_allow_http(endpoint.starts_with("http://"));
+    }
+    if let Some(region) = &config.region {
+        builder = builder.with_region(region);
+    }
+    if let (Some(id), Some(secret)) = (&config.access_key_id, &config.secret_access_key) {
+        builder = builder.with_access_key_id(id).with_secret_access_key(secret.reveal());
+    }
+    if let Some(token) = &config.session_token {
+        builder = builder.with_token(token.reveal());
+    }
+    let settings = [
+        ("aws_server_side_encryption", &config.server_side_encryption),
+        ("aws_sse_kms_key_id", &config.sse_kms_key_id),
+    ];
+    for (name, value) in settings {
+        if let Some(value) = value {
+            builder = builder.with_config(name.parse::<AmazonS3ConfigKey>()?, value);
+        }
+    }
+    if config.checksum {
+        builder = builder.with_checksum_algorithm(Checksum::SHA256);
+    }
+    builder.build()
+}
+
+/// The server's own words, without the layers around them.
+pub(super) fn said(error: &object_store::Error) -> String {
+    let text = error.to_string();
+    let inner = |name: &str| {
+        let (open, close) = (format!("<{name}>"), format!("</{name}>"));
+        let from = text.find(&open)? + open.len();
+        Some(text[from..].split_once(&close)?.0.to_owned())
+    };
+    match (inner("Code"), inner("Message")) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code,
+        _ => text.chars().take(300).collect(),
+    }
+}
+
+/// What an S3 server's error means to the one who has to fix it; `None` where its own text says enough.
+pub(super) fn hint(text: &str) -> Option<&'static str> {
+    const HINTS: [(&str, &str); 12] = [
+        ("InvalidAccessKeyId", "the access key is not known to the store; check access_key_id"),
+        ("SignatureDoesNotMatch", "the secret key does not fit the access key; check secret_access_key"),
+        ("RequestTimeTooSkewed", "this machine's clock is wrong; set it (chrony, ntpd) and try again"),
+        ("ExpiredToken", "the credentials have expired; renew them"),
+        ("InvalidToken", "the session token is not valid; renew the credentials"),
+        ("AuthorizationHeaderMalformed", "the bucket is in another region; set region"),
+        ("PermanentRedirect", "the bucket is in another region or behind another endpoint; set region and endpoint"),
+        ("IllegalLocationConstraint", "the bucket is in another region; set region"),
+        ("NoSuchBucket", "there is no such bucket; create it or correct the address"),
+        ("AccessDenied", "the credentials may not do this; grant read, write and list on the prefix"),
+        ("AccountProblem", "the account is suspended; ask the provider"),
+        ("QuotaExceeded", "the store is full; make room or raise its quota"),
+    ];
+    HINTS.iter().find(|(code, _)| text.contains(code)).map(|(_, hint)| *hint)
+}

@@ -1,0 +1,256 @@
+//! Real S3 servers on free loopback ports, and a proxy before them that misbehaves on demand.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::server::free_port;
+
+pub const BUCKET: &str = "backups";
+pub const ACCESS_KEY: &str = "AKIAINNERUNIVERSE";
+pub const SECRET_KEY: &str = "inner-universe-secret";
+
+/// An S3 server with an empty bucket.
+pub struct S3 {
+    child: Child,
+    pub endpoint: String,
+    _dir: tempfile::TempDir,
+}
+
+impl S3 {
+    /// Moto: conditional writes as AWS has them. `None` where it could not be installed.
+    pub async fn moto() -> Option<Self> {
+        let binary = part("INNER_UNIVERSE_MOTO", "moto")?;
+        let port = free_port();
+        let mut command = Command::new(binary);
+        command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
+        let server = Self::start(command, port, tempfile::tempdir().expect("a directory")).await;
+        let made = crate::client::http().put(format!("{}/{BUCKET}", server.endpoint)).send().await;
+        assert!(made.expect("an answer").status().is_success(), "the bucket is not made");
+        Some(server)
+    }
+
+    /// s3s-fs: signatures and checksums are checked.
+    pub async fn s3s() -> Option<Self> {
+        let binary = part("INNER_UNIVERSE_S3S", "s3s-fs")?;
+        let (port, dir) = (free_port(), tempfile::tempdir().expect("a directory"));
+        std::fs::create_dir(dir.path().join(BUCKET)).expect("the bucket");
+        let mut command = Command::new(binary);
+        command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        command.args(["--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY]).arg(dir.path());
+        Some(Self::start(command, port, dir).await)
+    }
+
+    /// Garage: ignores conditions of writes without a word. Only in the long tests.
+    pub async fn garage() -> Option<Self> {
+        let binary = part("INNER_UNIVERSE_GARAGE", "garage")?;
+        let (port, rpc, dir) = (free_port(), free_port(), tempfile::tempdir().expect("a directory"));
+        let root = dir.path().display();
+        let config = format!(
+            "metadata_dir = \"{root}/meta\"\ndata_dir = \"{root}/data\"\ndb_engine = \"sqlite\"\nreplication_factor = 1\n\
+             rpc_bind_addr = \"127.0.0.1:{rpc}\"\nrpc_public_addr = \"127.0.0.1:{rpc}\"\nrpc_secret = \"{}\"\n\
+             [s3_api]\ns3_region = \"us-east-1\"\napi_bind_addr = \"127.0.0.1:{port}\"\nroot_domain = \".s3.local\"\n",
+            "ab".repeat(32)
+        );
+        let path = dir.path().join("garage.toml");
+        std::fs::write(&path, config).expect("the configuration");
+        let mut command = Command::new(binary);
+        command.arg("-c").arg(&path).args(["server", "--single-node", "--default-bucket"]);
+        // Garage wants keys of its own form.
+        command.env("GARAGE_DEFAULT_ACCESS_KEY", GARAGE_KEY).env("GARAGE_DEFAULT_SECRET_KEY", garage_secret());
+        command.env("GARAGE_DEFAULT_BUCKET", BUCKET);
+        Some(Self::start(command, port, dir).await)
+    }
+
+    async fn start(mut command: Command, port: u16, dir: tempfile::TempDir) -> Self {
+        let log = std::fs::File::create(dir.path().join("server.log")).expect("a log");
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
+        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let mut server = Self { child, endpoint: format!("http://127.0.0.1:{port}"), _dir: dir };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+            assert!(server.child.try_wait().expect("its state").is_none(), "{command:?} ended");
+            assert!(Instant::now() < deadline, "{command:?} does not listen");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        server
+    }
+
+    /// The settings that reach it, as variables without their prefix.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        settings(&self.endpoint, ACCESS_KEY, SECRET_KEY)
+    }
+}
+
+impl Drop for S3 {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub const GARAGE_KEY: &str = "GK0123456789abcdef01234567";
+
+pub fn garage_secret() -> String {
+    "0f".repeat(32)
+}
+
+/// Settings for a server at `endpoint`.
+pub fn settings(endpoint: &str, key: &str, secret: &str) -> Vec<(String, String)> {
+    let pairs = [
+        ("REPOSITORY__ENDPOINT", endpoint),
+        ("REPOSITORY__REGION", "us-east-1"),
+        ("REPOSITORY__ACCESS_KEY_ID", key),
+        ("REPOSITORY__SECRET_ACCESS_KEY", secret),
+    ];
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+}
+
+fn part(variable: &str, name: &str) -> Option<PathBuf> {
+    let found = std::env::var_os(variable).map(PathBuf::from);
+    if found.is_none() {
+        assert!(std::env::var_os("CI").is_none() || !must_run(variable), "{name} is not there; run `cargo xtask test`");
+        eprintln!("skipped: {name} is not installed; `cargo xtask test --all` installs it");
+    }
+    found
+}
+
+/// What CI may not leave out.
+fn must_run(variable: &str) -> bool {
+    variable != "INNER_UNIVERSE_GARAGE" || crate::tools::all()
+}
+
+/// How the proxy treats connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Fault {
+    None = 0,
+    /// No connection is accepted for long.
+    Down = 1,
+    /// Nothing is answered.
+    Hang = 2,
+    /// 100 kB a second each way.
+    Slow = 3,
+    /// One request in five ends in 500, 503 or a reset.
+    Flaky = 4,
+    /// Every write ends in 507.
+    Full = 5,
+}
+
+/// A proxy of HTTP/1.1 whose connections serve one request each, so that each can fail on its own.
+pub struct Proxy {
+    pub endpoint: String,
+    fault: Arc<AtomicU8>,
+    requests: Arc<AtomicU64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Proxy {
+    pub async fn before(server: &S3) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+        let target = server.endpoint.trim_start_matches("http://").to_owned();
+        let (fault, requests) = (Arc::new(AtomicU8::new(0)), Arc::new(AtomicU64::new(0)));
+        let (mode, count) = (Arc::clone(&fault), Arc::clone(&requests));
+        let task = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let n = count.fetch_add(1, Ordering::Relaxed);
+                let (mode, target) = (Arc::clone(&mode), target.clone());
+                tokio::spawn(async move {
+                    // A client that goes away is its own business.
+                    let _ = pass(client, &target, &mode, n).await;
+                });
+            }
+        });
+        Self { endpoint, fault, requests, task }
+    }
+
+    pub fn set(&self, fault: Fault) {
+        self.fault.store(fault as u8, Ordering::Relaxed);
+    }
+
+    /// Requests so far, failed ones included.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn pass(mut client: TcpStream, target: &str, mode: &AtomicU8, n: u64) -> std::io::Result<()> {
+    let is = |fault: Fault| mode.load(Ordering::Relaxed) == fault as u8;
+    if is(Fault::Down) {
+        return Ok(());
+    }
+    let mut head = Vec::new();
+    let mut byte = [0; 4096];
+    let end = loop {
+        let read = client.read(&mut byte).await?;
+        if read == 0 {
+            return Ok(());
+        }
+        head.extend_from_slice(&byte[..read]);
+        if let Some(at) = head.windows(4).position(|window| window == b"\r\n\r\n") {
+            break at;
+        }
+    };
+    let text = String::from_utf8_lossy(&head[..end]).into_owned();
+    let length: usize = text
+        .lines()
+        .find_map(|line| {
+            line.to_ascii_lowercase().strip_prefix("content-length:").map(|n| n.trim().parse().unwrap_or(0))
+        })
+        .unwrap_or(0);
+    if is(Fault::Hang) {
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        return Ok(());
+    }
+    let full = is(Fault::Full) && (text.starts_with("PUT") || text.starts_with("POST"));
+    let flaky = is(Fault::Flaky) && n.is_multiple_of(5);
+    let mut body = head[end + 4..].to_vec();
+    let slow = is(Fault::Slow);
+    while body.len() < length {
+        let read = client.read(&mut byte).await?;
+        if read == 0 {
+            return Ok(());
+        }
+        body.extend_from_slice(&byte[..read]);
+        if slow {
+            tokio::time::sleep(Duration::from_micros(read as u64 * 10)).await;
+        }
+    }
+    if full || flaky {
+        let answer = match n / 5 % 3 {
+            _ if full => "HTTP/1.1 507 Insufficient Storage",
+            0 => "HTTP/1.1 500 Internal Server Error",
+            1 => "HTTP/1.1 503 Slow Down",
+            // The connection ends without an answer.
+            _ => return Ok(()),
+        };
+        let answer = format!("{answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        return client.write_all(answer.as_bytes()).await;
+    }
+    let mut server = TcpStream::connect(target).await?;
+    // Each connection carries one request: the server is asked to close it.
+    let lines = text.lines().filter(|line| !line.to_ascii_lowercase().starts_with("connection:"));
+    let mut request: String = lines.flat_map(|line| [line, "\r\n"]).collect();
+    request += "Connection: close\r\n\r\n";
+    server.write_all(request.as_bytes()).await?;
+    server.write_all(&body).await?;
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer).await?;
+    if slow {
+        tokio::time::sleep(Duration::from_micros(answer.len() as u64 * 10)).await;
+    }
+    client.write_all(&answer).await?;
+    client.shutdown().await
+}

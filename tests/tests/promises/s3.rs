@@ -1,0 +1,229 @@
+//! S3: every server gives the same repository; what a server does wrong is survived or said.
+
+use std::time::{Duration, Instant};
+
+use harness::daemon::Daemon;
+use harness::s3::{BUCKET, Fault, GARAGE_KEY, Proxy, S3, garage_secret, settings};
+use harness::sidecar::{Sidecar, path};
+use harness::synthetic::{Synthetic, log_of, record};
+use harness::tools;
+
+fn records(range: std::ops::Range<u64>) -> Vec<Vec<u8>> {
+    range.map(|n| record(n as i64 * 1000, format!("record number {n:08}").as_bytes())).collect()
+}
+
+fn url(prefix: &str) -> String {
+    format!("s3://{BUCKET}/{prefix}")
+}
+
+/// Backs up, goes on, backs up, restores both ways, verifies.
+fn conforms(settings: Vec<(String, String)>) -> Sidecar {
+    let synthetic = Synthetic::new();
+    let sidecar = Sidecar::with(&url("some/prefix")).configured(settings);
+    synthetic.segment(1, 0, &records(0..5000));
+    let data = synthetic.path();
+    let first = sidecar.run(["backup", "create", "--data-dir", path(&data)]);
+    assert_eq!(first.code, 0, "{}", first.stderr);
+    let segment = synthetic.segment(1, 0, &records(0..9000));
+    let second = sidecar.run(["backup", "create", "--data-dir", path(&data)]);
+    assert_eq!(second.code, 0, "{}", second.stderr);
+    for (target, count) in [(first.json["restore_point"].as_str().expect("an id"), 5000), ("latest", 9000)] {
+        let restored = synthetic.dir.path().join(format!("restored-{count}"));
+        let report = sidecar.restore(&restored, target);
+        assert_eq!(report["databases"][0]["offset"], count - 1);
+        let found = std::fs::read(log_of(&restored).join("00000000000000000000.stdb.log")).expect("the log");
+        assert_eq!(found, std::fs::read(&segment).expect("the segment")[..found.len()]);
+    }
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+    sidecar
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moto_holds_a_repository() {
+    let Some(server) = S3::moto().await else { return };
+    let sidecar = conforms(server.settings());
+    let run = sidecar.run(["backup", "list"]);
+    assert!(!run.stderr.contains("conditional"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s3s_which_checks_signatures_and_checksums_holds_a_repository() {
+    let Some(server) = S3::s3s().await else { return };
+    let mut with_checksums = server.settings();
+    with_checksums.push(("REPOSITORY__CHECKSUM".into(), "true".into()));
+    conforms(with_checksums);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garage_which_ignores_conditions_holds_a_repository_and_the_user_is_warned() {
+    let Some(server) = S3::garage().await else { return };
+    let sidecar = conforms(settings(&server.endpoint, GARAGE_KEY, &garage_secret()));
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..10));
+    let run = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]);
+    assert!(run.stderr.contains("ignores conditional writes"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_the_store_is_said_in_one_line_without_a_storm_of_requests() {
+    let Some(server) = S3::s3s().await else { return };
+    let proxy = Proxy::before(&server).await;
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..10));
+    let data = synthetic.path();
+    let good = settings(&proxy.endpoint, harness::s3::ACCESS_KEY, harness::s3::SECRET_KEY);
+    let attempt = |url: &str, change: &[(&str, &str)]| {
+        let mut settings = good.clone();
+        for (name, value) in change {
+            settings.retain(|(known, _)| known != name);
+            settings.push(((*name).to_owned(), (*value).to_owned()));
+        }
+        let before = proxy.requests();
+        let run = Sidecar::with(url).configured(settings).run(["backup", "create", "--data-dir", path(&data)]);
+        (run.fails_with(7), proxy.requests() - before)
+    };
+    let wrong = ("REPOSITORY__SECRET_ACCESS_KEY", "wrong");
+    let unknown = ("REPOSITORY__ACCESS_KEY_ID", "AKIANOBODY");
+    let region = ("REPOSITORY__REGION", "us-east-1");
+    let cases = [
+        ("a wrong secret", url("p"), wrong, "check secret_access_key"),
+        ("an unknown key", url("p"), unknown, "access"),
+        ("no such bucket", "s3://nobodys-bucket/p".to_owned(), region, "no such bucket"),
+    ];
+    for (what, url, change, expected) in cases {
+        let (message, requests) = attempt(&url, &[change]);
+        assert!(message.contains(expected), "{what}: {message}");
+        assert!(requests <= 8, "{what}: {requests} requests");
+    }
+    let dead = [("REPOSITORY__ENDPOINT", "http://127.0.0.1:9"), ("REPOSITORY__REQUEST_TIMEOUT", "2s")];
+    let (message, _) = attempt(&url("p"), &dead);
+    assert!(message.contains("reachable"), "{message}");
+    proxy.set(Fault::Hang);
+    let (message, requests) = attempt(&url("p"), &[("REPOSITORY__REQUEST_TIMEOUT", "1s")]);
+    assert!(message.contains("no answer") && requests <= 8, "{requests} requests: {message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefix_that_holds_something_else_is_left_alone() {
+    let Some(server) = S3::moto().await else { return };
+    let object = format!("{}/{BUCKET}/holiday/photo.jpg", server.endpoint);
+    let put = harness::client::http().put(&object).body("a photo").send().await.expect("an answer");
+    assert!(put.status().is_success());
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..10));
+    let sidecar = Sidecar::with(&url("holiday")).configured(server.settings());
+    let message = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]).fails_with(6);
+    assert!(message.contains("photo.jpg") && message.contains("choose an empty"), "{message}");
+}
+
+/// Resident memory of a process, KiB.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outages_of_every_kind_are_survived_with_bounded_memory_and_caught_up_with() {
+    let seconds = if tools::all() { 60 } else { 4 };
+    let Some(server) = S3::moto().await else { return };
+    let proxy = Proxy::before(&server).await;
+    let synthetic = Synthetic::new();
+    let mut written: u64 = 1000;
+    let segment = synthetic.segment(1, 0, &records(0..written));
+    let good = settings(&proxy.endpoint, harness::s3::ACCESS_KEY, harness::s3::SECRET_KEY);
+    let sidecar = Sidecar::with(&url("outages")).configured(good);
+    let limits = [("ARCHIVE__FLUSH_INTERVAL", "100ms"), ("REPOSITORY__REQUEST_TIMEOUT", "2s")];
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &limits, &[]);
+    daemon.wait_archived(written - 1);
+    for fault in [Fault::Down, Fault::Hang, Fault::Full, Fault::Slow, Fault::Flaky] {
+        proxy.set(fault);
+        let until = Instant::now() + Duration::from_secs(seconds);
+        while Instant::now() < until {
+            use std::io::Write;
+            let commits: Vec<u8> = (written..)
+                .zip(records(written..written + 200))
+                .flat_map(|(n, record)| {
+                    inner_universe::datadir::commit::encode(1, inner_universe::ids::Offset(n), 0, 1, &record)
+                })
+                .collect();
+            let mut file = std::fs::File::options().append(true).open(&segment).expect("the segment");
+            file.write_all(&commits).expect("append");
+            written += 200;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        if matches!(fault, Fault::Down | Fault::Hang | Fault::Full) {
+            let behind = daemon.wait("the lag to be told", |status| {
+                status.databases.first().is_some_and(|database| database.error.is_some())
+            });
+            assert!(behind.databases[0].behind_seconds > 0.0);
+        }
+        proxy.set(Fault::None);
+        daemon.wait_archived(written - 1);
+    }
+    let memory = resident(daemon.pid());
+    assert!(memory < 64 << 10, "{memory} KiB were resident");
+    assert_eq!(daemon.stop(), 0);
+    let run = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]);
+    assert_eq!(run.json["databases"][0]["offset"], written - 1, "{}", run.stderr);
+    assert_eq!(run.json["databases"][0]["timeline"], 1, "{}", run.stderr);
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_sidecars_one_writes_and_one_that_was_paused_says_that_it_lost_the_lease() {
+    let rounds = if tools::all() { 8 } else { 2 };
+    let Some(server) = S3::moto().await else { return };
+    let synthetic = Synthetic::new();
+    let mut written: u64 = 500;
+    let segment = synthetic.segment(1, 0, &records(0..written));
+    let sidecar = || Sidecar::with(&url("two")).configured(server.settings());
+    let limits =
+        [("ARCHIVE__FLUSH_INTERVAL", "50ms"), ("REPOSITORY__LEASE_DURATION", "3s"), ("ARCHIVE__COMPACTION", "false")];
+    let first = sidecar();
+    let mut holder = Daemon::start(&first, &synthetic.path(), &limits, &[]);
+    holder.wait_archived(written - 1);
+    let refused = sidecar().run(["run", "--no-wait", "--data-dir", path(&synthetic.path())]);
+    assert!(refused.fails_with(5).contains("is writing to this repository"), "the second is told");
+    let mut state = first;
+    for _ in 0..rounds {
+        let next = sidecar();
+        let mut waiting = Daemon::start(&next, &synthetic.path(), &limits, &[]);
+        let append = |from: u64, n: u64| {
+            use std::io::Write;
+            let commits: Vec<u8> = (from..)
+                .zip(records(from..from + n))
+                .flat_map(|(n, record)| {
+                    inner_universe::datadir::commit::encode(1, inner_universe::ids::Offset(n), 0, 1, &record)
+                })
+                .collect();
+            let mut file = std::fs::File::options().append(true).open(&segment).expect("the segment");
+            file.write_all(&commits).expect("append");
+        };
+        append(written, 100);
+        written += 100;
+        holder.wait_archived(written - 1);
+        append(written, 30);
+        written += 30;
+        holder.signal("STOP");
+        append(written, 100);
+        written += 100;
+        waiting.wait_archived(written - 1);
+        holder.signal("CONT");
+        assert_eq!(holder.exit_code(), 5, "{}", holder.log());
+        assert!(holder.log().contains("the lease is lost"), "{}", holder.log());
+        holder = waiting;
+        state = next;
+    }
+    assert_eq!(holder.stop(), 0);
+    let run = state.run(["backup", "create", "--data-dir", path(&synthetic.path())]).ok();
+    assert_eq!(
+        (run["databases"][0]["timeline"].clone(), run["databases"][0]["offset"].clone()),
+        (1.into(), (written - 1).into())
+    );
+    assert_eq!(state.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+    let restored = synthetic.dir.path().join("restored");
+    state.restore(&restored, "latest");
+    let found = std::fs::read(log_of(&restored).join("00000000000000000000.stdb.log")).expect("the log");
+    assert_eq!(found, std::fs::read(&segment).expect("the segment"));
+}

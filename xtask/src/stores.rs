@@ -1,0 +1,63 @@
+//! The S3 servers that tests run against, installed once into the cache.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::run::{Result, announce, cache, cargo, run};
+
+const MOTO: &str = "5.2.5";
+const S3S: &str = "0.14.1";
+const GARAGE: &str = "2.5.0";
+
+/// Honours conditional writes. Needs Python; `None` where there is none.
+pub fn moto() -> Result<Option<PathBuf>> {
+    let venv = cache()?.join(format!("tools/moto-{MOTO}"));
+    let binary = venv.join("bin/moto_server");
+    if binary.is_file() && venv.join("ready").is_file() {
+        return Ok(Some(binary));
+    }
+    let has_python = Command::new("python3").args(["-c", "import venv, ensurepip"]).output();
+    if !has_python.is_ok_and(|output| output.status.success()) {
+        eprintln!("xtask: no python3 with venv here; what needs moto is skipped");
+        return Ok(None);
+    }
+    announce("installing moto, an S3 server", "once, half a minute", || {
+        run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
+        let package = format!("moto[server]=={MOTO}");
+        run(Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", &package]))?;
+        std::fs::write(venv.join("ready"), "").map_err(|error| error.to_string())
+    })?;
+    Ok(Some(binary))
+}
+
+/// Checks signatures and checksums.
+pub fn s3s() -> Result<PathBuf> {
+    let install = ["s3s-fs", "--version", S3S, "--features", "binary"];
+    installed("s3s-fs", S3S, &install, "once, three minutes")
+}
+
+/// Ignores conditional writes without a word.
+pub fn garage() -> Result<PathBuf> {
+    let features = "sqlite,bundled-libs,lmdb";
+    let install = ["garage", "--version", GARAGE, "--no-default-features", "--features", features];
+    installed("garage", GARAGE, &install, "once, eight minutes")
+}
+
+fn installed(name: &str, version: &str, install: &[&str], how_long: &str) -> Result<PathBuf> {
+    let root = cache()?.join(format!("tools/{name}-{version}"));
+    let binary = root.join("bin").join(name);
+    if !binary.is_file() {
+        announce(&format!("building {name} {version}, an S3 server"), how_long, || {
+            let target = cache()?.join(format!("build/{name}"));
+            let mut command = cargo();
+            // Tests need it built soon, not fast.
+            command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
+            command.args(["install", "--locked", "--quiet"]).args(install).arg("--root").arg(&root);
+            run(command.arg("--target-dir").arg(&target))?;
+            // Gigabytes that nobody needs again.
+            let _ = std::fs::remove_dir_all(target);
+            Ok(())
+        })?;
+    }
+    Ok(binary)
+}
