@@ -5,6 +5,8 @@
 mod bad_input;
 #[path = "promises/bindings.rs"]
 mod bindings;
+#[path = "promises/compaction.rs"]
+mod compaction;
 #[path = "promises/config.rs"]
 mod config;
 #[path = "promises/daemon.rs"]

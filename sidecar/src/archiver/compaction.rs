@@ -24,7 +24,7 @@ const LEVEL_2_BYTES: u64 = 512 << 20;
 /// No object has more inputs: it bounds the header.
 const MOST_INPUTS: usize = 4096;
 /// So many level 1 objects are worth a level 2 object even when they are small.
-const ENOUGH_FOR_LEVEL_2: usize = 32;
+const ENOUGH_FOR_LEVEL_2: usize = 16;
 /// zstd level: what is merged is kept for long.
 const LEVEL: i32 = 3;
 
@@ -225,8 +225,156 @@ async fn delete_inputs(work: &Arc<Work>, entries: &[LogEntry], grace: Duration) 
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+    use futures::future::BoxFuture;
+    use parking_lot::Mutex;
+
     use super::*;
+    use crate::backup::Unobserved;
+    use crate::backup::log::write_batch;
+    use crate::clock::Clock;
+    use crate::datadir::commit::{Frame, encode};
+    use crate::datadir::log::{Batch, Times};
     use crate::ids::Offset;
+    use crate::progress::Silent;
+    use crate::repository::Repository;
+    use crate::repository::crypto::Keyring;
+    use crate::repository::log_object::ChainTip;
+    use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline, TimelineReason};
+    use crate::repository::store::Store;
+    use crate::restore::plan::{RestoreRequest, plan};
+    use crate::restore::target::Target;
+
+    /// A clock that only the test moves.
+    struct TestClock(Mutex<Timestamp>);
+
+    impl Clock for TestClock {
+        fn now(&self) -> Timestamp {
+            *self.0.lock()
+        }
+
+        fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
+            std::future::ready(()).boxed()
+        }
+    }
+
+    const DATABASE: Identity = Identity([1; 32]);
+    const GRACE: Duration = Duration::from_secs(3600);
+
+    async fn work(clock: &Arc<TestClock>) -> (Arc<Work>, Store) {
+        let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+        let repository = Repository::open_or_create_in(store.clone(), "memory://", Keyring::default(), clock.as_ref())
+            .await
+            .unwrap();
+        let timeline = Timeline {
+            timeline: TimelineId::FIRST,
+            parent: None,
+            fork_offset: None,
+            start: Offset(0),
+            reason: TimelineReason::First,
+            created_at: clock.now(),
+        };
+        repository.put_timeline(&DATABASE, &timeline).await.unwrap();
+        let clock: Arc<dyn Clock> = clock.clone();
+        let work = Work {
+            repository,
+            clock,
+            progress: Arc::new(Silent),
+            tally: Arc::default(),
+            level: 1,
+            observer: Arc::new(Unobserved),
+        };
+        (Arc::new(work), store)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_day_of_flushes_every_second_leaves_few_objects_and_a_plan_that_reads_few() {
+        let hours: u64 = if std::env::var_os("INNER_UNIVERSE_TEST_ALL").is_some() { 24 } else { 3 };
+        let clock = Arc::new(TestClock(Mutex::new("2026-01-01T00:00:00Z".parse().unwrap())));
+        let (work, store) = work(&clock).await;
+        let mut tip = ChainTip::origin(&DATABASE, Offset(0));
+        for second in 0..hours * 3600 {
+            let now = clock.now().checked_add(jiff::SignedDuration::from_secs(1)).unwrap();
+            *clock.0.lock() = now;
+            let commits = encode(1, Offset(second), 0, 1, b"\0what one second brings");
+            let times = Times { first: Some(now.as_microsecond()), last: Some(now.as_microsecond()), max: None };
+            let (first, last, last_len) = (Offset(second), Offset(second), commits.len());
+            let batch =
+                Batch { log_version: 1, first, last, commits: 1, times: Times { max: times.last, ..times }, last_len };
+            tip = write_batch(&work, DATABASE, TimelineId::FIRST, tip, batch, commits).await.unwrap();
+            if (second + 1) % 300 == 0 {
+                pass(&work, DATABASE, TimelineId::FIRST, GRACE).await.unwrap();
+            }
+        }
+        let entries = work.repository.log_entries(&DATABASE, TimelineId::FIRST).await.unwrap();
+        let covered = |entry: &&LogEntry| {
+            entries
+                .iter()
+                .any(|other| other.level > entry.level && other.first <= entry.first && other.last >= entry.last)
+        };
+        let in_grace = entries.iter().filter(covered).count();
+        assert!(entries.len() - in_grace <= 500, "{} objects", entries.len() - in_grace);
+        // Everything in grace was merged within the last hour: seconds into minutes, minutes into hours.
+        assert!(in_grace <= 3600 + 300 + 3 * ENOUGH_FOR_LEVEL_2, "{in_grace} objects in their grace period");
+        let timelines = work.repository.timelines(&DATABASE).await.unwrap();
+        let chain = work.repository.log_chain(&DATABASE, &timelines, TimelineId::FIRST).await.unwrap();
+        assert_eq!((chain.hole, chain.last()), (None, Some(Offset(hours * 3600 - 1))));
+        // Every commit is there, and the chain is what it would be without compaction.
+        let mut next = 0;
+        for entry in &chain.entries {
+            let open = work.repository.open_log(entry).await.unwrap();
+            for index in 0..open.header.parts.len() {
+                let stored = work.repository.log_part(&open, index).await.unwrap();
+                let commits = open.header.decode_part(&open.key, index, &stored, &work.repository.keys).unwrap();
+                let mut at = 0;
+                while let Frame::Commit(commit) = Frame::parse(1, &commits[at..]) {
+                    assert_eq!(commit.first, Offset(next));
+                    next += 1;
+                    at += commit.bytes.len();
+                }
+                assert_eq!(at, commits.len());
+            }
+        }
+        assert_eq!(next, hours * 3600);
+        assert_eq!(work.repository.log_header(&chain.entries.last().unwrap().key).await.unwrap().tip(), tip);
+
+        put_restore_point(&work, tip).await;
+        for target in [Target::Offset(Offset(hours * 1800)), Target::Latest, Target::Time(clock.now())] {
+            let before = store.requests();
+            let request = RestoreRequest { target: target.clone(), ..RestoreRequest::default() };
+            let plan = plan(&work.repository, &request).await.unwrap();
+            let requests = store.requests() - before;
+            assert!(requests <= 30, "{target:?} took {requests} requests");
+            assert!(plan.databases[0].log.len() <= 30, "{target:?} reads {} objects", plan.databases[0].log.len());
+        }
+    }
+
+    async fn put_restore_point(work: &Work, tip: ChainTip) {
+        let database = DatabasePoint {
+            identity: DATABASE,
+            name: "day".into(),
+            owner: DATABASE,
+            replica: 1,
+            timeline: TimelineId::FIRST,
+            offset: Offset(tip.next.0 - 1),
+            time: None,
+            chain: tip.chain,
+            initial_program: crate::ids::ContentHash([0; 32]),
+        };
+        let point = RestorePoint {
+            format: crate::repository::manifest::FORMAT,
+            id: crate::ids::RestorePointId(ulid::Ulid::new()),
+            label: None,
+            created_at: work.clock.now(),
+            server_version: None,
+            tool_version: "0".into(),
+            instance: crate::ids::ContentHash([0; 32]),
+            instance_state: crate::ids::ContentHash([0; 32]),
+            has_keys: false,
+            databases: vec![database],
+        };
+        work.repository.put_restore_point(&point).await.unwrap();
+    }
 
     fn entry(level: u8, first: u64, last: u64, size: u64) -> LogEntry {
         let key = paths::log(&Identity([1; 32]), TimelineId::FIRST, level, Offset(first), Offset(last));

@@ -23,8 +23,8 @@ const PART_LEN: usize = 48;
 const HASH_LEN: usize = 32;
 /// Where the header's length stands.
 const LEN_AT: usize = 12;
-/// The bytes that hold a header with a few links: enough for one read of most objects.
-pub const HEADER_READ: u64 = 1024;
+/// Enough for the header of most objects in one read, and for all of a small one.
+pub const HEADER_READ: u64 = 16 << 10;
 const NO_TIME: i64 = i64::MIN;
 
 /// What an object's header says.

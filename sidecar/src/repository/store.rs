@@ -5,6 +5,7 @@
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,6 +30,7 @@ pub struct Store {
     local: Option<PathBuf>,
     timeout: Duration,
     storage_class: Option<String>,
+    requests: Arc<AtomicU64>,
 }
 
 /// Which conditional writes a store honours.
@@ -114,17 +116,23 @@ impl Store {
             local,
             timeout: config.request_timeout.0,
             storage_class: config.storage_class.clone(),
+            requests: Arc::default(),
         })
     }
 
     /// Around a store that is connected already.
     pub fn around(objects: Arc<dyn ObjectStore>) -> Self {
-        Self { objects, local: None, timeout: Duration::from_secs(30), storage_class: None }
+        Self { objects, local: None, timeout: Duration::from_secs(30), storage_class: None, requests: Arc::default() }
     }
 
     /// The store itself, for what needs no deadline of its own.
     pub fn objects(&self) -> &dyn ObjectStore {
         self.objects.as_ref()
+    }
+
+    /// Requests made so far through this store and its clones, listings of many pages counted once or not at all.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     pub(super) fn local(&self) -> Option<&PathBuf> {
@@ -141,6 +149,7 @@ impl Store {
         bytes: u64,
         request: impl Future<Output = object_store::Result<T>>,
     ) -> Result<T, RepositoryError> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let limit = self.timeout + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND);
         match tokio::time::timeout(limit, request).await {
             Ok(result) => result.map_err(|error| RepositoryError::store(key, error)),

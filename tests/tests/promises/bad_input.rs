@@ -170,7 +170,7 @@ fn a_target_beyond_what_is_archived_and_targets_that_are_none() {
     assert!(restore("01ARZ3NDEKTSV4RRFFQ69G5FAV").fails_with(4).contains("backup list"));
     assert!(!target.exists());
     let run = Sidecar::with("ftp://x/y").run(["backup", "list"]);
-    assert!(run.fails_with(2).contains("file:///"));
+    assert!(run.fails_with(2).contains("use file, s3, gs or az"));
     // A file where a directory is needed: the store cannot be made.
     let blocked = Sidecar::at(&backed_up.object("repository.json").join("below"));
     let run = blocked.run(["backup", "create", "--data-dir", path(&backed_up.synthetic.path())]);
