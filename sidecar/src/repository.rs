@@ -79,11 +79,11 @@ impl RepositoryError {
     fn store(key: &Key, source: object_store::Error) -> Self {
         let key = key.to_string();
         match source {
-            object_store::Error::NotFound { .. } if store::hint(&source.to_string()).is_none() => Self::Missing { key },
+            object_store::Error::NotFound { .. } if store::hint(&source).is_none() => Self::Missing { key },
             object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => {
                 Self::Conflict { key }
             }
-            source => match store::hint(&source.to_string()) {
+            source => match store::hint(&source) {
                 Some(hint) => Self::Denied { key, hint, said: store::said(&source) },
                 None => Self::Store { key, source },
             },

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -146,6 +146,7 @@ pub enum Fault {
 pub struct Proxy {
     pub endpoint: String,
     fault: Arc<AtomicU8>,
+    canned: Arc<Mutex<Option<String>>>,
     requests: Arc<AtomicU64>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -156,22 +157,33 @@ impl Proxy {
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
         let target = server.endpoint.trim_start_matches("http://").to_owned();
         let (fault, requests) = (Arc::new(AtomicU8::new(0)), Arc::new(AtomicU64::new(0)));
-        let (mode, count) = (Arc::clone(&fault), Arc::clone(&requests));
+        let canned: Arc<Mutex<Option<String>>> = Arc::default();
+        let (mode, count, say) = (Arc::clone(&fault), Arc::clone(&requests), Arc::clone(&canned));
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let n = count.fetch_add(1, Ordering::Relaxed);
                 let (mode, target) = (Arc::clone(&mode), target.clone());
+                let say = say.lock().expect("the answer").clone();
                 tokio::spawn(async move {
                     // A client that goes away is its own business.
-                    let _ = pass(client, &target, &mode, n).await;
+                    let _ = pass(client, &target, &mode, n, say).await;
                 });
             }
         });
-        Self { endpoint, fault, requests, task }
+        Self { endpoint, fault, canned, requests, task }
     }
 
     pub fn set(&self, fault: Fault) {
         self.fault.store(fault as u8, Ordering::Relaxed);
+    }
+
+    /// Answers everything with this status and S3 error code; `None` to pass requests on again.
+    pub fn answer(&self, error: Option<(&str, &str)>) {
+        let answer = error.map(|(status, code)| {
+            let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>No.</Message></Error>");
+            format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+        });
+        *self.canned.lock().expect("the answer") = answer;
     }
 
     /// Requests so far, failed ones included.
@@ -186,7 +198,13 @@ impl Drop for Proxy {
     }
 }
 
-async fn pass(mut client: TcpStream, target: &str, mode: &AtomicU8, n: u64) -> std::io::Result<()> {
+async fn pass(
+    mut client: TcpStream,
+    target: &str,
+    mode: &AtomicU8,
+    n: u64,
+    canned: Option<String>,
+) -> std::io::Result<()> {
     let is = |fault: Fault| mode.load(Ordering::Relaxed) == fault as u8;
     if is(Fault::Down) {
         return Ok(());
@@ -227,6 +245,9 @@ async fn pass(mut client: TcpStream, target: &str, mode: &AtomicU8, n: u64) -> s
         if slow {
             tokio::time::sleep(Duration::from_micros(read as u64 * 10)).await;
         }
+    }
+    if let Some(answer) = canned {
+        return client.write_all(answer.as_bytes()).await;
     }
     if full || flaky {
         let answer = match n / 5 % 3 {

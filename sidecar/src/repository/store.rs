@@ -319,8 +319,9 @@ pub(super) fn said(error: &object_store::Error) -> String {
 }
 
 /// What an S3 server's error means to the one who has to fix it; `None` where its own text says enough.
-pub(super) fn hint(text: &str) -> Option<&'static str> {
-    const HINTS: [(&str, &str); 12] = [
+pub(super) fn hint(error: &object_store::Error) -> Option<&'static str> {
+    const HINTS: [(&str, &str); 13] = [
+        ("NotSignedUp", "the access key is not known to the store; check access_key_id"),
         ("InvalidAccessKeyId", "the access key is not known to the store; check access_key_id"),
         ("SignatureDoesNotMatch", "the secret key does not fit the access key; check secret_access_key"),
         ("RequestTimeTooSkewed", "this machine's clock is wrong; set it (chrony, ntpd) and try again"),
@@ -334,5 +335,12 @@ pub(super) fn hint(text: &str) -> Option<&'static str> {
         ("AccountProblem", "the account is suspended; ask the provider"),
         ("QuotaExceeded", "the store is full; make room or raise its quota"),
     ];
-    HINTS.iter().find(|(code, _)| text.contains(code)).map(|(_, hint)| *hint)
+    let text = error.to_string();
+    let known = HINTS.iter().find(|(code, _)| text.contains(&format!("<Code>{code}</Code>"))).map(|(_, hint)| *hint);
+    known.or(match error {
+        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+            Some("it does not accept the credentials; check the access keys and what they may do")
+        }
+        _ => None,
+    })
 }

@@ -95,6 +95,18 @@ async fn what_is_wrong_with_the_store_is_said_in_one_line_without_a_storm_of_req
         assert!(message.contains(expected), "{what}: {message}");
         assert!(requests <= 8, "{what}: {requests} requests");
     }
+    for (status, code, expected) in [
+        ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong"),
+        ("400 Bad Request", "ExpiredToken", "have expired"),
+        ("400 Bad Request", "AuthorizationHeaderMalformed", "set region"),
+        ("403 Forbidden", "AccessDenied", "grant read, write and list"),
+    ] {
+        proxy.answer(Some((status, code)));
+        let (message, requests) = attempt(&url("p"), &[]);
+        assert!(message.contains(expected) && message.contains(code), "{code}: {message}");
+        assert!(requests <= 8, "{code}: {requests} requests");
+    }
+    proxy.answer(None);
     let dead = [("REPOSITORY__ENDPOINT", "http://127.0.0.1:9"), ("REPOSITORY__REQUEST_TIMEOUT", "2s")];
     let (message, _) = attempt(&url("p"), &dead);
     assert!(message.contains("reachable"), "{message}");
