@@ -9,8 +9,12 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     run(cargo().args(["build", "--release", "--quiet", "--locked", "--package", "inner-universe"]))?;
     prepared.binary = crate::run::target().join("release/inner-universe");
     let mut command = cargo();
-    command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", "bench", "--"]);
-    command.args(arguments);
+    let (bin, rest) = match arguments.split_first() {
+        Some((name, rest)) if name == "live" => ("live", rest),
+        _ => ("bench", arguments),
+    };
+    command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
+    command.args(rest);
     prepared.give(&mut command);
     run(&mut command)
 }

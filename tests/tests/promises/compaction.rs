@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use harness::daemon::Daemon;
+use harness::s3::{ACCESS_KEY, BUCKET, S3, SECRET_KEY};
 use harness::sidecar::{Sidecar, path};
 use harness::synthetic::{Synthetic, log_of, record};
 use harness::workload::Random;
@@ -19,15 +20,26 @@ fn commits(first: u64, n: u64, text: &str) -> Vec<u8> {
 }
 
 /// Archives in hundreds of small objects while they are merged, cuts the log inside a merged one, goes on, and restores.
-async fn merged_objects_restore_at_any_offset(encrypted: bool) {
+async fn merged_objects_restore_at_any_offset(encrypted: bool, server: Option<&S3>) {
     let mut random = Random::from_env();
     let synthetic = Synthetic::new();
     let mut sidecar = Sidecar::at(&synthetic.dir.path().join("repository"));
+    let (mut settings_of_store, mut config) = (Vec::new(), RepositoryConfig::default());
+    if let Some(server) = server {
+        sidecar = Sidecar::with(&format!("s3://{BUCKET}/merged"));
+        settings_of_store = server.settings();
+        config.endpoint = Some(server.endpoint.clone());
+        config.region = Some("us-east-1".into());
+        config.access_key_id = Some(ACCESS_KEY.into());
+        config.secret_access_key = Some(SECRET_KEY.to_owned().try_into().expect("a secret"));
+        sidecar = sidecar.configured(settings_of_store.clone());
+    }
     let identity = synthetic.dir.path().join("identity.txt");
     if encrypted {
         let key = sidecar.run(["key", "generate", "--output", path(&identity)]).ok();
         let recipient = key["recipient"].as_str().expect("a recipient").to_owned();
-        sidecar = sidecar.configured(vec![("REPOSITORY__RECIPIENTS".into(), recipient)]);
+        settings_of_store.push(("REPOSITORY__RECIPIENTS".into(), recipient));
+        sidecar = sidecar.configured(settings_of_store);
     }
     let segment = synthetic.segment(1, 0, &[]);
     let header = std::fs::read(&segment).expect("the header");
@@ -53,8 +65,7 @@ async fn merged_objects_restore_at_any_offset(encrypted: bool) {
         tokio::time::sleep(Duration::from_millis(15)).await;
     }
     daemon.wait_archived(written - 1);
-    let repository =
-        Repository::open(&sidecar.repository, &RepositoryConfig::default(), Keyring::default()).await.expect("open");
+    let repository = Repository::open(&sidecar.repository, &config, Keyring::default()).await.expect("open");
     let database = repository.databases().await.expect("databases")[0];
     let levels = async || {
         let entries = repository.log_entries(&database, TimelineId(1)).await.expect("the log");
@@ -121,10 +132,11 @@ async fn merged_objects_restore_at_any_offset(encrypted: bool) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn merged_objects_restore_at_any_offset_of_both_branches_of_a_fork_inside_one() {
-    merged_objects_restore_at_any_offset(false).await;
+    merged_objects_restore_at_any_offset(false, None).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sealed_objects_are_merged_without_a_key_and_restore_as_well() {
-    merged_objects_restore_at_any_offset(true).await;
+async fn sealed_objects_are_merged_on_s3_without_a_key_and_restore_as_well() {
+    let Some(server) = S3::moto().await else { return };
+    merged_objects_restore_at_any_offset(true, Some(&server)).await;
 }

@@ -271,3 +271,39 @@ async fn databases_that_appear_and_vanish_are_followed_and_left() {
     again.kill();
     server.kill();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schedules_are_kept_and_a_run_that_was_missed_is_made_up_for_once() {
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..100, "scheduled"));
+    let sidecar = Sidecar::at(&synthetic.dir.path().join("repository"));
+    let often = [("SCHEDULE__RESTORE_POINT", "* * * * * *"), ("SCHEDULE__VERIFY", "*/2 * * * * *")];
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &often, &[]);
+    let status = daemon.wait("both schedules to have run", |status| {
+        status.schedules.len() == 2 && status.schedules.iter().all(|schedule| schedule.last_ok == Some(true))
+    });
+    assert!(status.schedules.iter().all(|schedule| schedule.next_run > schedule.last_run));
+    assert_eq!(daemon.stop(), 0);
+    let shown = sidecar.run(["status", "--data-dir", path(&synthetic.path())]).ok();
+    assert_eq!(shown["schedules"].as_array().map(Vec::len), Some(2), "{shown}");
+    assert_eq!(shown["daemon"]["running"], false);
+    let points = || sidecar.run(["backup", "list"]).ok()["restore_points"].as_array().expect("points").len();
+
+    // Down for several runs of a schedule that comes once a year: the last one counts as missed, and is run once.
+    let kept = std::fs::read_dir(sidecar.state_dir()).expect("the state").flatten().map(|entry| entry.path());
+    let kept = kept.map(|dir| dir.join("schedules/restore_point")).find(|path| path.is_file()).expect("the last run");
+    std::fs::write(&kept, "2020-01-01T00:00:00Z").expect("turn back the last run");
+    let before = points();
+    let yearly = [("SCHEDULE__RESTORE_POINT", "0 0 0 1 1 *"), ("SCHEDULE__TIME_ZONE", "Europe/Berlin")];
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &yearly, &[]);
+    daemon.wait("the missed run", |status| status.schedules.iter().any(|schedule| schedule.last_ok == Some(true)));
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(daemon.stop(), 0);
+    assert_eq!(points(), before + 1);
+    // It was made up for: the next start has nothing to make up.
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &yearly, &[]);
+    daemon.wait_archived(99);
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(daemon.stop(), 0);
+    assert_eq!(points(), before + 1);
+}

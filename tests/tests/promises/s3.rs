@@ -239,3 +239,24 @@ async fn of_two_sidecars_one_writes_and_one_that_was_paused_says_that_it_lost_th
     let found = std::fs::read(log_of(&restored).join("00000000000000000000.stdb.log")).expect("the log");
     assert_eq!(found, std::fs::read(&segment).expect("the segment"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn told_to_stop_while_the_store_hangs_it_ends_and_the_next_start_archives_the_rest() {
+    let Some(server) = S3::moto().await else { return };
+    let proxy = Proxy::before(&server).await;
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..100));
+    let good = settings(&proxy.endpoint, harness::s3::ACCESS_KEY, harness::s3::SECRET_KEY);
+    let sidecar = Sidecar::with(&url("hangs")).configured(good);
+    let limits = [("ARCHIVE__FLUSH_INTERVAL", "100ms"), ("REPOSITORY__LEASE_DURATION", "3s")];
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &limits, &[]);
+    daemon.wait_archived(99);
+    proxy.set(Fault::Hang);
+    synthetic.segment(1, 0, &records(0..150));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(daemon.stop(), 0);
+    proxy.set(Fault::None);
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &limits, &[]);
+    daemon.wait_archived(149);
+    assert_eq!(daemon.stop(), 0);
+}
