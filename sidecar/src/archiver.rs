@@ -8,6 +8,7 @@
 
 pub mod compaction;
 pub mod position;
+mod wake;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::archiver::position::Position;
+use crate::archiver::wake::Wake;
 use crate::backup::log::{self, LogArchive, Tip};
 use crate::backup::{BackupError, Work, blocking};
 use crate::datadir::DataDirError;
@@ -30,8 +32,6 @@ use crate::repository::log_object::ChainTip;
 
 /// After this long an end that is no commit is no write under way any more.
 const STUCK_AFTER: Duration = Duration::from_secs(2);
-/// Reads of one wake are at least so far apart, so that a busy log is not read commit by commit.
-const READ_PAUSE: Duration = Duration::from_millis(20);
 
 /// How to archive.
 #[derive(Debug, Clone, Copy)]
@@ -120,7 +120,7 @@ pub struct Archiver {
     followed: Arc<Followed>,
     dir: PathBuf,
     settings: Settings,
-    wake: Arc<tokio::sync::Notify>,
+    wake: Wake,
     requests: mpsc::Receiver<oneshot::Sender<LogArchive>>,
     waiting: Vec<oneshot::Sender<LogArchive>>,
     promised: Option<Position>,
@@ -140,10 +140,10 @@ impl Archiver {
         followed: Arc<Followed>,
         dir: PathBuf,
         settings: Settings,
-        wake: Arc<tokio::sync::Notify>,
         stop: CancellationToken,
     ) -> (Self, FlushHandle) {
         let (sender, requests) = mpsc::channel(4);
+        let wake = Wake::new(&dir);
         let archiver =
             Self { work, followed, dir, settings, wake, requests, waiting: Vec::new(), promised: None, stop };
         (archiver, FlushHandle(sender))
@@ -243,10 +243,18 @@ impl Archiver {
                     return Ok(Ended::Stopped);
                 }
             }
-            if !read.more {
+            if read.more {
+                continue;
+            }
+            if !pending.is_empty() {
+                // Reading again fills the object up to its size limit; news of each write would only cost.
                 let until_flush = self.settings.flush_interval.saturating_sub(since);
-                let limit = if pending.is_empty() { self.settings.poll } else { until_flush };
-                self.wait(limit.min(self.settings.poll)).await;
+                self.wait(until_flush.min(self.settings.poll)).await;
+            } else if self.wake.is_armed() {
+                self.wait(self.settings.poll).await;
+            } else {
+                // Read once more before waiting: something may have been written before the watch began.
+                self.wake.arm();
             }
         }
     }
@@ -254,9 +262,7 @@ impl Archiver {
     /// Waits for news of the log, a request, or `limit`. `false` when told to stop.
     async fn wait(&mut self, limit: Duration) -> bool {
         tokio::select! {
-            () = self.wake.notified() => {
-                self.work.clock.sleep(READ_PAUSE.min(limit)).await;
-            }
+            () = self.wake.written() => {}
             () = self.work.clock.sleep(limit) => {}
             Some(request) = self.requests.recv() => self.waiting.push(request),
             () = self.stop.cancelled() => return false,

@@ -159,7 +159,8 @@ impl Repository {
             // A mistyped prefix must not fill a place that belongs to something else.
             let listed = store.within(&key, 0, store.objects().list_with_delimiter(None)).await?;
             let mut found = listed.objects.iter().map(|object| &object.location).chain(&listed.common_prefixes);
-            if let Some(found) = found.find(|key| **key != paths::repository()) {
+            // A fresh file system has a directory of its own.
+            if let Some(found) = found.find(|key| **key != paths::repository() && key.as_ref() != "lost+found") {
                 return Err(RepositoryError::NotEmpty { url: url.into(), found: found.to_string() });
             }
             let info = RepositoryInfo {

@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use notify::Watcher;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -41,8 +40,6 @@ struct Follower {
     replica: u64,
     flush: FlushHandle,
     stop: CancellationToken,
-    /// Ends the notifications when dropped.
-    _watcher: Option<notify::RecommendedWatcher>,
 }
 
 impl Followers {
@@ -64,19 +61,25 @@ impl LogSource for Followers {
         database: &'a Database,
         _dir: PathBuf,
     ) -> BoxFuture<'a, Result<LogArchive, BackupError>> {
-        let handle = self.by_database.lock().get(&database.identity).map(|follower| follower.flush.clone());
         async move {
             let name = database.display_name();
-            let Some(handle) = handle else {
-                return Err(BackupError::NotFollowed { name, reason: "it appeared a moment ago; try again".into() });
+            let flushed = async {
+                loop {
+                    let handle = self.by_database.lock().get(&database.identity).map(|follower| follower.flush.clone());
+                    if let Some(handle) = handle {
+                        return handle.flush().await;
+                    }
+                    // It appeared a moment ago, or we have only just started.
+                    work.clock.sleep(LOOK_INTERVAL / 4).await;
+                }
             };
             tokio::select! {
-                archive = handle.flush() => archive.ok_or_else(|| BackupError::NotFollowed {
-                    name,
+                archive = flushed => archive.ok_or_else(|| BackupError::NotFollowed {
+                    name: name.clone(),
                     reason: "its archiver is stopping".into(),
                 }),
                 () = work.clock.sleep(FLUSH_LIMIT) => Err(BackupError::NotFollowed {
-                    name,
+                    name: name.clone(),
                     reason: format!("its log was not archived within {FLUSH_LIMIT:?}; see `inner-universe status`"),
                 }),
             }
@@ -196,10 +199,8 @@ impl Daemon {
             flush_bytes: usize::try_from(self.config.archive.flush_bytes.0).unwrap_or(usize::MAX),
             poll: self.config.archive.flush_interval.0.clamp(Duration::from_millis(50), Duration::from_millis(500)) / 2,
         };
-        let wake = Arc::new(Notify::new());
-        let watcher = watch_directory(&replica.log_path(), &wake);
         let (archiver, flush) =
-            Archiver::new(Arc::clone(&work), Arc::clone(&followed), replica.log_path(), settings, wake, stop.clone());
+            Archiver::new(Arc::clone(&work), Arc::clone(&followed), replica.log_path(), settings, stop.clone());
         let archiver = archiver.keeping(promised);
         let mut tasks = self.followers.tasks.lock();
         tasks.retain(|task| !task.is_finished());
@@ -211,7 +212,7 @@ impl Daemon {
             tasks.push(tokio::spawn(compact(Arc::clone(&work), Arc::clone(&followed), interval, grace, stop.clone())));
         }
         tasks.push(tokio::spawn(follow_snapshots(work, followed, replica.clone(), stop.clone())));
-        Follower { replica: replica.id, flush, stop, _watcher: watcher }
+        Follower { replica: replica.id, flush, stop }
     }
 
     /// A new database, a new program or another configuration: the newest restore point does not know it yet.
@@ -320,28 +321,6 @@ async fn compact(
                 ),
                 Err(error) => tracing::warn!(database = %followed.name, %error, "compaction is tried again"),
             }
-        }
-    }
-}
-
-/// Wakes the archiver when something is written; without notifications polling goes on alone.
-fn watch_directory(path: &Path, wake: &Arc<Notify>) -> Option<notify::RecommendedWatcher> {
-    let wake = Arc::clone(wake);
-    let news = move |event: notify::Result<notify::Event>| {
-        // Our own reading makes events too.
-        if !matches!(event, Ok(notify::Event { kind: notify::EventKind::Access(_), .. })) {
-            wake.notify_one();
-        }
-    };
-    let watcher = notify::recommended_watcher(news).and_then(|mut watcher| {
-        watcher.watch(path, notify::RecursiveMode::NonRecursive)?;
-        Ok(watcher)
-    });
-    match watcher {
-        Ok(watcher) => Some(watcher),
-        Err(error) => {
-            tracing::debug!(path = %path.display(), %error, "no notifications of writes; the log is polled");
-            None
         }
     }
 }
