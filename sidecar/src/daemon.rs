@@ -117,6 +117,7 @@ async fn follow(
     let work = async {
         tokio::select! {
             result = daemon.look_around(positions, &stop_followers) => result,
+            result = daemon.capture_changes() => result,
             result = schedule::run(Arc::clone(&daemon), state_dir) => result,
             result = control::serve(&daemon, state_dir) => result,
             () = write_status(state_dir, state, clock.as_ref()) => Ok(()),

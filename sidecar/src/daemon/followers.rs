@@ -107,38 +107,50 @@ impl Observer for Report {
 }
 
 impl Daemon {
-    /// Starts and ends followers as databases come and go, and makes a restore point when the instance changes.
+    /// Starts and ends followers as databases come and go.
     pub(super) async fn look_around(
         self: &Arc<Self>,
         positions: Positions,
         stop: &CancellationToken,
     ) -> Result<(), DaemonError> {
         let mut seen = None;
-        let mut captured = None;
         loop {
-            let data = self.data.clone();
-            let fingerprint = blocking(move || fingerprint(data.root())).await?;
-            if seen != Some(fingerprint) {
+            let now = self.fingerprint().await?;
+            if seen != Some(now) {
                 match self.look(&positions, stop).await {
-                    Ok(()) => seen = Some(fingerprint),
+                    Ok(()) => seen = Some(now),
                     // The control database is being written; the next look finds it at rest.
                     Err(error) => tracing::debug!(%error, "the control database is looked at again"),
                 }
             }
-            if seen == Some(fingerprint) && captured != seen {
+            self.clock.sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Makes a restore point whenever the instance changes. Apart from [`Self::look_around`], since a restore point waits
+    /// for the followers that are started there.
+    pub(super) async fn capture_changes(&self) -> Result<(), DaemonError> {
+        let mut captured = None;
+        loop {
+            let now = self.fingerprint().await?;
+            if captured != Some(now) {
                 // Whatever made the change is likely not done yet.
                 self.clock.sleep(INSTANCE_PAUSE).await;
                 match self.capture_if_changed().await {
-                    Ok(()) => captured = seen,
+                    Ok(()) => captured = Some(now),
                     Err(error) => {
                         tracing::warn!(%error, "no restore point was made for the changed instance; it is tried again");
                         self.state.failed(error.to_string());
-                        self.clock.sleep(INSTANCE_PAUSE).await;
                     }
                 }
             }
             self.clock.sleep(LOOK_INTERVAL).await;
         }
+    }
+
+    async fn fingerprint(&self) -> Result<u64, BackupError> {
+        let data = self.data.clone();
+        blocking(move || fingerprint(data.root())).await
     }
 
     async fn look(self: &Arc<Self>, positions: &Positions, stop: &CancellationToken) -> Result<(), BackupError> {
