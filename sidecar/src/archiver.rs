@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use backon::BackoffBuilder;
 use jiff::Timestamp;
+use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -23,11 +24,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archiver::position::Position;
 use crate::archiver::wake::Wake;
-use crate::backup::log::{self, LogArchive, Tip};
+use crate::backup::log::{self, LogArchive, LogEvent, LogEventKind, Tip};
 use crate::backup::{BackupError, Work, blocking};
+use crate::clock::patience;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::observe::metrics;
+use crate::repository::RepositoryError;
 use crate::repository::log_object::ChainTip;
 
 /// After this long an end that is no commit is no write under way any more.
@@ -64,15 +68,34 @@ pub struct Progress {
     /// The error that is being retried.
     pub error: Option<String>,
     /// Forks, gaps and damage since the start, newest last, with their times.
-    pub events: Vec<(Timestamp, String)>,
+    pub events: Vec<(Timestamp, LogEvent)>,
 }
 
 /// More than the status needs; an endless row of forks must not grow memory.
 const KEPT_EVENTS: usize = 32;
 
+const ERROR_KINDS: [&str; 4] = ["store", "lease", "log", "other"];
+
+fn kind_of(error: &BackupError) -> &'static str {
+    match error {
+        BackupError::Repository(RepositoryError::LeaseLost { .. } | RepositoryError::Locked { .. }) => "lease",
+        BackupError::Repository(_) => "store",
+        BackupError::DataDir(_) => "log",
+        _ => "other",
+    }
+}
+
 impl Followed {
     pub fn new(identity: Identity, name: String) -> Self {
-        Self { identity, name, inner: Mutex::default() }
+        let followed = Self { identity, name, inner: Mutex::default() };
+        // Counters start at nothing rather than not at all, so that the first of each is seen as an increase.
+        for kind in [LogEventKind::Fork, LogEventKind::Gap, LogEventKind::Damage] {
+            metrics::ARCHIVE_EVENTS.add(0, &[followed.label(), KeyValue::new("kind", kind.name())]);
+        }
+        for kind in ERROR_KINDS {
+            metrics::ARCHIVE_ERRORS.add(0, &[followed.label(), KeyValue::new("kind", kind)]);
+        }
+        followed
     }
 
     pub fn progress(&self) -> Progress {
@@ -89,15 +112,23 @@ impl Followed {
         inner.read_to = inner.read_to.max(Some(tip.next));
         inner.caught_up_at = Some(now);
         inner.error = None;
+        metrics::ARCHIVED_OBJECTS.add(1, &[self.label()]);
+        metrics::ARCHIVED_BYTES.add(stored_bytes as u64, &[self.label()]);
     }
 
-    fn event(&self, now: Timestamp, text: String) {
-        tracing::warn!(database = %self.name, "{text}");
+    /// The database's name, on every metric about it.
+    pub fn label(&self) -> KeyValue {
+        KeyValue::new("database", self.name.clone())
+    }
+
+    fn event(&self, now: Timestamp, event: LogEvent) {
+        tracing::warn!(database = %self.name, kind = event.kind.name(), "{}", event.message);
+        metrics::ARCHIVE_EVENTS.add(1, &[self.label(), KeyValue::new("kind", event.kind.name())]);
         let mut inner = self.inner.lock();
         if inner.events.len() == KEPT_EVENTS {
             inner.events.remove(0);
         }
-        inner.events.push((now, text));
+        inner.events.push((now, event));
     }
 }
 
@@ -157,11 +188,7 @@ impl Archiver {
 
     /// Follows the log until told to stop; then writes what is left and ends. Errors are retried for ever.
     pub async fn run(mut self) {
-        let backoff = backon::ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(200))
-            .with_max_delay(Duration::from_secs(15))
-            .with_jitter()
-            .without_max_times();
+        let backoff = patience(Duration::from_millis(200));
         let mut delays = backoff.build();
         loop {
             let before = self.followed.progress().objects;
@@ -175,6 +202,8 @@ impl Archiver {
                     let delay = delays.next().unwrap_or(Duration::from_secs(15));
                     tracing::warn!(database = %self.followed.name, %error, ?delay, "archiving failed and is tried again");
                     self.followed.inner.lock().error = Some(error.to_string());
+                    let kind = KeyValue::new("kind", kind_of(&error));
+                    metrics::ARCHIVE_ERRORS.add(1, &[self.followed.label(), kind]);
                     tokio::select! {
                         () = self.work.clock.sleep(delay) => {}
                         // One more try is made while stopping; then the log keeps what is left for the next start.
@@ -197,8 +226,8 @@ impl Archiver {
             self.answer(None);
             return Ok(if self.wait(self.settings.poll).await { Ended::Anew } else { Ended::Stopped });
         };
-        for problem in from.problems {
-            self.followed.event(self.work.clock.now(), problem);
+        for event in from.events {
+            self.followed.event(self.work.clock.now(), event);
         }
         if let Some(promised) = self.promised.take() {
             self.check_promise(&promised).await?;
@@ -284,7 +313,7 @@ impl Archiver {
              deleted them, and run `inner-universe verify`",
             promised.offset, promised.timeline
         );
-        self.followed.event(self.work.clock.now(), text);
+        self.followed.event(self.work.clock.now(), LogEvent { kind: LogEventKind::Damage, message: text });
         Ok(())
     }
 
@@ -343,7 +372,7 @@ impl Archiver {
                  nothing after transaction {} is archived",
                 tip.next.0.saturating_sub(1)
             );
-            self.followed.event(self.work.clock.now(), text);
+            self.followed.event(self.work.clock.now(), LogEvent { kind: LogEventKind::Damage, message: text });
         }
     }
 

@@ -74,7 +74,7 @@ pub struct BackupOptions {
 }
 
 /// What a backup did. Field names are stable.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct BackupReport {
     pub restore_point: RestorePointId,
     pub label: Option<String>,
@@ -88,7 +88,7 @@ pub struct BackupReport {
 }
 
 /// Where one database stands, in a backup's or restore's report.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DatabaseReport {
     pub identity: Identity,
     pub name: String,

@@ -88,8 +88,22 @@ enum Command {
     },
 }
 
+/// Large buffers pass from thread to thread, and glibc keeps a heap for each: with its default of eight a core, 67 MiB were
+/// resident where two heaps take 38.
+fn bound_heaps() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[expect(
+        unsafe_code,
+        reason = "a setting of the allocator, made before there are threads; a refusal changes nothing"
+    )]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
 /// Runs a parsed command line and returns its exit code.
 pub fn main(cli: Cli) -> ExitCode {
+    bound_heaps();
     let output = Output::new(cli.globals.json, cli.globals.quiet);
     let daemon = matches!(cli.command, Command::Run(_));
     output::start_logging(cli.globals.verbose + u8::from(daemon), cli.globals.quiet);

@@ -27,6 +27,15 @@ impl Clock for SystemClock {
     }
 }
 
+/// Waits before tries that never end: from `first`, doubling up to 15 s, with jitter.
+pub fn patience(first: Duration) -> backon::ExponentialBuilder {
+    backon::ExponentialBuilder::default()
+        .with_min_delay(first)
+        .with_max_delay(Duration::from_secs(15))
+        .with_jitter()
+        .without_max_times()
+}
+
 /// Measures a span of work.
 pub struct Stopwatch(std::time::Instant);
 
@@ -34,6 +43,10 @@ impl Stopwatch {
     #[expect(clippy::disallowed_methods, reason = "this is the room of the clock")]
     pub fn start() -> Self {
         Self(std::time::Instant::now())
+    }
+
+    pub fn elapsed_seconds(&self) -> f64 {
+        self.0.elapsed().as_secs_f64()
     }
 
     /// Whole milliseconds since the start.

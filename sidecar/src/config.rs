@@ -25,6 +25,8 @@ pub struct Config {
     pub repository: RepositoryConfig,
     pub archive: ArchiveConfig,
     pub schedule: ScheduleConfig,
+    pub telemetry: TelemetryConfig,
+    pub http: HttpConfig,
 }
 
 /// The module that `deploy` publishes.
@@ -49,6 +51,12 @@ pub struct SpacetimedbConfig {
     pub address: String,
     pub port: u16,
     pub log_level: LogLevel,
+    /// Where the server is reached; `http://address:port` when left out.
+    pub url: Option<String>,
+    /// The database of the bundled module, by name or identity. Events are streamed from it.
+    pub database: Option<String>,
+    /// A file with the token of an identity that may read it: its owner, an admin or a member.
+    pub token_file: Option<PathBuf>,
     /// The server binary; found on PATH when left out.
     pub server_bin: Option<PathBuf>,
     /// The server's token keys, captured into restore points of an encrypted repository.
@@ -66,11 +74,27 @@ impl Default for SpacetimedbConfig {
             address: "127.0.0.1".into(),
             port: 3000,
             log_level: LogLevel::Info,
+            url: None,
+            database: None,
+            token_file: None,
             server_bin: None,
             key_dir: None,
             restart: Restart::OnFailure,
             restart_backoff_max: Period::seconds(60),
         }
+    }
+}
+
+impl SpacetimedbConfig {
+    /// Where the server is reached.
+    pub fn server_url(&self) -> String {
+        let made = || match self.address.parse::<std::net::IpAddr>() {
+            // What listens everywhere is reached here.
+            Ok(address) if address.is_unspecified() => format!("http://127.0.0.1:{}", self.port),
+            Ok(std::net::IpAddr::V6(address)) => format!("http://[{address}]:{}", self.port),
+            _ => format!("http://{}:{}", self.address, self.port),
+        };
+        self.url.as_ref().map_or_else(made, |url| url.trim_end_matches('/').to_owned())
     }
 }
 
@@ -253,6 +277,108 @@ impl Default for ScheduleConfig {
     }
 }
 
+/// What the sidecar tells of itself, and to whom.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TelemetryConfig {
+    /// An OTLP collector, `http://host:4318` or `http://host:4317`; OTEL_EXPORTER_OTLP_ENDPOINT when left out, and without
+    /// either nothing is sent.
+    pub otlp_endpoint: Option<String>,
+    /// OTEL_EXPORTER_OTLP_PROTOCOL when left out, and `http/protobuf` without that.
+    pub otlp_protocol: Option<OtlpProtocol>,
+    /// `NAME=VALUE` each, sent with every request; OTEL_EXPORTER_OTLP_HEADERS too.
+    pub otlp_headers: Vec<Secret>,
+    /// OTEL_EXPORTER_OTLP_COMPRESSION when left out.
+    pub otlp_compression: Option<OtlpCompression>,
+    /// The longest a request to the collector may take.
+    pub otlp_timeout: Period,
+    /// A PEM file of further certificate authorities for the collector.
+    pub otlp_ca_file: Option<PathBuf>,
+    /// Stream the bundled module's events as traces and log records; needs a collector and spacetimedb_config.database.
+    pub events: bool,
+    /// The share of traces that is sent, 0.0 to 1.0; OTEL_TRACES_SAMPLER when left out, and all without that. Log records
+    /// and counts are always of all events.
+    pub trace_ratio: Option<f64>,
+    /// How often metrics are pushed.
+    pub metrics_interval: Period,
+    /// The name of this service in telemetry; OTEL_SERVICE_NAME, then `inner-universe`, when left out.
+    pub service_name: Option<String>,
+    /// An address that is called while all is well, and raises an alarm elsewhere when it hears nothing.
+    pub heartbeat_url: Option<Secret>,
+    /// How often the heartbeat is sent.
+    pub heartbeat_interval: Period,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            otlp_protocol: None,
+            otlp_headers: Vec::new(),
+            otlp_compression: None,
+            otlp_timeout: Period::seconds(10),
+            otlp_ca_file: None,
+            events: true,
+            trace_ratio: None,
+            metrics_interval: Period::seconds(60),
+            service_name: None,
+            heartbeat_url: None,
+            heartbeat_interval: Period::seconds(60),
+        }
+    }
+}
+
+impl TelemetryConfig {
+    /// Which traces are sent.
+    pub fn sampler(&self) -> opentelemetry_sdk::trace::Sampler {
+        use opentelemetry_sdk::trace::Sampler;
+        let argument = std::env::var("OTEL_TRACES_SAMPLER_ARG").ok().and_then(|text| text.trim().parse::<f64>().ok());
+        match (self.trace_ratio, std::env::var("OTEL_TRACES_SAMPLER").as_deref()) {
+            (Some(ratio), _) => Sampler::TraceIdRatioBased(ratio),
+            (None, Ok("always_off" | "parentbased_always_off")) => Sampler::AlwaysOff,
+            (None, Ok("traceidratio" | "parentbased_traceidratio")) => {
+                Sampler::TraceIdRatioBased(argument.filter(|ratio| (0.0..=1.0).contains(ratio)).unwrap_or(1.0))
+            }
+            _ => Sampler::AlwaysOn,
+        }
+    }
+}
+
+/// How to speak to a collector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OtlpProtocol {
+    #[serde(rename = "grpc")]
+    Grpc,
+    #[serde(rename = "http/protobuf")]
+    Http,
+}
+
+/// How requests to a collector are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OtlpCompression {
+    None,
+    Gzip,
+}
+
+/// The sidecar's own HTTP interface: health, metrics, status page, API.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Serve it at all.
+    pub enabled: bool,
+    /// Address and port. Beyond this machine only with a token.
+    pub listen: String,
+    /// The bearer token of the API. Without one everything may be read and nothing triggered.
+    pub token: Option<Secret>,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self { enabled: true, listen: "127.0.0.1:9464".into(), token: None }
+    }
+}
+
 impl Config {
     /// What no single key shows: keys that need or exclude each other, and ranges.
     pub(crate) fn validate(&self) -> Vec<(&'static str, String)> {
@@ -289,7 +415,54 @@ impl Config {
         if repository.sse_kms_key_id.is_some() && repository.server_side_encryption.as_deref() != Some("aws:kms") {
             refuse("repository.sse_kms_key_id", "it needs server_side_encryption = \"aws:kms\"".into());
         }
-        for (key, file) in [("repository.ca_file", &repository.ca_file)] {
+        let telemetry = &self.telemetry;
+        if let Some(endpoint) = &telemetry.otlp_endpoint
+            && !is_web_address(endpoint)
+        {
+            refuse("telemetry.otlp_endpoint", format!("`{endpoint}` is no http:// or https:// address"));
+        }
+        if let Some(address) = &telemetry.heartbeat_url
+            && !is_web_address(address.reveal())
+        {
+            refuse("telemetry.heartbeat_url", "it is no http:// or https:// address".into());
+        }
+        if telemetry.trace_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
+            refuse("telemetry.trace_ratio", "it is not from 0.0 to 1.0".into());
+        }
+        if let Some(url) = &self.spacetimedb_config.url
+            && !is_web_address(url)
+        {
+            refuse("spacetimedb_config.url", format!("`{url}` is no http:// or https:// address"));
+        }
+        if let Some(database) = &self.spacetimedb_config.database
+            && (database.is_empty() || !database.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)))
+        {
+            refuse(
+                "spacetimedb_config.database",
+                format!("`{database}` is neither a database's name nor its identity"),
+            );
+        }
+        if telemetry.otlp_headers.iter().any(|header| !header.reveal().contains('=')) {
+            refuse("telemetry.otlp_headers", "one of them has no `=`; write each as NAME=VALUE".into());
+        }
+        match self.http.listen.parse::<std::net::SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() || self.http.token.is_some() || !self.http.enabled => {}
+            Ok(address) => refuse(
+                "http.listen",
+                format!("{address} is reached from other machines; set http.token, or listen on 127.0.0.1"),
+            ),
+            Err(_) => {
+                refuse(
+                    "http.listen",
+                    format!("`{}` is no address with a port; write 127.0.0.1:9464", self.http.listen),
+                );
+            }
+        }
+        for (key, file) in [
+            ("repository.ca_file", &repository.ca_file),
+            ("telemetry.otlp_ca_file", &telemetry.otlp_ca_file),
+            ("spacetimedb_config.token_file", &self.spacetimedb_config.token_file),
+        ] {
             if let Some(path) = file
                 && let Err(error) = std::fs::File::open(path)
             {
@@ -309,6 +482,9 @@ impl Config {
                 at_least("repository.request_timeout", repository.request_timeout, Period::seconds(1)),
                 at_least("repository.lease_duration", repository.lease_duration, Period::seconds(3)),
                 at_least("archive.flush_interval", self.archive.flush_interval, Period::millis(10)),
+                at_least("telemetry.otlp_timeout", telemetry.otlp_timeout, Period::millis(100)),
+                at_least("telemetry.metrics_interval", telemetry.metrics_interval, Period::millis(100)),
+                at_least("telemetry.heartbeat_interval", telemetry.heartbeat_interval, Period::seconds(1)),
                 at_least("archive.compaction_interval", self.archive.compaction_interval, Period::seconds(1)),
             ]
             .into_iter()
@@ -330,4 +506,8 @@ impl Config {
         }
         problems
     }
+}
+
+fn is_web_address(text: &str) -> bool {
+    url::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
 }

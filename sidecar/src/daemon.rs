@@ -5,19 +5,25 @@
 
 pub mod control;
 mod followers;
+mod gauges;
+pub mod health;
+pub mod history;
 pub mod schedule;
 pub mod state;
 pub mod supervisor;
+pub mod survey;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::BackoffBuilder;
+use opentelemetry::KeyValue;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::backup::{self, BackupError, BackupOptions, BackupReport};
-use crate::clock::Clock;
+use crate::clock::{Clock, Stopwatch, patience};
 use crate::config::Config;
 use crate::daemon::followers::Followers;
 use crate::daemon::schedule::ScheduleError;
@@ -25,13 +31,23 @@ use crate::daemon::state::{State, StateDir};
 use crate::daemon::supervisor::{Supervisor, SupervisorError};
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::FileError;
+use crate::http::Server;
+use crate::ids::RestorePointId;
+use crate::observe::otlp::OtlpError;
+use crate::observe::provider::{Telemetry, TelemetryError};
+use crate::observe::{heartbeat, metrics};
 use crate::progress::Silent;
 use crate::repository::crypto::Keyring;
 use crate::repository::lease::Lease;
+use crate::repository::manifest::{RestorePoint, RestorePointList};
 use crate::repository::{Repository, RepositoryError};
+use crate::status::{StatusError, StatusReport};
+use crate::verify::VerifyReport;
 
 /// From being told to stop until the process ends, whatever the store does.
 const STOP_LIMIT: Duration = Duration::from_secs(8);
+/// From the end of everything else until the process ends, whatever a collector does.
+const TELEMETRY_LIMIT: Duration = Duration::from_secs(1);
 /// How often replicas and the instance are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -50,6 +66,10 @@ pub enum DaemonError {
     Schedule(#[from] ScheduleError),
     #[error(transparent)]
     Supervisor(#[from] SupervisorError),
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
 }
 
 /// How to run.
@@ -73,12 +93,37 @@ pub struct DaemonOptions {
 /// A lost lease, a configuration that cannot work, or a server that is not to be started again and failed.
 pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: CancellationToken) -> Result<(), DaemonError> {
     let state_dir = StateDir::open(&options.config, &options.data_dir)?;
-    let state = Arc::new(State::new(Arc::clone(&clock)));
+    let state = Arc::new(State::new(Arc::clone(&clock), &options.data_dir));
+    let telemetry = Arc::new(Telemetry::start(&options.config.telemetry, &state_dir.instance())?);
+    let server = Server::new(options.config.clone(), Arc::clone(&clock), Arc::clone(&state), Arc::clone(&telemetry));
+    let stop_serving = CancellationToken::new();
+    let serving = tokio::spawn(Arc::clone(&server).run(stop_serving.clone()));
     let supervisor = Supervisor::start(&options, Arc::clone(&clock), Arc::clone(&state), stop.clone())?;
-    let result = follow(&options, &state_dir, &state, Arc::clone(&clock), &stop, supervisor.stopped()).await;
+    #[cfg(feature = "client")]
+    let streaming = tokio::spawn({
+        let (config, dir, instance) = (options.config.clone(), state_dir.path().to_owned(), state_dir.instance());
+        let (clock, stop) = (Arc::clone(&clock), stop.clone());
+        async move { crate::observe::events::run(&config, &instance, &dir, clock, stop).await }
+    });
+    let publishing = tokio::spawn(publish(Arc::clone(&state), Arc::clone(&clock)));
+    let result = follow(&options, &state_dir, &state, Arc::clone(&clock), &stop, supervisor.stopped(), &server).await;
     stop.cancel();
     let ended = supervisor.end().await;
     state.stopped();
+    state.publish();
+    publishing.abort();
+    stop_serving.cancel();
+    #[cfg(feature = "client")]
+    if let Err(error) = streaming.await {
+        tracing::error!(%error, "the event stream ended badly");
+    }
+    if let Err(error) = serving.await {
+        tracing::error!(%error, "the HTTP interface ended badly");
+    }
+    tokio::select! {
+        () = telemetry.stop() => {}
+        () = clock.sleep(TELEMETRY_LIMIT) => tracing::warn!("the last metrics were not taken in time"),
+    }
     if let Err(error) = state_dir.write_status(&state) {
         tracing::warn!(%error, "the last status was not written");
     }
@@ -93,6 +138,7 @@ async fn follow(
     clock: Arc<dyn Clock>,
     stop: &CancellationToken,
     server_stopped: CancellationToken,
+    server: &Server,
 ) -> Result<(), DaemonError> {
     let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(()) };
     let Some(repository) = wait_for_repository(options, state, clock.as_ref(), stop).await? else { return Ok(()) };
@@ -112,7 +158,10 @@ async fn follow(
         allow_plain_keys: options.allow_plain_keys,
         followers: Followers::default(),
         restore_points: tokio::sync::Mutex::new(()),
+        verifying: tokio::sync::Mutex::new(()),
+        changed: Notify::new(),
     });
+    server.serves(Arc::clone(&daemon));
     let positions = crate::archiver::position::Positions::open(state_dir.path())?;
     let work = async {
         tokio::select! {
@@ -121,6 +170,8 @@ async fn follow(
             result = schedule::run(Arc::clone(&daemon), state_dir) => result,
             result = control::serve(&daemon, state_dir) => result,
             () = write_status(state_dir, state, clock.as_ref()) => Ok(()),
+            () = daemon.survey() => Ok(()),
+            result = heartbeat::beat(&options.config.telemetry, clock.as_ref(), || daemon.is_healthy()) => Ok(result?),
             result = renew(&lease, clock.as_ref()) => result,
             () = stop.cancelled() => Ok(()),
         }
@@ -157,16 +208,29 @@ async fn follow(
     result
 }
 
+/// Keeps gauges and history up to date.
+async fn publish(state: Arc<State>, clock: Arc<dyn Clock>) {
+    loop {
+        state.publish();
+        clock.sleep(Duration::from_secs(1)).await;
+    }
+}
+
 /// Prolongs the lease until another has taken it.
 async fn renew(lease: &Lease, clock: &dyn Clock) -> Result<(), DaemonError> {
     loop {
         clock.sleep(lease.renewal_interval()).await;
+        let count = |outcome| metrics::LEASE_RENEWALS.add(1, &[KeyValue::new("outcome", outcome)]);
         match lease.renew().await {
-            Ok(()) => {}
+            Ok(()) => count("ok"),
             Err(error @ (RepositoryError::Locked { .. } | RepositoryError::LeaseLost { expired: false })) => {
+                count("lost");
                 return Err(error.into());
             }
-            Err(error) => tracing::warn!(%error, "the lease was not renewed and is tried again"),
+            Err(error) => {
+                count("failed");
+                tracing::warn!(%error, "the lease was not renewed and is tried again");
+            }
         }
     }
 }
@@ -205,15 +269,6 @@ async fn wait_for_data_dir(
     }
 }
 
-fn patience() -> backon::ExponentialBackoff {
-    backon::ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(500))
-        .with_max_delay(Duration::from_secs(15))
-        .with_jitter()
-        .without_max_times()
-        .build()
-}
-
 async fn wait_for_repository(
     options: &DaemonOptions,
     state: &State,
@@ -221,7 +276,7 @@ async fn wait_for_repository(
     stop: &CancellationToken,
 ) -> Result<Option<Repository>, DaemonError> {
     let config = &options.config.repository;
-    for delay in patience() {
+    for delay in patience(Duration::from_millis(500)).build() {
         let error = match Repository::open_or_create(&options.url, config, options.keys.clone(), clock).await {
             Ok(repository) => return Ok(Some(repository)),
             Err(error) if error.is_permanent() => return Err(error.into()),
@@ -276,6 +331,10 @@ pub struct Daemon {
     followers: Followers,
     /// One restore point at a time.
     restore_points: tokio::sync::Mutex<()>,
+    /// One verification at a time.
+    verifying: tokio::sync::Mutex<()>,
+    /// The repository is worth another look.
+    changed: Notify,
 }
 
 impl Daemon {
@@ -285,6 +344,20 @@ impl Daemon {
     /// When a log is not archived in time, or the repository fails.
     pub async fn restore_point(&self, label: Option<String>) -> Result<BackupReport, BackupError> {
         let _one = self.restore_points.lock().await;
+        let took = Stopwatch::start();
+        let result = self.make_restore_point(label).await;
+        let outcome = match &result {
+            Ok(report) if report.problems.is_empty() => "ok",
+            Ok(_) => "incomplete",
+            Err(_) => "failed",
+        };
+        metrics::RESTORE_POINTS.add(1, &[KeyValue::new("outcome", outcome)]);
+        metrics::RESTORE_POINT_DURATION.record(took.elapsed_seconds(), &[]);
+        self.changed.notify_one();
+        result
+    }
+
+    async fn make_restore_point(&self, label: Option<String>) -> Result<BackupReport, BackupError> {
         let key_dir = self.config.spacetimedb_config.key_dir.clone();
         let sealed = self.repository.keys.seals() || self.allow_plain_keys;
         let options = BackupOptions {
@@ -297,6 +370,52 @@ impl Daemon {
         let report = backup::create_from(&work, &self.followers, &self.data, &options).await?;
         self.state.restore_point(&report);
         Ok(report)
+    }
+
+    /// Reads back and checks everything that restore points name; `None` when that is being done already.
+    ///
+    /// # Errors
+    /// When the repository fails.
+    pub async fn verify(&self) -> Result<Option<VerifyReport>, RepositoryError> {
+        let Ok(_one) = self.verifying.try_lock() else { return Ok(None) };
+        let report = crate::verify::verify(&self.repository, &[], Arc::new(Silent)).await?;
+        let now = self.clock.now();
+        self.state.survey(|survey| {
+            survey.findings = Some(report.findings.len() as u64);
+            if report.findings.is_empty() {
+                survey.verified_at = Some(now);
+            }
+        });
+        Ok(Some(report))
+    }
+
+    /// What `inner-universe status` tells.
+    ///
+    /// # Errors
+    /// When log or repository cannot be read.
+    pub async fn status_report(&self) -> Result<StatusReport, StatusError> {
+        crate::status::status(&self.repository, &self.data, &self.config, self.clock.as_ref()).await
+    }
+
+    /// Every restore point.
+    ///
+    /// # Errors
+    /// When the repository fails.
+    pub async fn restore_points(&self) -> Result<RestorePointList, RepositoryError> {
+        self.repository.restore_points().await
+    }
+
+    /// One restore point.
+    ///
+    /// # Errors
+    /// When it is missing, or the repository fails.
+    pub async fn find_restore_point(&self, id: RestorePointId) -> Result<RestorePoint, RepositoryError> {
+        self.repository.restore_point(id).await
+    }
+
+    fn is_healthy(&self) -> Result<(), String> {
+        let found = health::readiness(&self.state.status(), &self.config);
+        if found.ready { Ok(()) } else { Err(found.reasons.join("; ")) }
     }
 
     fn work(&self, observer: Arc<dyn backup::Observer>) -> backup::Work {

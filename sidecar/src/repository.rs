@@ -29,8 +29,8 @@ use crate::datadir::bytes::Malformed;
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::crypto::{CryptoError, Keyring};
 use crate::repository::lease::Fence;
-use crate::repository::manifest::{RepositoryInfo, RestorePoint, SnapshotManifest, Timeline};
-use crate::repository::store::{Conditional, Store};
+use crate::repository::manifest::{RepositoryInfo, RestorePoint, RestorePointList, SnapshotManifest, Timeline};
+use crate::repository::store::{Conditional, Operation, Store};
 
 /// What can go wrong with the repository.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +157,7 @@ impl Repository {
         let mut opened = Self::open_in(store.clone(), url, keys.clone()).await;
         if matches!(opened, Err(RepositoryError::NoRepository { .. })) {
             // A mistyped prefix must not fill a place that belongs to something else.
-            let listed = store.within(&key, 0, store.objects().list_with_delimiter(None)).await?;
+            let listed = store.within(Operation::List, &key, 0, store.objects().list_with_delimiter(None)).await?;
             let mut found = listed.objects.iter().map(|object| &object.location).chain(&listed.common_prefixes);
             // A fresh file system has a directory of its own.
             if let Some(found) = found.find(|key| **key != paths::repository() && key.as_ref() != "lost+found") {
@@ -214,7 +214,7 @@ impl Repository {
     /// When it is missing or shorter, or the store fails.
     pub async fn get_range(&self, key: &Key, range: std::ops::Range<u64>) -> Result<Bytes, RepositoryError> {
         let len = range.end.saturating_sub(range.start);
-        self.store.within(key, len, self.store.objects().get_range(key, range)).await
+        self.store.within(Operation::Get, key, len, self.store.objects().get_range(key, range)).await
     }
 
     /// Deletes an object. One that is gone already is no error.
@@ -223,7 +223,7 @@ impl Repository {
     /// When the lease is lost or the store fails.
     pub async fn delete(&self, key: &Key) -> Result<(), RepositoryError> {
         self.check_fence()?;
-        match self.store.within(key, 0, self.store.objects().delete(key)).await {
+        match self.store.within(Operation::Delete, key, 0, self.store.objects().delete(key)).await {
             Err(RepositoryError::Missing { .. }) => Ok(()),
             result => result,
         }
@@ -266,7 +266,7 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn exists(&self, key: &Key) -> Result<bool, RepositoryError> {
-        match self.store.within(key, 0, self.store.objects().head(key)).await {
+        match self.store.within(Operation::Head, key, 0, self.store.objects().head(key)).await {
             Ok(_) => Ok(true),
             Err(RepositoryError::Missing { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -286,7 +286,10 @@ impl Repository {
 
     /// The names of the folders directly below `prefix`.
     async fn folders(&self, prefix: &Key) -> Result<Vec<String>, RepositoryError> {
-        let listed = self.store.within(prefix, 0, self.store.objects().list_with_delimiter(Some(prefix))).await?;
+        let listed = self
+            .store
+            .within(Operation::List, prefix, 0, self.store.objects().list_with_delimiter(Some(prefix)))
+            .await?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned));
         Ok(names.collect())
     }
@@ -310,6 +313,22 @@ impl Repository {
     pub async fn restore_point_ids(&self) -> Result<Vec<RestorePointId>, RepositoryError> {
         let objects = self.list(&paths::restore_points()).await?;
         Ok(objects.iter().filter_map(|(key, _)| paths::parse_restore_point(key)).collect())
+    }
+
+    /// Every restore point; those that are missing or damaged are told apart.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn restore_points(&self) -> Result<RestorePointList, RepositoryError> {
+        let mut listing = RestorePointList { restore_points: Vec::new(), problems: Vec::new() };
+        for id in self.restore_point_ids().await? {
+            match self.restore_point(id).await {
+                Ok(point) => listing.restore_points.push(point),
+                Err(error) if error.is_permanent() => listing.problems.push(error.to_string()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(listing)
     }
 
     /// # Errors
@@ -419,7 +438,7 @@ impl LargePut<'_> {
         let part = std::mem::take(&mut self.buffer);
         let len = part.len() as u64;
         let sent = self.upload.put_part(part.into());
-        self.repository.store.within(&self.key, len, sent).await
+        self.repository.store.within(Operation::Part, &self.key, len, sent).await
     }
 
     /// # Errors
@@ -429,7 +448,7 @@ impl LargePut<'_> {
             self.send().await?;
         }
         self.repository.check_fence()?;
-        self.repository.store.within(&self.key, 0, self.upload.complete()).await.map(|_| ())
+        self.repository.store.within(Operation::Put, &self.key, 0, self.upload.complete()).await.map(|_| ())
     }
 
     /// Leaves nothing behind, as far as the store lets us.

@@ -25,7 +25,7 @@ pub enum StatusError {
 }
 
 /// The report. Field names are stable.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, schemars::JsonSchema)]
 pub struct StatusReport {
     pub databases: Vec<DatabaseStatus>,
     pub last_restore_point: Option<LastRestorePoint>,
@@ -38,7 +38,7 @@ pub struct StatusReport {
 }
 
 /// The daemon, as its own notes tell.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, schemars::JsonSchema)]
 pub struct DaemonSummary {
     pub running: bool,
     pub pid: u32,
@@ -47,7 +47,7 @@ pub struct DaemonSummary {
 }
 
 /// One database's place.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, schemars::JsonSchema)]
 pub struct DatabaseStatus {
     pub identity: Identity,
     pub name: String,
@@ -67,7 +67,7 @@ pub struct DatabaseStatus {
 }
 
 /// The newest restore point.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, schemars::JsonSchema)]
 pub struct LastRestorePoint {
     pub id: RestorePointId,
     pub label: Option<String>,

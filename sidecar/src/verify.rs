@@ -17,7 +17,7 @@ use crate::repository::timeline::{LogEntry, ancestry};
 use crate::repository::{InObject, Repository, RepositoryError, crypto::CryptoError, instance, paths};
 
 /// The report of a verify. Field names are stable.
-#[derive(Debug, Clone, Serialize, Default)]
+#[derive(Debug, Clone, Serialize, Default, schemars::JsonSchema)]
 pub struct VerifyReport {
     pub restore_points: Vec<RestorePointId>,
     /// Objects read.
@@ -28,7 +28,7 @@ pub struct VerifyReport {
 }
 
 /// One thing that is wrong.
-#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
+#[derive(Debug, Clone, Serialize, PartialEq, Eq, schemars::JsonSchema)]
 pub struct Finding {
     pub severity: Severity,
     pub kind: FindingKind,
@@ -37,7 +37,7 @@ pub struct Finding {
     pub fix: String,
 }
 
-#[derive(Debug, Clone, Copy, Serialize, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Serialize, PartialEq, Eq, PartialOrd, Ord, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Severity {
     /// Something could not be checked.
@@ -46,7 +46,7 @@ pub enum Severity {
     Error,
 }
 
-#[derive(Debug, Clone, Copy, Serialize, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Serialize, PartialEq, Eq, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FindingKind {
     Missing,

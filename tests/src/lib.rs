@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "tests measure and print")]
 
 pub mod client;
+pub mod collector;
 pub mod daemon;
 pub mod oracle;
 pub mod s3;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -142,12 +142,16 @@ pub enum Fault {
     Full = 5,
 }
 
+/// Paths that were written through a proxy, with the times at which the server had said so.
+type Written = Arc<Mutex<Vec<(String, SystemTime)>>>;
+
 /// A proxy of HTTP/1.1 whose connections serve one request each, so that each can fail on its own.
 pub struct Proxy {
     pub endpoint: String,
     fault: Arc<AtomicU8>,
     canned: Arc<Mutex<Option<String>>>,
     requests: Arc<AtomicU64>,
+    written: Written,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -159,18 +163,20 @@ impl Proxy {
         let (fault, requests) = (Arc::new(AtomicU8::new(0)), Arc::new(AtomicU64::new(0)));
         let canned: Arc<Mutex<Option<String>>> = Arc::default();
         let (mode, count, say) = (Arc::clone(&fault), Arc::clone(&requests), Arc::clone(&canned));
+        let written = Written::default();
+        let note = Arc::clone(&written);
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let n = count.fetch_add(1, Ordering::Relaxed);
-                let (mode, target) = (Arc::clone(&mode), target.clone());
+                let (mode, target, note) = (Arc::clone(&mode), target.clone(), Arc::clone(&note));
                 let say = say.lock().expect("the answer").clone();
                 tokio::spawn(async move {
                     // A client that goes away is its own business.
-                    let _ = pass(client, &target, &mode, n, say).await;
+                    let _ = pass(client, &target, &mode, n, say, &note).await;
                 });
             }
         });
-        Self { endpoint, fault, canned, requests, task }
+        Self { endpoint, fault, canned, requests, written, task }
     }
 
     pub fn set(&self, fault: Fault) {
@@ -184,6 +190,11 @@ impl Proxy {
             format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
         });
         *self.canned.lock().expect("the answer") = answer;
+    }
+
+    /// What was written so far, with the times at which the server had said so.
+    pub fn written(&self) -> Vec<(String, SystemTime)> {
+        self.written.lock().expect("the list").clone()
     }
 
     /// Requests so far, failed ones included.
@@ -204,6 +215,7 @@ async fn pass(
     mode: &AtomicU8,
     n: u64,
     canned: Option<String>,
+    written: &Written,
 ) -> std::io::Result<()> {
     let is = |fault: Fault| mode.load(Ordering::Relaxed) == fault as u8;
     if is(Fault::Down) {
@@ -269,6 +281,11 @@ async fn pass(
     server.write_all(&body).await?;
     let mut answer = Vec::new();
     server.read_to_end(&mut answer).await?;
+    if let Some(path) = text.strip_prefix("PUT ").and_then(|rest| rest.split_whitespace().next())
+        && answer.starts_with(b"HTTP/1.1 200")
+    {
+        written.lock().expect("the list").push((path.to_owned(), SystemTime::now()));
+    }
     if slow {
         tokio::time::sleep(Duration::from_micros(answer.len() as u64 * 10)).await;
     }

@@ -67,6 +67,8 @@ impl Sidecar {
     pub fn command(&self) -> Command {
         let mut command = Command::new(tools::inner_universe());
         command.env_remove("RUST_LOG").env("INNER_UNIVERSE__ARCHIVE__STATE_DIR", self.state_dir());
+        // Many run at once: each takes a free port, and says in its status which.
+        command.env("INNER_UNIVERSE__HTTP__LISTEN", "127.0.0.1:0");
         for (name, value) in &self.settings {
             command.env(format!("INNER_UNIVERSE__{name}"), value);
         }

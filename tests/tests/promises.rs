@@ -11,12 +11,18 @@ mod compaction;
 mod config;
 #[path = "promises/daemon.rs"]
 mod daemon;
+#[path = "promises/dashboards.rs"]
+mod dashboards;
+#[path = "promises/events.rs"]
+mod events;
 #[path = "promises/fixture.rs"]
 mod fixture;
 #[path = "promises/instance.rs"]
 mod instance;
 #[path = "promises/module.rs"]
 mod module;
+#[path = "promises/observe.rs"]
+mod observe;
 #[path = "promises/official.rs"]
 mod official;
 #[path = "promises/random_logs.rs"]

@@ -1,7 +1,7 @@
 //! Ratios against what users would pick instead, in one run on one machine.
 
 use crate::run::{Result, cargo, run};
-use crate::test;
+use crate::{stores, test};
 
 pub fn bench(arguments: &[String]) -> Result<()> {
     let mut prepared = test::prepare()?;
@@ -15,6 +15,9 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
     command.args(rest);
+    if bin == "live" {
+        command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
+    }
     prepared.give(&mut command);
     run(&mut command)
 }

@@ -3,7 +3,9 @@
 
 mod bench;
 mod bindings;
+mod debian;
 mod fuzz;
+mod observers;
 mod run;
 mod server;
 mod stores;

@@ -43,11 +43,12 @@ pub fn garage() -> Result<PathBuf> {
     installed("garage", GARAGE, &install, "once, eight minutes")
 }
 
-fn installed(name: &str, version: &str, install: &[&str], how_long: &str) -> Result<PathBuf> {
+/// A tool from crates.io, built into the cache.
+pub fn installed(name: &str, version: &str, install: &[&str], how_long: &str) -> Result<PathBuf> {
     let root = cache()?.join(format!("tools/{name}-{version}"));
     let binary = root.join("bin").join(name);
     if !binary.is_file() {
-        announce(&format!("building {name} {version}, an S3 server"), how_long, || {
+        announce(&format!("building {name} {version}"), how_long, || {
             let target = cache()?.join(format!("build/{name}"));
             let mut command = cargo();
             // Tests need it built soon, not fast.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::run::{Result, cargo, root, run, target};
-use crate::{server, stores, wasm};
+use crate::{observers, server, stores, wasm};
 
 /// What the tests run against.
 pub struct Prepared {
@@ -58,6 +58,10 @@ pub fn test(arguments: &[String]) -> Result<()> {
     command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     if all {
         command.env("INNER_UNIVERSE_TEST_ALL", "1").env("INNER_UNIVERSE_GARAGE", stores::garage()?);
+        command.env("INNER_UNIVERSE_OTELITE", observers::otelite()?);
+        if let Some(prometheus) = observers::prometheus()? {
+            command.env("INNER_UNIVERSE_PROMETHEUS", prometheus);
+        }
     }
     command.current_dir(root());
     prepared.give(&mut command);

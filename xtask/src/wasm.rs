@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::debian;
 use crate::run::{Result, announce, cache, cargo, root, run, target, try_output};
 
 const TARGET: &str = "wasm32-unknown-unknown";
@@ -76,25 +77,8 @@ fn toolchain() -> Result<Toolchain> {
         return Ok(Toolchain::Rustup);
     }
     announce("rustup has no wasm32 target here; unpacking Debian's packages of it", "once, a minute, 170 MB", || {
-        unpack(&system)?;
+        debian::unpack(&PACKAGES, &system)?;
         fs::write(&ready, "").map_err(|error| format!("write {}: {error}", ready.display()))
     })?;
     Ok(Toolchain::Debian(system.join("root")))
-}
-
-fn unpack(system: &Path) -> Result<()> {
-    let debs = system.join("debs");
-    let _ = fs::remove_dir_all(&debs);
-    fs::create_dir_all(&debs).map_err(|error| format!("create {}: {error}", debs.display()))?;
-    let download = || run(Command::new("apt-get").arg("download").args(PACKAGES).current_dir(&debs));
-    if download().is_err() {
-        // The package lists may be missing or old; refreshing them needs root.
-        run(Command::new("apt-get").arg("update"))?;
-        download()?;
-    }
-    for entry in fs::read_dir(&debs).map_err(|error| error.to_string())? {
-        let deb = entry.map_err(|error| error.to_string())?.path();
-        run(Command::new("dpkg").arg("-x").arg(deb).arg(system.join("root")))?;
-    }
-    fs::remove_dir_all(&debs).map_err(|error| format!("remove {}: {error}", debs.display()))
 }

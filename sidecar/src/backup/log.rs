@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use object_store::path::Path as Key;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::backup::{BackupError, OBJECT_SIZE, READ_SIZE, WORKERS, Work, blocking};
@@ -49,7 +50,36 @@ pub(crate) struct Continuation {
     pub tip: ChainTip,
     /// Is anything archived at or before the tip on this history?
     pub has_past: bool,
-    pub problems: Vec<String>,
+    pub events: Vec<LogEvent>,
+}
+
+/// Something that happened to a log, or to what is archived of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogEvent {
+    pub kind: LogEventKind,
+    pub message: String,
+}
+
+/// What can happen to a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogEventKind {
+    /// It no longer continues what is archived.
+    Fork,
+    /// Some of it was deleted before it was archived.
+    Gap,
+    /// The log, or what is archived of it, is damaged or missing.
+    Damage,
+}
+
+impl LogEventKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fork => "fork",
+            Self::Gap => "gap",
+            Self::Damage => "damage",
+        }
+    }
 }
 
 /// Archives everything in the log at `dir` that is not archived yet, up to its end at the moment it is reached.
@@ -61,7 +91,7 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
         return Ok(LogArchive::default());
     };
     let (tip, tail) = upload(work, database, from.timeline, from.tip, dir).await?;
-    let mut problems = from.problems;
+    let mut problems: Vec<_> = from.events.into_iter().map(|event| event.message).collect();
     if let Tail::Unfinished { at, reason } = tail
         && is_stuck(dir, tip.next, at).await?
     {
@@ -289,33 +319,27 @@ pub(crate) async fn find_continuation(
         // The timeline was begun and nothing archived on it yet: begin where it says, or anew if that is gone.
         if current.start >= first_segment.first {
             let tip = timeline_start(repository, &database, &timelines, current).await?;
-            return Ok(Some(Continuation { timeline: current.timeline, tip, has_past: false, problems: Vec::new() }));
+            return Ok(Some(Continuation { timeline: current.timeline, tip, has_past: false, events: Vec::new() }));
         }
-        let start = first_segment.first;
-        return begin(work, database, Beginning::root(next_id, TimelineReason::Gap, start)).await.map(Some);
+        let lost = (current.start.0, first_segment.first);
+        return begin_after_gap(work, database, next_id, lost).await.map(Some);
     };
     if first_segment.first.0 > tail.last.0 + 1 {
-        let start = first_segment.first;
-        let mut begun = begin(work, database, Beginning::root(next_id, TimelineReason::Gap, start)).await?;
-        begun.problems.push(format!(
-            "transactions {} to {} were deleted before they were archived; timeline {next_id} starts at {start}, and no \
-             time between can be restored",
-            tail.last.0 + 1,
-            start.0 - 1
-        ));
-        return Ok(Some(begun));
+        let lost = (tail.last.0 + 1, first_segment.first);
+        return begin_after_gap(work, database, next_id, lost).await.map(Some);
     }
     let tail_header = repository.log_header(&tail.key).await?;
     if lost.is_none() && shared_links(dir, &tail_header).await? == Some(tail_header.links.len()) {
         let (timeline, tip) = (current.timeline, tail_header.tip());
-        return Ok(Some(Continuation { timeline, tip, has_past: true, problems: Vec::new() }));
+        return Ok(Some(Continuation { timeline, tip, has_past: true, events: Vec::new() }));
     }
     let fork = find_fork(repository, dir, &chain.entries, first_segment.first).await?;
     let mut begun = match fork {
         Some((parent, tip)) => begin(work, database, Beginning::fork(next_id, parent, tip)).await?,
         None => begin(work, database, Beginning::root(next_id, TimelineReason::Fork, first_segment.first)).await?,
     };
-    begun.problems.push(match fork {
+    let kind = if lost.is_some() { LogEventKind::Damage } else { LogEventKind::Fork };
+    let message = match fork {
         Some((parent, tip)) if lost.is_some() => format!(
             "{}; timeline {next_id} goes on after transaction {} of timeline {parent}",
             lost.unwrap_or_default(),
@@ -327,8 +351,28 @@ pub(crate) async fn find_continuation(
             tip.next.0.saturating_sub(1)
         ),
         None => format!("the log shares nothing with what is archived; timeline {next_id} starts at its beginning"),
-    });
+    };
+    begun.events.push(LogEvent { kind, message });
     Ok(Some(begun))
+}
+
+/// Transactions from `lost.0` up to, and not including, `lost.1` are gone and in no archive.
+async fn begin_after_gap(
+    work: &Arc<Work>,
+    database: Identity,
+    timeline: TimelineId,
+    lost: (u64, Offset),
+) -> Result<Continuation, BackupError> {
+    let start = lost.1;
+    let mut begun = begin(work, database, Beginning::root(timeline, TimelineReason::Gap, start)).await?;
+    let message = format!(
+        "transactions {} to {} were deleted before they were archived; timeline {timeline} starts at {start}, and no time \
+         between can be restored",
+        lost.0,
+        start.0.saturating_sub(1)
+    );
+    begun.events.push(LogEvent { kind: LogEventKind::Gap, message });
+    Ok(begun)
 }
 
 /// The chain before the first object of a timeline that has none yet.
@@ -381,7 +425,7 @@ async fn begin(work: &Work, database: Identity, beginning: Beginning) -> Result<
     let bytes = work.repository.put_timeline(&database, &timeline).await?;
     work.tally.wrote_object(bytes);
     let tip = beginning.fork.unwrap_or_else(|| ChainTip::origin(&database, beginning.start));
-    Ok(Continuation { timeline: beginning.id, tip, has_past: beginning.fork.is_some(), problems: Vec::new() })
+    Ok(Continuation { timeline: beginning.id, tip, has_past: beginning.fork.is_some(), events: Vec::new() })
 }
 
 /// The youngest object and link that the log at `dir` still agrees with. Objects before it agree too, since each link's

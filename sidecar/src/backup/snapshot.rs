@@ -20,7 +20,8 @@ const PACK_SIZE: usize = 4 << 20;
 /// The server may delete a snapshot while we read it; then the next newest is tried.
 const ATTEMPTS: usize = 3;
 
-/// Archives the newest complete snapshot at or before `archived`. Returns what the operator should know.
+/// Archives the newest complete snapshot at or before `archived`. Of a history that begins after a gap the oldest one is
+/// archived first: what lies before it cannot be restored. Returns what the operator should know.
 ///
 /// # Errors
 /// When the repository fails. A snapshot that cannot be read is a problem, not an error: the log holds everything.
@@ -36,17 +37,21 @@ pub(crate) async fn archive(
     for _ in 0..ATTEMPTS {
         let snapshots = snapshot::list(&replica.snapshots_path()).map_err(DataDirError::from)?;
         let usable = |found: &&SnapshotDir| found.offset <= archived && !passed_over.contains(&found.offset);
-        let Some(newest) = snapshots.iter().rev().find(usable) else { return Ok(problems) };
         let known = Known::load(work, database, timeline).await?;
-        if known.offsets.contains(&newest.offset) {
-            return Ok(problems);
-        }
-        match upload(work, database, timeline, newest.clone(), known).await {
+        let first_needed = known.start > Offset(0) && !known.offsets.iter().any(|offset| *offset >= known.start);
+        let chosen = if first_needed {
+            snapshots.iter().filter(|found| found.offset >= known.start).find(usable)
+        } else {
+            snapshots.iter().rev().find(usable)
+        };
+        let Some(chosen) = chosen.filter(|chosen| !known.offsets.contains(&chosen.offset)) else { return Ok(problems) };
+        match upload(work, database, timeline, chosen.clone(), known).await {
+            Ok(()) if first_needed => {}
             Ok(()) => return Ok(problems),
             Err(BackupError::DataDir(error)) => {
-                passed_over.insert(newest.offset);
-                if newest.is_complete() {
-                    problems.push(format!("the snapshot at transaction {} is not usable: {error}", newest.offset));
+                passed_over.insert(chosen.offset);
+                if chosen.is_complete() {
+                    problems.push(format!("the snapshot at transaction {} is not usable: {error}", chosen.offset));
                 }
             }
             Err(error) => return Err(error),
@@ -57,6 +62,8 @@ pub(crate) async fn archive(
 
 /// What earlier snapshots of this history brought.
 struct Known {
+    /// Where this history begins.
+    start: Offset,
     offsets: HashSet<Offset>,
     packs: HashMap<ContentHash, (ContentHash, u64)>,
 }
@@ -64,8 +71,10 @@ struct Known {
 impl Known {
     async fn load(work: &Work, database: Identity, timeline: TimelineId) -> Result<Self, BackupError> {
         let timelines = work.repository.timelines(&database).await?;
-        let mut known = Self { offsets: HashSet::new(), packs: HashMap::new() };
-        for (ancestor, until) in ancestry(&timelines, timeline) {
+        let line = ancestry(&timelines, timeline);
+        let start = line.last().map_or(Offset(0), |(root, _)| root.start);
+        let mut known = Self { start, offsets: HashSet::new(), packs: HashMap::new() };
+        for (ancestor, until) in line {
             for offset in work.repository.snapshots(&database, ancestor.timeline).await?.into_iter().rev() {
                 if until.is_some_and(|until| offset > until) {
                     continue;

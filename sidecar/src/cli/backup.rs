@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
-use serde::Serialize;
 
 use crate::backup::{self, BackupOptions, BackupReport};
 use crate::cli::failure::{ExitStatus, Failure};
@@ -167,22 +166,9 @@ fn describe(report: &BackupReport) -> String {
     text
 }
 
-#[derive(Serialize)]
-struct Listing {
-    restore_points: Vec<RestorePoint>,
-    problems: Vec<String>,
-}
-
 async fn list(context: &Context<'_>) -> Result<ExitStatus, Failure> {
     let repository = context.repository().await?;
-    let mut listing = Listing { restore_points: Vec::new(), problems: Vec::new() };
-    for id in repository.restore_point_ids().await? {
-        match repository.restore_point(id).await {
-            Ok(point) => listing.restore_points.push(point),
-            Err(error) if error.is_permanent() => listing.problems.push(error.to_string()),
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let listing = repository.restore_points().await?;
     for problem in &listing.problems {
         context.output.warn(problem);
     }

@@ -102,6 +102,7 @@ impl From<DaemonError> for Failure {
             DaemonError::Repository(error) => error.into(),
             DaemonError::Backup(error) => error.into(),
             DaemonError::Supervisor(error @ SupervisorError::Running { .. }) => Self::new(ExitStatus::Refused, error),
+            error @ (DaemonError::Telemetry(_) | DaemonError::Otlp(_)) => Self::new(ExitStatus::Usage, error),
             error @ (DaemonError::File(_) | DaemonError::Schedule(_) | DaemonError::Supervisor(_)) => {
                 Self::new(ExitStatus::Failed, error)
             }

@@ -47,6 +47,8 @@ pub struct SyntaxError {
     pub message: String,
 }
 
+const NO_TABLE: &str = "a table of sections is expected";
+
 /// Reads `text` as a table.
 ///
 /// # Errors
@@ -55,13 +57,36 @@ pub fn parse(format: Format, text: &str) -> Result<Node, SyntaxError> {
     match format {
         Format::Toml => parse_toml(text),
         Format::Json => {
-            // JSON is a part of YAML, whose reader keeps lines; but only what is JSON may pass.
-            serde_json::from_str::<Value>(text)
+            let value = serde_json::from_str::<Value>(text)
                 .map_err(|error| SyntaxError { line: error.line(), message: error.to_string() })?;
-            parse_yaml(&text.replace('\t', " "))
+            if !value.is_object() {
+                return Err(SyntaxError { line: 1, message: NO_TABLE.into() });
+            }
+            // JSON is nearly a part of YAML, whose reader keeps lines: it gives these, and nothing else.
+            let lines = parse_yaml(&text.replace('\t', " ")).ok();
+            Ok(json_node(value, lines.as_ref()))
         }
         Format::Yaml => parse_yaml(text),
     }
+}
+
+fn json_node(value: Value, lines: Option<&Node>) -> Node {
+    let line = lines.map_or(1, |node| node.line);
+    let Value::Object(entries) = value else { return Node { line, content: Content::Value(value) } };
+    let line_of = |name: &str| match lines.map(|node| &node.content) {
+        // Of a key that is given twice the last one counts.
+        Some(Content::Table(known)) => known.iter().rev().find(|(key, _)| key == name).map(|(_, node)| node),
+        _ => None,
+    };
+    let mut table: Vec<_> = entries
+        .into_iter()
+        .map(|(name, value)| {
+            let node = json_node(value, line_of(&name));
+            (name, node)
+        })
+        .collect();
+    table.sort_by_key(|(_, node)| node.line);
+    Node { line, content: Content::Table(table) }
 }
 
 fn parse_toml(text: &str) -> Result<Node, SyntaxError> {
@@ -121,7 +146,7 @@ fn parse_yaml(text: &str) -> Result<Node, SyntaxError> {
                 Ok(Node { line: 1, content: Content::Table(Vec::new()) })
             }
             node @ Node { content: Content::Table(_), .. } => Ok(node),
-            Node { line, .. } => Err(SyntaxError { line, message: "a table of sections is expected".into() }),
+            Node { line, .. } => Err(SyntaxError { line, message: NO_TABLE.into() }),
         },
         [_, second, ..] => Err(SyntaxError {
             line: second.span.start.line(),

@@ -20,6 +20,7 @@ use crate::daemon::{Daemon, DaemonError, LOOK_INTERVAL};
 use crate::datadir::ReplicaDir;
 use crate::datadir::control_db::{ControlDbCopy, Database};
 use crate::ids::{Identity, TimelineId};
+use crate::observe::metrics;
 use crate::repository::log_object::ChainTip;
 
 /// How often native snapshots are looked for.
@@ -305,6 +306,14 @@ async fn compact(
     grace: Duration,
     stop: CancellationToken,
 ) {
+    for counter in [
+        &metrics::COMPACTION_MERGED,
+        &metrics::COMPACTION_WRITTEN,
+        &metrics::COMPACTION_DELETED,
+        &metrics::COMPACTION_ERRORS,
+    ] {
+        counter.add(0, &[followed.label()]);
+    }
     loop {
         tokio::select! {
             () = work.clock.sleep(interval) => {}
@@ -313,6 +322,7 @@ async fn compact(
         let timelines = match work.repository.timelines(&followed.identity).await {
             Ok(timelines) => timelines,
             Err(error) => {
+                metrics::COMPACTION_ERRORS.add(1, &[followed.label()]);
                 tracing::warn!(database = %followed.name, %error, "compaction is tried again");
                 continue;
             }
@@ -324,14 +334,22 @@ async fn compact(
             };
             match pass {
                 Ok(pass) if pass == compaction::Pass::default() => {}
-                Ok(pass) => tracing::info!(
-                    database = %followed.name,
-                    merged = pass.merged,
-                    written = pass.written,
-                    deleted = pass.deleted,
-                    "log objects were merged"
-                ),
-                Err(error) => tracing::warn!(database = %followed.name, %error, "compaction is tried again"),
+                Ok(pass) => {
+                    metrics::COMPACTION_MERGED.add(pass.merged, &[followed.label()]);
+                    metrics::COMPACTION_WRITTEN.add(pass.written, &[followed.label()]);
+                    metrics::COMPACTION_DELETED.add(pass.deleted, &[followed.label()]);
+                    tracing::info!(
+                        database = %followed.name,
+                        merged = pass.merged,
+                        written = pass.written,
+                        deleted = pass.deleted,
+                        "log objects were merged"
+                    );
+                }
+                Err(error) => {
+                    metrics::COMPACTION_ERRORS.add(1, &[followed.label()]);
+                    tracing::warn!(database = %followed.name, %error, "compaction is tried again");
+                }
             }
         }
     }

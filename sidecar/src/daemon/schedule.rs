@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use jiff::Timestamp;
+use opentelemetry::KeyValue;
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
 
 use crate::config::value::Cron;
 use crate::daemon::state::{ScheduleStatus, StateDir};
 use crate::daemon::{Daemon, DaemonError};
 use crate::durable::{self, FileError, OnPath};
-use crate::progress::Silent;
+use crate::observe::metrics;
 
 /// What can be wrong with schedules.
 #[derive(Debug, thiserror::Error)]
@@ -101,11 +102,12 @@ impl Drop for Running {
 impl Schedule {
     async fn once(self: Arc<Self>) {
         let Ok(_one) = self.running.try_lock() else {
+            self.count("skipped");
             tracing::warn!(schedule = self.task.name(), "the run before is not done; this one is left out");
             return;
         };
         let clock = Arc::clone(&self.daemon.clock);
-        clock.sleep(self.draw_jitter()).await;
+        clock.sleep(draw_jitter(self.jitter)).await;
         let started = clock.now();
         if let Err(error) = durable::replace(&self.last, started.to_string().as_bytes()) {
             tracing::warn!(%error, "the time of the run was not kept");
@@ -115,6 +117,7 @@ impl Schedule {
         if let Err(message) = &result {
             tracing::error!(schedule = self.task.name(), error = %message, "a scheduled run failed");
         }
+        self.count(if result.is_ok() { "ok" } else { "failed" });
         self.tell(Some(started), Some(result));
     }
 
@@ -128,8 +131,8 @@ impl Schedule {
                 }
             }
             Task::Verify => {
-                let report = crate::verify::verify(&self.daemon.repository, &[], Arc::new(Silent)).await;
-                let report = report.map_err(|error| error.to_string())?;
+                let report = self.daemon.verify().await.map_err(|error| error.to_string())?;
+                let Some(report) = report else { return Ok("another verification was running".into()) };
                 match report.findings.first() {
                     None => Ok(format!("{} objects are good", report.objects)),
                     Some(finding) => Err(format!(
@@ -143,10 +146,9 @@ impl Schedule {
         }
     }
 
-    fn draw_jitter(&self) -> Duration {
-        // A fresh ULID's random part is random enough to spread load.
-        let share = (ulid::Ulid::new().random() % 1000) as u32;
-        self.jitter * share / 1000
+    fn count(&self, outcome: &'static str) {
+        let labels = [KeyValue::new("schedule", self.task.name()), KeyValue::new("outcome", outcome)];
+        metrics::SCHEDULE_RUNS.add(1, &labels);
     }
 
     fn tell(&self, last_run: Option<Timestamp>, result: Option<Result<String, String>>) {
@@ -175,6 +177,13 @@ impl Schedule {
     }
 }
 
+/// A delay below `limit`, any as likely as another.
+fn draw_jitter(limit: Duration) -> Duration {
+    // A fresh ULID's random part is random enough to spread load.
+    let share = (ulid::Ulid::new().random() % 1000) as u32;
+    limit * share / 1000
+}
+
 fn to_chrono(time: Timestamp) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp_millis(time.as_millisecond())
 }
@@ -186,5 +195,23 @@ fn last_run_in(path: &Path) -> Option<Timestamp> {
 impl From<FileError> for ScheduleError {
     fn from(error: FileError) -> Self {
         Self::Unusable { name: "runs", reason: error.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jitter_stays_below_its_limit_and_spreads_over_all_of_it() {
+        let limit = Duration::from_secs(60);
+        let drawn: Vec<_> = (0..2000).map(|_| draw_jitter(limit)).collect();
+        for tenth in 0..10 {
+            let (from, to) = (limit * tenth / 10, limit * (tenth + 1) / 10);
+            let found = drawn.iter().filter(|delay| **delay >= from && **delay < to).count();
+            assert!((100..=300).contains(&found), "{found} of 2000 delays lie from {from:?} to {to:?}");
+        }
+        assert!(drawn.iter().all(|delay| *delay < limit));
+        assert_eq!(draw_jitter(Duration::ZERO), Duration::ZERO);
     }
 }

@@ -9,10 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::archiver::Followed;
 use crate::backup::BackupReport;
+use crate::backup::log::LogEventKind;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::daemon::gauges;
+use crate::daemon::history::{History, HistoryReport};
+use crate::daemon::survey::Survey;
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::observe::metrics;
 
 /// `status.json` in the state directory, rewritten every second.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,6 +33,9 @@ pub struct DaemonStatus {
     pub schedules: Vec<ScheduleStatus>,
     pub server: Option<ServerStatus>,
     pub last_restore_point: Option<RestorePointId>,
+    /// Where the HTTP interface listens.
+    #[serde(default)]
+    pub http: Option<String>,
     /// The latest error of the daemon itself.
     pub last_error: Option<String>,
 }
@@ -39,6 +47,8 @@ pub struct FollowedStatus {
     pub name: String,
     pub timeline: Option<TimelineId>,
     pub archived_offset: Option<Offset>,
+    /// The last transaction that was read from the log.
+    pub log_offset: Option<Offset>,
     /// How long ago the archive last held everything in the log.
     pub behind_seconds: f64,
     pub objects_written: u64,
@@ -49,14 +59,15 @@ pub struct FollowedStatus {
 }
 
 /// Something that happened to a log.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Event {
     pub at: Timestamp,
+    pub kind: LogEventKind,
     pub message: String,
 }
 
 /// One schedule.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ScheduleStatus {
     pub name: String,
     pub cron: String,
@@ -79,12 +90,15 @@ pub struct ServerStatus {
 /// The daemon's knowledge of itself.
 pub struct State {
     clock: Arc<dyn Clock>,
+    data_dir: PathBuf,
     followed: Mutex<Vec<Arc<Followed>>>,
     rest: Mutex<DaemonStatus>,
+    survey: Mutex<Survey>,
+    history: Mutex<History>,
 }
 
 impl State {
-    pub fn new(clock: Arc<dyn Clock>) -> Self {
+    pub fn new(clock: Arc<dyn Clock>, data_dir: &Path) -> Self {
         let now = clock.now();
         let rest = DaemonStatus {
             pid: std::process::id(),
@@ -96,15 +110,50 @@ impl State {
             schedules: Vec::new(),
             server: None,
             last_restore_point: None,
+            http: None,
             last_error: None,
         };
-        Self { clock, followed: Mutex::default(), rest: Mutex::new(rest) }
+        Self {
+            clock,
+            data_dir: data_dir.to_owned(),
+            followed: Mutex::default(),
+            rest: Mutex::new(rest),
+            survey: Mutex::default(),
+            history: Mutex::default(),
+        }
     }
 
     pub fn leased(&self, token: u64) {
         let mut rest = self.rest.lock();
         rest.lease_token = Some(token);
         rest.last_error = None;
+    }
+
+    pub fn listening(&self, address: Option<String>) {
+        self.rest.lock().http = address;
+    }
+
+    /// Changes what is known of the repository.
+    pub fn survey(&self, change: impl FnOnce(&mut Survey)) {
+        change(&mut self.survey.lock());
+    }
+
+    /// Puts what is known into the gauges, and the lags into the history.
+    pub fn publish(&self) {
+        let status = self.status();
+        let survey = self.survey.lock().clone();
+        metrics::publish(gauges::samples(&status, &survey, &self.data_dir));
+        self.history.lock().note(&status, status.written_at);
+    }
+
+    pub fn history(&self, now: Timestamp) -> HistoryReport {
+        let survey = self.survey.lock();
+        HistoryReport {
+            at: now,
+            lag: self.history.lock().points(),
+            timelines: survey.timelines.clone(),
+            restore_estimate_seconds: survey.restore_estimate,
+        }
     }
 
     pub fn stopped(&self) {
@@ -160,11 +209,16 @@ fn describe(followed: &Followed, started_at: Timestamp, now: Timestamp) -> Follo
         name: followed.name.clone(),
         timeline: progress.timeline,
         archived_offset: progress.tip.and_then(|tip| tip.next.0.checked_sub(1)).map(Offset),
+        log_offset: progress.read_to.and_then(|next| next.0.checked_sub(1)).map(Offset),
         behind_seconds: now.duration_since(since).as_secs_f64().max(0.0),
         objects_written: progress.objects,
         bytes_written: progress.stored_bytes,
         error: progress.error,
-        events: progress.events.into_iter().map(|(at, message)| Event { at, message }).collect(),
+        events: progress
+            .events
+            .into_iter()
+            .map(|(at, event)| Event { at, kind: event.kind, message: event.message })
+            .collect(),
     }
 }
 
@@ -195,6 +249,11 @@ impl StateDir {
 
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// The name of this sidecar among others.
+    pub fn instance(&self) -> String {
+        self.0.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
     pub fn socket(&self) -> PathBuf {

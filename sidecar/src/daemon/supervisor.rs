@@ -78,12 +78,14 @@ impl Supervisor {
             stop,
             starts: 0,
         };
+        // Before the first start: a signal that we ignore, as under nohup, would be ignored by the server for ever.
+        let signals = Signals::listen().map_err(SupervisorError::Signals)?;
         // The first start is made here, so that a wrong command fails at once.
         let child = watch.spawn()?;
         let done = stopped.clone();
         let task = tokio::spawn(async move {
             let stop = watch.stop.clone();
-            let result = watch.run(child).await;
+            let result = watch.run(child, signals).await;
             done.cancel();
             stop.cancel();
             result
@@ -100,6 +102,31 @@ impl Supervisor {
         match self.watch {
             Some(task) => task.await.unwrap_or_else(|error| Err(SupervisorError::Watch(error.to_string()))),
             None => Ok(()),
+        }
+    }
+}
+
+/// What is passed on to the server.
+struct Signals {
+    hang_up: tokio::signal::unix::Signal,
+    user_1: tokio::signal::unix::Signal,
+    user_2: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            hang_up: signal(SignalKind::hangup())?,
+            user_1: signal(SignalKind::user_defined1())?,
+            user_2: signal(SignalKind::user_defined2())?,
+        })
+    }
+
+    async fn next(&mut self) -> Signal {
+        tokio::select! {
+            _ = self.hang_up.recv() => Signal::HUP,
+            _ = self.user_1.recv() => Signal::USR1,
+            _ = self.user_2.recv() => Signal::USR2,
         }
     }
 }
@@ -121,10 +148,7 @@ impl Watch {
         child.map_err(|source| SupervisorError::Start { command: self.program.to_string_lossy().into_owned(), source })
     }
 
-    async fn run(mut self, mut child: Child) -> Result<(), SupervisorError> {
-        let mut hang_up = signal(SignalKind::hangup()).map_err(SupervisorError::Signals)?;
-        let mut user_1 = signal(SignalKind::user_defined1()).map_err(SupervisorError::Signals)?;
-        let mut user_2 = signal(SignalKind::user_defined2()).map_err(SupervisorError::Signals)?;
+    async fn run(mut self, mut child: Child, mut signals: Signals) -> Result<(), SupervisorError> {
         let mut wait = Duration::from_secs(1);
         let mut last_exit: Option<String> = None;
         loop {
@@ -134,9 +158,7 @@ impl Watch {
             let ended = loop {
                 tokio::select! {
                     ended = child.wait() => break ended,
-                    _ = hang_up.recv() => send(&child, Signal::HUP),
-                    _ = user_1.recv() => send(&child, Signal::USR1),
-                    _ = user_2.recv() => send(&child, Signal::USR2),
+                    signal = signals.next() => send(&child, signal),
                     () = self.stop.cancelled() => {
                         self.end(&mut child).await;
                         self.state.server(ServerStatus { pid: None, starts: self.starts, last_exit: None });

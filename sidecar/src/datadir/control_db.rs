@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, mpsc};
 use std::time::Duration;
 
 use crate::datadir::bytes::{Cursor, Malformed};
@@ -74,7 +75,7 @@ impl ControlDbCopy {
     }
 
     /// Where the copy lies, closed.
-    pub fn path(&self) -> std::path::PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.dir.path().join("control-db")
     }
 }
@@ -114,7 +115,28 @@ fn open(path: &Path) -> Result<sled::Db, String> {
     sled::Config::default().path(path).cache_capacity(1 << 20).flush_every_ms(None).open().map_err(|e| e.to_string())
 }
 
-fn read(path: &Path) -> Result<(Vec<Database>, Trees), String> {
+type Contents = Result<(Vec<Database>, Trees), String>;
+
+/// Reads on one thread for the whole process: sled leaves some 20 MiB of buffers to each thread that closed a database, until
+/// that same thread opens the next one.
+fn read(path: &Path) -> Contents {
+    static READER: LazyLock<mpsc::Sender<(PathBuf, mpsc::Sender<Contents>)>> = LazyLock::new(|| {
+        let (sender, receiver) = mpsc::channel::<(PathBuf, mpsc::Sender<Contents>)>();
+        std::thread::spawn(move || {
+            for (path, answer) in receiver {
+                let contents = std::panic::catch_unwind(|| read_here(&path));
+                // Who asked may have given up.
+                let _ = answer.send(contents.unwrap_or_else(|_| Err("its library gave up on it".into())));
+            }
+        });
+        sender
+    });
+    let (answer, contents) = mpsc::channel();
+    READER.send((path.to_owned(), answer)).map_err(|error| error.to_string())?;
+    contents.recv().map_err(|error| error.to_string())?
+}
+
+fn read_here(path: &Path) -> Contents {
     let db = open(path)?;
     let mut trees = Trees::new();
     for name in db.tree_names() {

@@ -19,7 +19,7 @@ pub struct RepositoryInfo {
 }
 
 /// `timeline.json`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Timeline {
     pub timeline: TimelineId,
     /// The history this one shares up to `fork_offset`, included.
@@ -32,7 +32,7 @@ pub struct Timeline {
 }
 
 /// Why a timeline began.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TimelineReason {
     /// The first archive of a database.
@@ -43,8 +43,16 @@ pub enum TimelineReason {
     Gap,
 }
 
+/// Every restore point, and which of them cannot be read. Field names are stable.
+#[derive(Debug, Clone, Serialize, schemars::JsonSchema)]
+pub struct RestorePointList {
+    /// Oldest first.
+    pub restore_points: Vec<RestorePoint>,
+    pub problems: Vec<String>,
+}
+
 /// `restore-points/ID.json`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct RestorePoint {
     pub format: u32,
     pub id: RestorePointId,
@@ -63,7 +71,7 @@ pub struct RestorePoint {
 }
 
 /// Where a restore point stands in one database.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DatabasePoint {
     pub identity: Identity,
     pub name: String,

@@ -16,7 +16,11 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, RetryConfig, UpdateVersion,
 };
 
+use opentelemetry::KeyValue;
+
+use crate::clock::Stopwatch;
 use crate::config::RepositoryConfig;
+use crate::observe::metrics;
 use crate::repository::RepositoryError;
 
 /// The slowest store that still counts as answering.
@@ -40,6 +44,41 @@ pub struct Conditional {
     pub create: bool,
     /// A version that was replaced is not replaced again.
     pub update: bool,
+}
+
+/// What is asked of a store, as metrics tell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    Get,
+    Head,
+    List,
+    Put,
+    Part,
+    Delete,
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Get => "get",
+            Self::Head => "head",
+            Self::List => "list",
+            Self::Put => "put",
+            Self::Part => "part",
+            Self::Delete => "delete",
+        }
+    }
+}
+
+fn outcome<T>(result: &Result<T, RepositoryError>) -> &'static str {
+    match result {
+        Ok(_) => "ok",
+        Err(RepositoryError::Missing { .. }) => "missing",
+        Err(RepositoryError::Conflict { .. }) => "conflict",
+        Err(RepositoryError::Denied { .. }) => "denied",
+        Err(RepositoryError::Timeout { .. }) => "timeout",
+        Err(_) => "error",
+    }
 }
 
 /// Is `url` an address of a repository?
@@ -145,16 +184,21 @@ impl Store {
     /// What the request ends in, or that it did not end in time.
     pub async fn within<T>(
         &self,
+        operation: Operation,
         key: &Key,
         bytes: u64,
         request: impl Future<Output = object_store::Result<T>>,
     ) -> Result<T, RepositoryError> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let limit = self.timeout + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND);
-        match tokio::time::timeout(limit, request).await {
+        let took = Stopwatch::start();
+        let result = match tokio::time::timeout(limit, request).await {
             Ok(result) => result.map_err(|error| RepositoryError::store(key, error)),
             Err(_) => Err(RepositoryError::Timeout { key: key.to_string(), after: limit }),
-        }
+        };
+        let labels = [KeyValue::new("operation", operation.name()), KeyValue::new("outcome", outcome(&result))];
+        metrics::STORE_REQUESTS.record(took.elapsed_seconds(), &labels);
+        result
     }
 
     /// Writes an object under `mode`.
@@ -164,7 +208,9 @@ impl Store {
     pub async fn put(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
         let len = bytes.len() as u64;
         let options = PutOptions { mode, attributes: self.attributes(), ..PutOptions::default() };
-        let written = self.within(key, len, self.objects.put_opts(key, PutPayload::from_bytes(bytes), options)).await;
+        let written = self
+            .within(Operation::Put, key, len, self.objects.put_opts(key, PutPayload::from_bytes(bytes), options))
+            .await;
         written.map(UpdateVersion::from)
     }
 
@@ -173,7 +219,7 @@ impl Store {
         key: &Key,
     ) -> Result<Box<dyn object_store::MultipartUpload>, RepositoryError> {
         let options = PutMultipartOptions { attributes: self.attributes(), ..PutMultipartOptions::default() };
-        self.within(key, 0, self.objects.put_multipart_opts(key, options)).await
+        self.within(Operation::Put, key, 0, self.objects.put_multipart_opts(key, options)).await
     }
 
     fn attributes(&self) -> Attributes {
@@ -189,10 +235,10 @@ impl Store {
     /// # Errors
     /// When it is missing or the store fails.
     pub async fn get(&self, key: &Key) -> Result<(Bytes, UpdateVersion), RepositoryError> {
-        let found = self.within(key, 0, self.objects.get(key)).await?;
+        let found = self.within(Operation::Get, key, 0, self.objects.get(key)).await?;
         let version = UpdateVersion { e_tag: found.meta.e_tag.clone(), version: found.meta.version.clone() };
         let size = found.meta.size;
-        let bytes = self.within(key, size, found.bytes()).await?;
+        let bytes = self.within(Operation::Get, key, size, found.bytes()).await?;
         Ok((bytes, version))
     }
 

@@ -9,10 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::daemon::Daemon;
+use harness::s3::{ACCESS_KEY, BUCKET, Proxy, S3, SECRET_KEY};
 use harness::server::Server;
 use harness::sidecar::Sidecar;
 use harness::tools;
 use harness::workload::Random;
+use inner_universe::config::RepositoryConfig;
+use inner_universe::repository::Repository;
+use inner_universe::repository::crypto::Keyring;
 use inner_universe::repository::log_object::LogHeader;
 use serde_json::json;
 
@@ -39,9 +43,7 @@ async fn main() {
     let calls = load(&client, seconds, Some(RATE)).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let memory = resident(daemon.pid());
-    let mut lags = lags(&repository);
-    lags.sort_by(f64::total_cmp);
-    let at = |share: f64| lags[((lags.len() - 1) as f64 * share) as usize];
+    let lags = lags(&repository);
 
     println!("restarts after a kill");
     let mut resumed = Vec::new();
@@ -56,6 +58,7 @@ async fn main() {
         resumed.push(started.elapsed().as_secs_f64());
     }
     assert_eq!(daemon.stop(), 0);
+    let on_s3 = lags_on_s3(&client, &data, &settings, seconds).await;
 
     println!("throughput with and without the sidecar, {ROUNDS} rounds");
     let mut ratios = Vec::new();
@@ -76,15 +79,19 @@ async fn main() {
         std::thread::available_parallelism().map_or(0, usize::from)
     );
     text += "| what | figure |\n|---|---|\n";
-    let _ = writeln!(
-        text,
-        "| lag from a commit's own time to its object durable, at {} transactions a second, median | {:.0} ms |",
-        calls / seconds,
-        at(0.5) * 1000.0
-    );
-    let _ =
-        writeln!(text, "| 99th percentile (target: flush interval + 250 ms = 1250 ms) | {:.0} ms |", at(0.99) * 1000.0);
-    let _ = writeln!(text, "| most | {:.0} ms |", at(1.0) * 1000.0);
+    for (store, lags) in [("in a directory", Some(lags)), ("on S3 (s3s-fs, on the same machine)", on_s3)] {
+        let Some(lags) = lags else { continue };
+        let at = |share: f64| lags[((lags.len() - 1) as f64 * share) as usize] * 1000.0;
+        let _ = writeln!(
+            text,
+            "| lag from a commit's own time to its object durable {store}, at {} transactions a second: median | {:.0} ms |",
+            calls / seconds,
+            at(0.5)
+        );
+        let _ =
+            writeln!(text, "| its 99th percentile (target: flush interval + 250 ms = 1250 ms) | {:.0} ms |", at(0.99));
+        let _ = writeln!(text, "| its most | {:.0} ms |", at(1.0));
+    }
     let _ = writeln!(text, "| peak resident memory meanwhile | {memory:.0} MiB |");
     let _ = writeln!(
         text,
@@ -138,7 +145,7 @@ async fn load(client: &harness::client::Client, seconds: u64, rate: Option<u64>)
     calls.load(Ordering::Relaxed)
 }
 
-/// For every object: how long its first commit waited, from the server's own time to the object's on the disk.
+/// For every object: how long its first commit waited, from the server's own time to the object's on the disk; sorted.
 fn lags(repository: &Path) -> Vec<f64> {
     let mut lags = Vec::new();
     let mut dirs = vec![repository.to_owned()];
@@ -148,16 +155,58 @@ fn lags(repository: &Path) -> Vec<f64> {
             if path.is_dir() {
                 dirs.push(path);
             } else if path.extension().is_some_and(|extension| extension == "iulog") {
-                let header = LogHeader::parse(&std::fs::read(&path).expect("read")).expect("a header");
                 let written = entry.metadata().and_then(|kind| kind.modified()).expect("its time");
-                let written = written.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs_f64();
-                if let Some(first) = header.times.first {
-                    lags.push(written - first as f64 / 1e6);
-                }
+                lags.extend(lag(&std::fs::read(&path).expect("read"), written));
             }
         }
     }
+    lags.sort_by(f64::total_cmp);
     lags
+}
+
+/// The same into an S3 server that is not there yet; the time is that of the server's answer. `None` without the server.
+async fn lags_on_s3(
+    client: &harness::client::Client,
+    data: &Path,
+    settings: &[(&str, &str)],
+    seconds: u64,
+) -> Option<Vec<f64>> {
+    let server = S3::s3s().await?;
+    let proxy = Proxy::before(&server).await;
+    let sidecar = Sidecar::with(&format!("s3://{BUCKET}/live")).configured(harness::s3::settings(
+        &proxy.endpoint,
+        ACCESS_KEY,
+        SECRET_KEY,
+    ));
+    let mut daemon = Daemon::start(&sidecar, data, settings, &[]);
+    daemon.wait("the database", |status| status.databases.iter().any(|found| found.archived_offset.is_some()));
+    println!("{RATE} transactions a second into S3");
+    let before = proxy.written().len();
+    load(client, seconds, Some(RATE)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let config = RepositoryConfig {
+        endpoint: Some(server.endpoint.clone()),
+        region: Some("us-east-1".into()),
+        access_key_id: Some(ACCESS_KEY.into()),
+        secret_access_key: SECRET_KEY.to_owned().try_into().ok(),
+        ..RepositoryConfig::default()
+    };
+    let repository = Repository::open(&sidecar.repository, &config, Keyring::default()).await.expect("open");
+    let mut lags = Vec::new();
+    for (path, written) in proxy.written().split_off(before) {
+        if let Some(key) = path.strip_prefix(&format!("/{BUCKET}/live/")).filter(|key| key.ends_with(".iulog")) {
+            lags.extend(lag(&repository.get(&key.into()).await.expect("an object"), written));
+        }
+    }
+    assert_eq!(daemon.stop(), 0);
+    lags.sort_by(f64::total_cmp);
+    Some(lags)
+}
+
+fn lag(object: &[u8], written: std::time::SystemTime) -> Option<f64> {
+    let header = LogHeader::parse(object).expect("a header");
+    let written = written.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs_f64();
+    Some(written - header.times.first? as f64 / 1e6)
 }
 
 fn resident(pid: u32) -> f64 {

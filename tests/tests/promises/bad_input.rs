@@ -133,6 +133,8 @@ async fn a_server_that_runs_where_the_restore_should_go() {
     let client = server.client().await;
     client.publish("ledger", tools::wasm("workload_module")).await;
     workload::run(&client, "ledger", &mut Random::from_env(), 10).await;
+    // The server writes its log a moment later.
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
     sidecar.backup(&data);
     for force in [&["--force"][..], &[]] {
         let run = sidecar.run(["restore", "--data-dir", path(&data)].iter().chain(force));

@@ -6,6 +6,7 @@ use harness::daemon::Daemon;
 use harness::s3::{ACCESS_KEY, BUCKET, S3, SECRET_KEY};
 use harness::sidecar::{Sidecar, path};
 use harness::synthetic::{Synthetic, log_of, record};
+use harness::tools;
 use harness::workload::Random;
 use inner_universe::config::RepositoryConfig;
 use inner_universe::datadir::commit::encode;
@@ -139,4 +140,51 @@ async fn merged_objects_restore_at_any_offset_of_both_branches_of_a_fork_inside_
 async fn sealed_objects_are_merged_on_s3_without_a_key_and_restore_as_well() {
     let Some(server) = S3::moto().await else { return };
     merged_objects_restore_at_any_offset(true, Some(&server)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn merged_objects_are_merged_again_in_parts_on_s3() {
+    if !tools::all() {
+        eprintln!("skipped: it takes half a minute and runs with `cargo xtask test --all`");
+        return;
+    }
+    let Some(server) = S3::moto().await else { return };
+    let mut random = Random::from_env();
+    let synthetic = Synthetic::new();
+    let sidecar = Sidecar::with(&format!("s3://{BUCKET}/top")).configured(server.settings());
+    let segment = synthetic.segment(1, 0, &[]);
+    let settings = [
+        ("ARCHIVE__FLUSH_INTERVAL", "10ms"),
+        ("ARCHIVE__COMPACTION_INTERVAL", "1s"),
+        ("ARCHIVE__COMPACTION_GRACE", "1s"),
+    ];
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &settings, &[]);
+    let at_top = async || {
+        let url = format!("{}/{BUCKET}?list-type=2&max-keys=1000", server.endpoint);
+        let listed = harness::client::http().get(url).send().await.expect("an answer").text().await.expect("a list");
+        listed.contains("/log/L2/")
+    };
+    let mut written = 0;
+    let deadline = std::time::Instant::now() + Duration::from_secs(180);
+    // Text that does not compress, a megabyte a second: each pass makes one object of level 1, sixteen of them one of level 2.
+    while !at_top().await {
+        assert!(std::time::Instant::now() < deadline, "no object of level 2: {}", daemon.log());
+        for _ in 0..10 {
+            let noise: Vec<u8> = (0..13_000).flat_map(|_| random.draw().to_le_bytes()).collect();
+            let bytes = encode(1, Offset(written), 0, 1, &record(written as i64 * 1000, &noise));
+            use std::io::Write;
+            let mut file = std::fs::File::options().append(true).open(&segment).expect("the segment");
+            file.write_all(&bytes).expect("append");
+            written += 1;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    daemon.wait_archived(written - 1);
+    sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]).ok();
+    assert_eq!(daemon.stop(), 0);
+    let restored = synthetic.dir.path().join("restored");
+    sidecar.restore(&restored, "latest");
+    let found = std::fs::read(log_of(&restored).join("00000000000000000000.stdb.log")).expect("the log");
+    assert!(found == std::fs::read(&segment).expect("the segment"), "the restored log differs");
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
 }

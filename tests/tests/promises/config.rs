@@ -4,6 +4,8 @@ use std::path::Path;
 use std::process::Command;
 
 use harness::tools;
+use inner_universe::config::tree::{Content, Format, Node, parse};
+use proptest::prelude::*;
 use serde_json::Value;
 
 struct Checked {
@@ -114,6 +116,12 @@ fn each_malformed_configuration_gives_one_exact_message() {
             &["repository.server_side_encryption", "AES256"],
         ),
         ("a.toml", "[repository]\nlease_duration = \"1s\"", &["repository.lease_duration", "less than 3s"]),
+        ("a.toml", "[telemetry]\notlp_endpoint = \"collector:4317\"", &["telemetry.otlp_endpoint", "http://"]),
+        ("a.toml", "[telemetry]\notlp_protocol = \"thrift\"", &["telemetry.otlp_protocol", "`thrift`", "`grpc`"]),
+        ("a.toml", "[telemetry]\notlp_headers = [\"secret@\"]", &["telemetry.otlp_headers", "NAME=VALUE"]),
+        ("a.toml", "[telemetry]\nheartbeat_url = \"secret@\"", &["telemetry.heartbeat_url", "http://"]),
+        ("a.toml", "[http]\nlisten = \"9464\"", &["http.listen", "127.0.0.1:9464"]),
+        ("a.toml", "[http]\nlisten = \"0.0.0.0:9464\"", &["http.listen", "set http.token"]),
     ];
     for (name, text, expected) in cases {
         let path = dir.path().join(name);
@@ -213,6 +221,71 @@ fn the_sample_and_the_seeds_file_are_accepted_as_they_stand_and_fit_the_schema()
             schema["properties"][section]["$ref"].as_str().expect("a reference").rsplit('/').next().expect("a name");
         for key in keys.as_object().expect("keys").keys() {
             assert!(schema["$defs"][name]["properties"][key].is_object(), "{section}.{key}");
+        }
+    }
+}
+
+fn same(node: &Node, value: &Value) -> bool {
+    match (&node.content, value) {
+        (Content::Table(table), Value::Object(entries)) => {
+            table.len() == entries.len()
+                && table.iter().all(|(key, node)| entries.get(key).is_some_and(|value| same(node, value)))
+        }
+        (Content::Value(found), value) => found == value,
+        _ => false,
+    }
+}
+
+fn plain() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<String>().prop_map(Value::from),
+        Just(Value::from("no")),
+        Just(Value::from("0o17")),
+        prop::collection::vec("[a-z~:#'\"-]{0,8}", 0..4).prop_map(Value::from),
+    ]
+}
+
+fn sections() -> impl Strategy<Value = Value> {
+    let keys = prop::collection::btree_map("[a-z_]{1,12}|null|yes|1e3", plain(), 0..6);
+    let section = keys.prop_map(|keys| Value::Object(keys.into_iter().collect()));
+    prop::collection::btree_map("[a-z_]{1,12}", section, 0..4).prop_map(|all| Value::Object(all.into_iter().collect()))
+}
+
+fn to_toml(value: &Value) -> toml::Value {
+    match value {
+        Value::Bool(truth) => toml::Value::Boolean(*truth),
+        Value::Number(number) => toml::Value::Integer(number.as_i64().expect("an integer")),
+        Value::String(text) => toml::Value::String(text.clone()),
+        Value::Array(items) => toml::Value::Array(items.iter().map(to_toml).collect()),
+        Value::Object(entries) => {
+            toml::Value::Table(entries.iter().map(|(key, value)| (key.clone(), to_toml(value))).collect())
+        }
+        Value::Null => unreachable!("no null is generated"),
+    }
+}
+
+proptest! {
+    // What failed is told with its input; nothing is written beside the sources.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_json_and_toml_say_is_what_is_read(value in sections()) {
+        let json = serde_json::to_string_pretty(&value).expect("JSON");
+        let read = parse(Format::Json, &json);
+        prop_assert!(read.as_ref().is_ok_and(|node| same(node, &value)), "{json}\n{read:?}");
+        let toml = to_toml(&value).as_table().expect("a table").to_string();
+        let read = parse(Format::Toml, &toml);
+        prop_assert!(read.as_ref().is_ok_and(|node| same(node, &value)), "{toml}\n{read:?}");
+    }
+
+    #[test]
+    fn any_text_is_read_or_refused_with_a_line_of_it(text in "[\\[\\]{}:=#\"'a-c0-2 \n\t,.&*!|>-]{0,80}") {
+        for format in [Format::Toml, Format::Json, Format::Yaml] {
+            if let Err(error) = parse(format, &text) {
+                prop_assert!(error.line <= text.lines().count() + 1, "{format:?} {text:?} {error:?}");
+            }
         }
     }
 }

@@ -122,7 +122,11 @@ async fn a_server_under_it_is_started_again_after_each_crash_and_its_log_stays_w
     let binary = tools::server();
     let server =
         [path(&binary), "start", "--data-dir", path(&data), "--jwt-key-dir", path(&keys), "--listen-addr", &address];
-    let settings = [("ARCHIVE__FLUSH_INTERVAL", "50ms")];
+    let settings = [
+        ("ARCHIVE__FLUSH_INTERVAL", "50ms"),
+        ("ARCHIVE__COMPACTION", "false"),
+        ("SPACETIMEDB_CONFIG__RESTART_BACKOFF_MAX", "1s"),
+    ];
     let mut daemon = Daemon::start(&sidecar, &data, &settings, &server);
     let url = format!("http://{address}");
     harness::server::wait_for(&url).await;
@@ -306,4 +310,37 @@ async fn schedules_are_kept_and_a_run_that_was_missed_is_made_up_for_once() {
     tokio::time::sleep(Duration::from_millis(1500)).await;
     assert_eq!(daemon.stop(), 0);
     assert_eq!(points(), before + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signals_meant_for_the_server_reach_it_and_it_stops_with_the_sidecar() {
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..10, "under a server"));
+    let sidecar = Sidecar::at(&synthetic.dir.path().join("repository"));
+    let heard = synthetic.dir.path().join("heard");
+    let told = |signal: &str| format!("trap 'echo {signal} >> {}' {signal};", heard.display());
+    let script = ["HUP", "USR1", "USR2"].map(told).concat()
+        + &format!(
+            "trap 'echo TERM >> {0}; exit 0' TERM; echo ready >> {0}; while :; do sleep 0.05; done",
+            heard.display()
+        );
+    let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &[], &["sh", "-c", &script]);
+    daemon.wait("the server", |status| status.server.as_ref().is_some_and(|server| server.pid.is_some()));
+    let read = || std::fs::read_to_string(&heard).unwrap_or_default();
+    let wait = |expected: &str| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while read() != expected {
+            assert!(std::time::Instant::now() < deadline, "{expected:?} expected, {:?} heard", read());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let mut expected = String::from("ready\n");
+    wait(&expected);
+    for signal in ["HUP", "USR1", "USR2", "HUP"] {
+        daemon.signal(signal);
+        expected += &format!("{signal}\n");
+        wait(&expected);
+    }
+    assert_eq!(daemon.stop(), 0);
+    wait(&(expected + "TERM\n"));
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use harness::daemon::Daemon;
 use harness::sidecar::{Sidecar, path};
 use harness::{oracle, tools};
 use inner_universe::datadir::DataDir;
@@ -151,5 +152,82 @@ fn a_restored_or_pruned_log_continues_its_timeline() {
     std::fs::remove_dir_all(&again).expect("remove");
     let run = ["restore", "--data-dir", path(&again), "--timeline", "1", "--to", "offset:100", "--no-snapshot"];
     sidecar.run(run).ok();
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn log_deleted_before_the_daemon_archived_it_is_told_and_what_follows_is_restorable_from_its_snapshot() {
+    let fixture = Fixture::unpack();
+    let data = fixture.data();
+    let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
+    let (log, snapshots) = (replica.log_path(), replica.snapshots_path());
+    let original = oracle::transactions(&log);
+    let all = segments(&log).expect("list");
+    // Of what the server wrote only the first two segments are there yet.
+    let aside = fixture.scratch.path().join("aside");
+    std::fs::create_dir(&aside).expect("a directory");
+    let end = all[2].first;
+    let moved = |from: &std::path::Path, to: &std::path::Path| std::fs::rename(from, to).expect("move");
+    for segment in &all[2..] {
+        moved(&segment.path, &aside.join(segment.path.file_name().expect("a name")));
+    }
+    let later: Vec<_> =
+        snapshot::list(&snapshots).expect("list").into_iter().filter(|found| found.offset >= end).collect();
+    assert!(!later.is_empty());
+    for found in &later {
+        let name = format!("{:020}.snapshot_dir", found.offset.0);
+        moved(&snapshots.join(&name), &aside.join(&name));
+    }
+    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"));
+    let mut daemon = Daemon::start(&sidecar, &data, &[("ARCHIVE__FLUSH_INTERVAL", "20ms")], &[]);
+    daemon.wait_archived(end.0 - 1);
+
+    // While it does not look, the server goes on, and deletes what the newest snapshot but one does not need.
+    daemon.signal("STOP");
+    let kept = later[later.len() - 2].offset;
+    let first = all.iter().rev().find(|segment| segment.first <= kept).expect("a segment").first;
+    assert!(first > end, "a gap is made");
+    for segment in &all {
+        if segment.first < end {
+            std::fs::remove_file(&segment.path).expect("delete");
+        } else if segment.first >= first {
+            let name = segment.path.file_name().expect("a name");
+            moved(&aside.join(name), &log.join(name));
+        }
+    }
+    for found in &later {
+        let name = format!("{:020}.snapshot_dir", found.offset.0);
+        moved(&aside.join(&name), &snapshots.join(&name));
+    }
+    daemon.signal("CONT");
+    daemon.wait_archived(fixture.last());
+    let status = daemon.status().expect("a status");
+    let database = &status.databases[0];
+    assert_eq!(database.timeline.map(|timeline| timeline.0), Some(2));
+    let told = database.events.iter().any(|event| event.message.contains("deleted before they were archived"));
+    assert!(told, "{:?}", database.events);
+    sidecar.run(["backup", "create", "--data-dir", path(&data)]).ok();
+    assert_eq!(daemon.stop(), 0);
+
+    let restored = |timeline: &str, offset: u64| {
+        let target = fixture.scratch.path().join("restored");
+        let to = format!("offset:{offset}");
+        sidecar.run(["restore", "--data-dir", path(&target), "--timeline", timeline, "--to", &to]).ok();
+        let found = oracle::transactions(&target.join(format!("replicas/{}/clog", replica.id)));
+        std::fs::remove_dir_all(&target).expect("remove");
+        found
+    };
+    for (timeline, offset) in [("1", end.0 - 1), ("2", kept.0), ("2", fixture.last())] {
+        let found = restored(timeline, offset);
+        let from = found[0].offset as usize;
+        assert_eq!(found, original[from..=offset as usize], "timeline {timeline}, offset {offset}");
+    }
+    // What is lost is refused with its reason, and not made up for from the other side of the gap.
+    let target = fixture.scratch.path().join("lost");
+    let lost = format!("offset:{}", first.0 - 1);
+    for timeline in ["1", "2"] {
+        let run = sidecar.run(["restore", "--data-dir", path(&target), "--timeline", timeline, "--to", &lost]);
+        assert!(run.code == 4 && !target.exists(), "timeline {timeline}: {} {}", run.code, run.stderr);
+    }
     assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
 }

@@ -1,0 +1,268 @@
+//! The bundled module's events as OpenTelemetry: every event of `event_log` becomes a span, a log record and a count.
+//!
+//! Invariants: events leave in the order of their sequence and at least once; the cursor moves only after the collector has
+//! taken what it passes; a repetition carries the same ids; memory is bounded by one window of rows, whatever the backlog
+//! and however long the collector is out. The table itself is the queue.
+
+pub mod cursor;
+pub mod export;
+pub mod source;
+pub mod span;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::BackoffBuilder;
+use opentelemetry::KeyValue;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::{Clock, Stopwatch, patience};
+use crate::config::Config;
+use crate::durable::FileError;
+use crate::module_bindings::EventLog;
+use crate::observe::events::cursor::{Cursor, CursorFile};
+use crate::observe::events::export::{ExportError, Exporter};
+use crate::observe::events::source::{Live, Source, SourceError};
+use crate::observe::events::span::Spans;
+use crate::observe::metrics;
+use crate::observe::otlp::OtlpError;
+
+/// Sequences that one query asks for: large enough to be fast, small enough for the server and for us.
+const WINDOW: u64 = 10_000;
+/// Events that go to the collector at once.
+const BATCH: usize = 1000;
+/// The cursor is kept so often; what was sent after it is sent again after a crash.
+const KEEP_INTERVAL: f64 = 0.25;
+/// A live subscription is renewed after this many rows, since the SDK keeps each of them.
+const LIVE_ROWS: u64 = 5_000;
+/// Rows of one transaction come in any order; a missing one is waited for so long.
+const REORDER: Duration = Duration::from_millis(200);
+
+/// What can stop the stream for a while.
+#[derive(Debug, thiserror::Error)]
+pub enum EventError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
+    #[error(transparent)]
+    Cursor(#[from] FileError),
+}
+
+impl EventError {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Source(_) => "source",
+            Self::Export(_) | Self::Otlp(_) => "collector",
+            Self::Cursor(_) => "cursor",
+        }
+    }
+}
+
+/// Streams events for ever, if the configuration names a database and a collector; ends when told to.
+pub async fn run(config: &Config, instance: &str, state_dir: &Path, clock: Arc<dyn Clock>, stop: CancellationToken) {
+    let Some(database) = &config.spacetimedb_config.database else { return };
+    if !config.telemetry.events || !Exporter::is_wanted(&config.telemetry) {
+        return;
+    }
+    for kind in ["source", "collector", "cursor"] {
+        metrics::EVENT_ERRORS.add(0, &[KeyValue::new("kind", kind)]);
+    }
+    let backoff = patience(Duration::from_millis(200));
+    let mut delays = backoff.build();
+    let file = CursorFile::new(state_dir, database);
+    // Kept over errors, so that links between events survive an outage.
+    let mut spans = Spans::new(database.clone());
+    loop {
+        let before = file.read().map(|cursor| cursor.sequence);
+        let streaming = async {
+            let mut stream = Stream::start(config, instance, database, &file, &mut spans, Arc::clone(&clock)).await?;
+            stream.follow(&stop).await
+        };
+        let error = match streaming.await {
+            Ok(()) => return,
+            Err(error) => error,
+        };
+        if file.read().map(|cursor| cursor.sequence) > before {
+            delays = backoff.build();
+        }
+        metrics::EVENT_ERRORS.add(1, &[KeyValue::new("kind", error.kind())]);
+        let delay = delays.next().unwrap_or(Duration::from_secs(15));
+        tracing::warn!(%error, ?delay, "the event stream waits; events stay in the database and are sent later");
+        tokio::select! {
+            () = clock.sleep(delay) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// One run of the stream, until something fails.
+struct Stream<'a> {
+    source: Source,
+    exporter: Exporter,
+    spans: &'a mut Spans,
+    cursor: Cursor,
+    file: &'a CursorFile,
+    kept: Stopwatch,
+    clock: Arc<dyn Clock>,
+}
+
+impl<'a> Stream<'a> {
+    async fn start(
+        config: &Config,
+        instance: &str,
+        database: &str,
+        file: &'a CursorFile,
+        spans: &'a mut Spans,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, EventError> {
+        let source = Source::new(&config.spacetimedb_config, &config.server_config, database)?;
+        let exporter = Exporter::new(&config.telemetry, instance)?;
+        let known = file.read().unwrap_or_default();
+        let cursor = continue_from(&source, known).await?;
+        Ok(Self { source, exporter, spans, cursor, file, kept: Stopwatch::start(), clock })
+    }
+
+    async fn follow(&mut self, stop: &CancellationToken) -> Result<(), EventError> {
+        let done = async {
+            loop {
+                self.catch_up().await?;
+                self.live().await?;
+            }
+        };
+        let result = tokio::select! {
+            result = done => result,
+            () = stop.cancelled() => Ok(()),
+        };
+        self.file.write(&self.cursor)?;
+        result
+    }
+
+    /// Reads what is behind in ranges of the sequence, until a range is not full.
+    async fn catch_up(&mut self) -> Result<(), EventError> {
+        loop {
+            let after = self.cursor.sequence;
+            let events = self.source.range(after, after.saturating_add(WINDOW)).await?;
+            let Some(last) = events.last().map(|event| event.sequence) else {
+                // Nothing here; the log may have been trimmed past this window.
+                match self.source.first_after(after).await? {
+                    Some(next) if next > after.saturating_add(1) => {
+                        self.cursor.skip_to(next - 1);
+                        continue;
+                    }
+                    Some(_) => continue,
+                    None => return Ok(()),
+                }
+            };
+            self.send(events).await?;
+            if last < after.saturating_add(WINDOW / 2) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Follows a subscription, until it breaks or something is missing from it.
+    async fn live(&mut self) -> Result<(), EventError> {
+        let mut live = Live::start(&self.source, self.cursor.sequence).await?;
+        // What was written between the last query and the subscription comes with the subscription.
+        let mut waiting: Vec<EventLog> = Vec::new();
+        let mut received = 0;
+        loop {
+            match live.next(BATCH, &mut waiting).await? {
+                source::Received::Some => {}
+                source::Received::Overflow => {
+                    tracing::debug!("events come faster than they are sent; they are read in ranges");
+                    return Ok(());
+                }
+            }
+            if !self.take_in_order(&mut waiting, &mut live).await? {
+                return Ok(());
+            }
+            received += waiting.len() as u64;
+            self.send(std::mem::take(&mut waiting)).await?;
+            if received >= LIVE_ROWS {
+                live.renew(self.cursor.sequence)?;
+                received = 0;
+            }
+        }
+    }
+
+    /// Sorts what has come, and waits a moment for what is missing between. `false` when it does not come.
+    async fn take_in_order(&self, waiting: &mut Vec<EventLog>, live: &mut Live) -> Result<bool, EventError> {
+        let whole = |waiting: &mut Vec<EventLog>| {
+            waiting.retain(|event| event.sequence > self.cursor.sequence);
+            waiting.sort_by_key(|event| event.sequence);
+            waiting.dedup_by_key(|event| event.sequence);
+            let next = self.cursor.sequence + 1;
+            waiting.iter().zip(next..).all(|(event, expected)| event.sequence == expected)
+        };
+        if whole(waiting) {
+            return Ok(true);
+        }
+        let mut late = std::pin::pin!(self.clock.sleep(REORDER));
+        loop {
+            tokio::select! {
+                received = live.next(BATCH, waiting) => {
+                    if matches!(received?, source::Received::Overflow) {
+                        return Ok(false);
+                    }
+                    if whole(waiting) {
+                        return Ok(true);
+                    }
+                }
+                () = &mut late => return Ok(false),
+            }
+        }
+    }
+
+    /// Sends events in order, batch by batch, and moves the cursor behind each batch that was taken.
+    async fn send(&mut self, events: Vec<EventLog>) -> Result<(), EventError> {
+        for batch in events.chunks(BATCH) {
+            let Some(last) = batch.last() else { continue };
+            self.exporter.send(self.spans, batch).await?;
+            let now = self.clock.now().as_microsecond();
+            let late = now.saturating_sub(last.timestamp.to_micros_since_unix_epoch()).max(0);
+            metrics::EVENT_DELAY.record(Duration::from_micros(late.unsigned_abs()).as_secs_f64(), &[]);
+            self.cursor.advance(last.sequence, &last.event_id);
+            if self.kept.elapsed_seconds() >= KEEP_INTERVAL {
+                self.file.write(&self.cursor)?;
+                self.kept = Stopwatch::start();
+            }
+        }
+        self.file.write(&self.cursor)?;
+        Ok(())
+    }
+}
+
+/// Where to go on: the newest event of the cursor that is still part of this history. A restore may have taken some back.
+async fn continue_from(source: &Source, known: Cursor) -> Result<Cursor, EventError> {
+    if known.sequence == 0 {
+        return Ok(known);
+    }
+    let mut any_here = false;
+    for (sequence, event_id) in known.checkpoints() {
+        match source.at(sequence).await? {
+            Some(event) if event.event_id == event_id => {
+                if sequence < known.sequence {
+                    tracing::warn!(
+                        from = known.sequence,
+                        to = sequence,
+                        "the event log was set back, by a restore most likely; the stream goes on from where histories part"
+                    );
+                }
+                return Ok(known.back_to(sequence));
+            }
+            Some(_) => any_here = true,
+            None => {}
+        }
+    }
+    // Every event we know is gone. Trimmed from the start, if others follow; else the history is another one.
+    if !any_here && source.first_after(known.sequence).await?.is_some() {
+        return Ok(known);
+    }
+    tracing::warn!("the event log is another one than before; the stream begins at its start");
+    Ok(Cursor::default())
+}
