@@ -18,10 +18,18 @@ pub struct Server {
 impl Server {
     /// Starts a server on `data_dir` and waits until it answers.
     pub async fn start(data_dir: &Path, key_dir: &Path) -> Self {
-        let mut last = String::new();
         // Between choosing a port and the server's bind another process can take it.
-        for _ in 0..5 {
-            let port = free_port();
+        Self::try_ports(data_dir, key_dir, (0..5).map(|_| free_port())).await
+    }
+
+    /// Starts a server on a port that was its own before.
+    pub async fn start_at(data_dir: &Path, key_dir: &Path, port: u16) -> Self {
+        Self::try_ports(data_dir, key_dir, std::iter::repeat_n(port, 5)).await
+    }
+
+    async fn try_ports(data_dir: &Path, key_dir: &Path, ports: impl Iterator<Item = u16>) -> Self {
+        let mut last = String::new();
+        for port in ports {
             let url = format!("http://127.0.0.1:{port}");
             let log = data_dir.with_extension("server.log");
             let output = std::fs::File::create(&log).expect("the server's log file");
@@ -71,6 +79,19 @@ impl Server {
         self.child.id()
     }
 
+    /// Waits until what the server has acknowledged has reached its log: it answers a moment before it writes.
+    pub async fn written(&self) {
+        let mut last = Vec::new();
+        loop {
+            let sizes = log_sizes(&self.data_dir);
+            if !sizes.is_empty() && !sizes.contains(&0) && sizes == last {
+                return;
+            }
+            last = sizes;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    }
+
     /// `kill -9`, as a crash would.
     pub fn kill(mut self) {
         self.end();
@@ -100,6 +121,17 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// How much each replica's segments hold beyond their headers.
+fn log_sizes(data_dir: &Path) -> Vec<u64> {
+    let replicas = std::fs::read_dir(data_dir.join("replicas")).into_iter().flatten().flatten();
+    let logs = replicas.map(|replica| std::fs::read_dir(replica.path().join("clog")).into_iter().flatten().flatten());
+    let size = |file: &std::fs::DirEntry| match file.path().extension().is_some_and(|extension| extension == "log") {
+        true => file.metadata().map_or(0, |data| data.len().saturating_sub(10)),
+        false => 0,
+    };
+    logs.map(|files| files.map(|file| size(&file)).sum()).collect()
 }
 
 /// Waits until the server at `url` answers, whoever started it.

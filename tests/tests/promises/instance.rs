@@ -49,7 +49,7 @@ async fn names_identities_owners_tokens_and_publishes_survive_with_the_keys_seal
     let second = other.publish("universe", tools::wasm("inner_universe_module")).await;
     workload::run(&one, "ledger", &mut random, 40).await;
     other.call("universe", "create_entity", json!(["a", "star", "{}"])).await.expect("create");
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    server.written().await;
     let rows = one.rows("ledger", &TABLES).await;
     let (data, keys) = (instance.path("data"), instance.path("keys"));
     let create = ["backup", "create", "--data-dir", path(&data), "--key-dir", path(&keys), "--recipient", &recipient];
@@ -105,7 +105,7 @@ async fn one_database_of_several_is_restored_alone_and_labels_find_restore_point
     let identity = client.publish("ledger", tools::wasm("workload_module")).await;
     client.publish("universe", tools::wasm("inner_universe_module")).await;
     workload::run(&client, "ledger", &mut random, 20).await;
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    server.written().await;
     let rows = client.rows("ledger", &TABLES).await;
     let data = instance.path("data");
     let labelled = instance.sidecar.run(["backup", "create", "--data-dir", path(&data), "--label", "before"]).ok();
@@ -146,6 +146,7 @@ async fn keys_are_kept_plain_only_when_that_is_allowed() {
     let instance = Instance::new();
     let server = instance.server().await;
     server.client().await.publish("ledger", tools::wasm("workload_module")).await;
+    server.written().await;
     let (data, keys) = (instance.path("data"), instance.path("keys"));
     let create = ["backup", "create", "--data-dir", path(&data), "--key-dir", path(&keys)];
     assert!(instance.sidecar.run(create).fails_with(2).contains("--allow-plain-keys"));
@@ -175,7 +176,7 @@ async fn a_second_backup_uploads_only_what_is_new_and_status_tells_the_lag() {
     let client = server.client().await;
     client.publish("ledger", tools::wasm("workload_module")).await;
     workload::run(&client, "ledger", &mut random, 50).await;
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    server.written().await;
     let data = instance.path("data");
     let first = instance.sidecar.backup(&data);
     let again = instance.sidecar.backup(&data);
@@ -184,7 +185,7 @@ async fn a_second_backup_uploads_only_what_is_new_and_status_tells_the_lag() {
     let status = instance.sidecar.run(["status", "--data-dir", path(&data)]).ok();
     assert_eq!(status["databases"][0]["lag_transactions"], 0);
     workload::run(&client, "ledger", &mut random, 10).await;
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    server.written().await;
     let status = instance.sidecar.run(["status", "--data-dir", path(&data)]).ok();
     let database = &status["databases"][0];
     let lag = database["log_offset"].as_u64().zip(database["archived_offset"].as_u64()).map(|(log, done)| log - done);

@@ -95,7 +95,7 @@ async fn a_restored_server_that_goes_on_starts_a_new_timeline() {
     workload::run(&client, "ledger", &mut random, 60).await;
     let first = sidecar.backup(&data);
     workload::run(&client, "ledger", &mut random, 60).await;
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    server.written().await;
     let before = client.rows("ledger", &TABLES).await;
     let second = sidecar.backup(&data);
     server.kill();
@@ -106,7 +106,7 @@ async fn a_restored_server_that_goes_on_starts_a_new_timeline() {
     let server = Server::start(&data, &keys).await;
     let client = client.at(&server.url);
     workload::run(&client, "ledger", &mut random, 60).await;
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    server.written().await;
     let after = client.rows("ledger", &TABLES).await;
     let third = sidecar.backup(&data);
     assert_eq!(third["databases"][0]["timeline"], 2);
