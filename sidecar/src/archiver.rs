@@ -30,7 +30,9 @@ use crate::clock::patience;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::observe::composed::{int, time_of};
 use crate::observe::metrics;
+use crate::observe::own::{Earlier, traced, work_span};
 use crate::repository::RepositoryError;
 use crate::repository::log_object::ChainTip;
 
@@ -261,7 +263,7 @@ impl Archiver {
             if !pending.is_empty() && (asked || full || since >= self.settings.flush_interval) {
                 flushed_at = Some(Instant::now());
                 for (batch, commits) in std::mem::take(&mut pending).parts {
-                    tip = log::write_batch(&self.work, database, timeline, tip, batch, commits).await?;
+                    tip = self.write(timeline, tip, batch, commits).await?;
                     has_past = true;
                 }
             }
@@ -286,6 +288,30 @@ impl Archiver {
                 self.wake.arm();
             }
         }
+    }
+
+    /// Writes one object, as a trace that begins when the first of its transactions was made.
+    async fn write(
+        &self,
+        timeline: TimelineId,
+        before: ChainTip,
+        batch: Batch,
+        commits: Vec<u8>,
+    ) -> Result<ChainTip, BackupError> {
+        let made = batch.times.first.unwrap_or_else(|| self.work.clock.now().as_microsecond());
+        let attributes = vec![
+            KeyValue::new("db.system.name", "spacetimedb"),
+            KeyValue::new("db.namespace", self.followed.name.clone()),
+            KeyValue::new("inner_universe.timeline", i64::from(timeline.0)),
+            KeyValue::new("inner_universe.transaction.first", int(batch.first.0)),
+            KeyValue::new("inner_universe.transaction.last", int(batch.last.0)),
+            KeyValue::new("inner_universe.log.size", int(commits.len() as u64)),
+        ];
+        let whole = Earlier::begin("commit to object", time_of(made), attributes);
+        let span = work_span!("archive", database = %self.followed.name, first = batch.first.0, last = batch.last.0);
+        let writing = log::write_batch(&self.work, self.followed.identity, timeline, before, batch, commits);
+        let result = traced(whole.above(span), writing).await;
+        result.inspect_err(|error| whole.failed(error))
     }
 
     /// Waits for news of the log, a request, or `limit`. `false` when told to stop.

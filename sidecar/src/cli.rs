@@ -21,11 +21,12 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand};
 
 use crate::cli::failure::{ExitStatus, Failure};
-use crate::cli::output::Output;
+use crate::cli::output::{LogFormat, Logging, Output};
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
 use crate::config::load::{self, Loaded};
 use crate::datadir::DataDir;
+use crate::observe::own::OwnTelemetry;
 use crate::repository::Repository;
 use crate::repository::crypto::Keyring;
 
@@ -56,6 +57,9 @@ struct Globals {
     /// Log more; twice for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
+    /// How log lines on stderr look
+    #[arg(long, global = true, env = "INNER_UNIVERSE_LOG_FORMAT", value_enum, default_value_t, value_name = "FORMAT")]
+    log_format: LogFormat,
     /// Show no progress and log errors only
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
@@ -106,11 +110,16 @@ pub fn main(cli: Cli) -> ExitCode {
     bound_heaps();
     let output = Output::new(cli.globals.json, cli.globals.quiet);
     let daemon = matches!(cli.command, Command::Run(_));
-    output::start_logging(cli.globals.verbose + u8::from(daemon), cli.globals.quiet);
+    let (verbose, quiet, format) = (cli.globals.verbose + u8::from(daemon), cli.globals.quiet, cli.globals.log_format);
+    let logging = Logging { verbose, quiet, format };
+    // The daemon's log goes to a collector too, which its configuration names.
+    if !daemon {
+        output::start_logging(logging, &OwnTelemetry::default());
+    }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(6).enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli, &output)),
+        Ok(runtime) => runtime.block_on(run(cli, &output, logging)),
         Err(error) => Err(Failure::new(ExitStatus::Failed, format!("start the async runtime: {error}"))),
     };
     match result {
@@ -122,7 +131,7 @@ pub fn main(cli: Cli) -> ExitCode {
     }
 }
 
-async fn run(cli: Cli, output: &Output) -> Result<ExitStatus, Failure> {
+async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, Failure> {
     let loaded = cli.globals.load();
     if let Command::Config { command } = cli.command {
         return config::run(output, command, loaded);
@@ -130,7 +139,7 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitStatus, Failure> {
     let loaded = loaded.map_err(|error| Failure::usage(format!("the configuration is wrong: {error}")))?;
     let context = Context { loaded, output, clock: Arc::new(SystemClock) };
     match cli.command {
-        Command::Run(args) => run::run(&context, args).await,
+        Command::Run(args) => run::run(&context, args, logging).await,
         Command::Backup { command } => backup::run(&context, command).await,
         Command::Restore(args) => restore::run(&context, args).await,
         Command::Verify(args) => verify::run(&context, args).await,

@@ -294,8 +294,15 @@ pub struct TelemetryConfig {
     pub otlp_timeout: Period,
     /// A PEM file of further certificate authorities for the collector.
     pub otlp_ca_file: Option<PathBuf>,
-    /// Stream the bundled module's events as traces and log records; needs a collector and spacetimedb_config.database.
+    /// Stream the bundled module's events as traces and log records, and its measurements and versions of state as log
+    /// records; needs a collector and spacetimedb_config.database.
     pub events: bool,
+    /// Stream reducer calls of every database as spans, from their logs; needs a collector.
+    pub calls: bool,
+    /// Stream what modules log, of every database, as log records; needs a collector.
+    pub module_logs: bool,
+    /// How often the bundled module is asked for its system status, which is one transaction each time; 0 for never.
+    pub status_interval: Period,
     /// The share of traces that is sent, 0.0 to 1.0; OTEL_TRACES_SAMPLER when left out, and all without that. Log records
     /// and counts are always of all events.
     pub trace_ratio: Option<f64>,
@@ -319,6 +326,9 @@ impl Default for TelemetryConfig {
             otlp_timeout: Period::seconds(10),
             otlp_ca_file: None,
             events: true,
+            calls: true,
+            module_logs: true,
+            status_interval: Period::seconds(60),
             trace_ratio: None,
             metrics_interval: Period::seconds(60),
             service_name: None,

@@ -33,7 +33,10 @@ use crate::datadir::{DataDir, DataDirError};
 use crate::durable::FileError;
 use crate::http::Server;
 use crate::ids::RestorePointId;
+use crate::observe::calls::CallStreams;
+use crate::observe::module_logs::ModuleLogs;
 use crate::observe::otlp::OtlpError;
+use crate::observe::own::{traced, work_span};
 use crate::observe::provider::{Telemetry, TelemetryError};
 use crate::observe::{heartbeat, metrics};
 use crate::progress::Silent;
@@ -47,7 +50,7 @@ use crate::verify::VerifyReport;
 /// From being told to stop until the process ends, whatever the store does.
 const STOP_LIMIT: Duration = Duration::from_secs(8);
 /// From the end of everything else until the process ends, whatever a collector does.
-const TELEMETRY_LIMIT: Duration = Duration::from_secs(1);
+pub const TELEMETRY_LIMIT: Duration = Duration::from_secs(1);
 /// How often replicas and the instance are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -75,6 +78,7 @@ pub enum DaemonError {
 /// How to run.
 pub struct DaemonOptions {
     pub data_dir: PathBuf,
+    pub state_dir: StateDir,
     pub config: Config,
     pub url: String,
     pub keys: Keyring,
@@ -92,21 +96,36 @@ pub struct DaemonOptions {
 /// # Errors
 /// A lost lease, a configuration that cannot work, or a server that is not to be started again and failed.
 pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: CancellationToken) -> Result<(), DaemonError> {
-    let state_dir = StateDir::open(&options.config, &options.data_dir)?;
+    let state_dir = &options.state_dir;
     let state = Arc::new(State::new(Arc::clone(&clock), &options.data_dir));
     let telemetry = Arc::new(Telemetry::start(&options.config.telemetry, &state_dir.instance())?);
     let server = Server::new(options.config.clone(), Arc::clone(&clock), Arc::clone(&state), Arc::clone(&telemetry));
     let stop_serving = CancellationToken::new();
     let serving = tokio::spawn(Arc::clone(&server).run(stop_serving.clone()));
     let supervisor = Supervisor::start(&options, Arc::clone(&clock), Arc::clone(&state), stop.clone())?;
+    let (telemetry_config, instance) = (&options.config.telemetry, state_dir.instance());
+    let calls = CallStreams::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
+    let module_logs = ModuleLogs::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
+    #[cfg(feature = "client")]
+    let watching = tokio::spawn({
+        let (config, dir, instance) = (options.config.clone(), state_dir.path().to_owned(), instance.clone());
+        let (clock, stop, state) = (Arc::clone(&clock), stop.clone(), Arc::clone(&state));
+        async move {
+            let written = || state.log_position(config.spacetimedb_config.database.as_deref()?);
+            let tell = |samples| state.module(samples);
+            crate::observe::module::run(&config, &instance, &dir, clock, written, tell, stop).await;
+        }
+    });
     #[cfg(feature = "client")]
     let streaming = tokio::spawn({
-        let (config, dir, instance) = (options.config.clone(), state_dir.path().to_owned(), state_dir.instance());
-        let (clock, stop) = (Arc::clone(&clock), stop.clone());
-        async move { crate::observe::events::run(&config, &instance, &dir, clock, stop).await }
+        let (config, dir) = (options.config.clone(), state_dir.path().to_owned());
+        let (calls, clock, stop) = (calls.since(), Arc::clone(&clock), stop.clone());
+        async move { crate::observe::events::run(&config, &instance, &dir, calls, clock, stop).await }
     });
     let publishing = tokio::spawn(publish(Arc::clone(&state), Arc::clone(&clock)));
-    let result = follow(&options, &state_dir, &state, Arc::clone(&clock), &stop, supervisor.stopped(), &server).await;
+    let streams = (Arc::new(calls), Arc::new(module_logs));
+    let server_stopped = supervisor.stopped();
+    let result = follow(&options, &state, streams, Arc::clone(&clock), &stop, server_stopped, &server).await;
     stop.cancel();
     let ended = supervisor.end().await;
     state.stopped();
@@ -114,8 +133,10 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     publishing.abort();
     stop_serving.cancel();
     #[cfg(feature = "client")]
-    if let Err(error) = streaming.await {
-        tracing::error!(%error, "the event stream ended badly");
+    for task in [streaming, watching] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a stream from the bundled module ended badly");
+        }
     }
     if let Err(error) = serving.await {
         tracing::error!(%error, "the HTTP interface ended badly");
@@ -133,13 +154,14 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
 
 async fn follow(
     options: &DaemonOptions,
-    state_dir: &StateDir,
     state: &Arc<State>,
+    (calls, module_logs): (Arc<CallStreams>, Arc<ModuleLogs>),
     clock: Arc<dyn Clock>,
     stop: &CancellationToken,
     server_stopped: CancellationToken,
     server: &Server,
 ) -> Result<(), DaemonError> {
+    let state_dir = &options.state_dir;
     let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(()) };
     let Some(repository) = wait_for_repository(options, state, clock.as_ref(), stop).await? else { return Ok(()) };
     let Some(lease) = wait_for_lease(options, &repository, &clock, stop).await? else { return Ok(()) };
@@ -157,6 +179,8 @@ async fn follow(
         config: options.config.clone(),
         allow_plain_keys: options.allow_plain_keys,
         followers: Followers::default(),
+        calls,
+        module_logs,
         restore_points: tokio::sync::Mutex::new(()),
         verifying: tokio::sync::Mutex::new(()),
         changed: Notify::new(),
@@ -329,6 +353,8 @@ pub struct Daemon {
     config: Config,
     allow_plain_keys: bool,
     followers: Followers,
+    calls: Arc<CallStreams>,
+    module_logs: Arc<ModuleLogs>,
     /// One restore point at a time.
     restore_points: tokio::sync::Mutex<()>,
     /// One verification at a time.
@@ -345,7 +371,8 @@ impl Daemon {
     pub async fn restore_point(&self, label: Option<String>) -> Result<BackupReport, BackupError> {
         let _one = self.restore_points.lock().await;
         let took = Stopwatch::start();
-        let result = self.make_restore_point(label).await;
+        let span = work_span!("restore point", label);
+        let result = traced(span, self.make_restore_point(label)).await;
         let outcome = match &result {
             Ok(report) if report.problems.is_empty() => "ok",
             Ok(_) => "incomplete",
@@ -369,6 +396,7 @@ impl Daemon {
         let work = Arc::new(self.work(Arc::new(backup::Unobserved)));
         let report = backup::create_from(&work, &self.followers, &self.data, &options).await?;
         self.state.restore_point(&report);
+        tracing::info!(restore_point = %report.restore_point, "a restore point was made");
         Ok(report)
     }
 
@@ -378,7 +406,8 @@ impl Daemon {
     /// When the repository fails.
     pub async fn verify(&self) -> Result<Option<VerifyReport>, RepositoryError> {
         let Ok(_one) = self.verifying.try_lock() else { return Ok(None) };
-        let report = crate::verify::verify(&self.repository, &[], Arc::new(Silent)).await?;
+        let verifying = crate::verify::verify(&self.repository, &[], Arc::new(Silent));
+        let report = traced(work_span!("verify"), verifying).await?;
         let now = self.clock.now();
         self.state.survey(|survey| {
             survey.findings = Some(report.findings.len() as u64);

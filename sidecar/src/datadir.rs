@@ -183,6 +183,11 @@ impl ReplicaDir {
         self.root.join("clog")
     }
 
+    /// What the module logs, a file a day.
+    pub fn module_logs_path(&self) -> PathBuf {
+        self.root.join("module_logs")
+    }
+
     pub fn snapshots_path(&self) -> PathBuf {
         self.root.join("snapshots")
     }

@@ -142,6 +142,13 @@ impl Identity {
         bytes.reverse();
         Self(bytes)
     }
+
+    /// The little-endian form.
+    pub fn to_le(self) -> [u8; 32] {
+        let mut bytes = self.0;
+        bytes.reverse();
+        bytes
+    }
 }
 
 hex32! {

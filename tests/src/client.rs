@@ -93,6 +93,18 @@ impl Client {
         }
     }
 
+    /// What the module has logged, oldest first.
+    pub async fn logs(&self, database: &str) -> Vec<String> {
+        let url = format!("{}/v1/database/{database}/logs?num_lines=10000", self.url);
+        let answer = self.http.get(url).bearer_auth(&self.token).send().await.expect("the logs");
+        let text = answer.text().await.expect("a text");
+        let message = |line: &str| {
+            let line: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+            line["message"].as_str().expect("a message").to_owned()
+        };
+        text.lines().map(message).collect()
+    }
+
     /// Every row of the given tables; a table that is not there has the entry "no such table".
     pub async fn rows(&self, database: &str, tables: &[&str]) -> Rows {
         let mut all = Rows::new();

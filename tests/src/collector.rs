@@ -15,6 +15,7 @@ use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceReq
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
+use opentelemetry_proto::tonic::trace::v1::status::StatusCode as StatusCodeOf;
 use prost::Message;
 use tonic::codec::CompressionEncoding;
 use tonic::{Request, Response, Status};
@@ -28,6 +29,8 @@ pub struct Span {
     pub name: String,
     pub start: u64,
     pub links: Vec<String>,
+    /// Its status is an error.
+    pub failed: bool,
     pub attributes: BTreeMap<String, String>,
 }
 
@@ -155,6 +158,7 @@ impl Service {
                     parent: hex(&span.parent_span_id),
                     name: span.name,
                     start: span.start_time_unix_nano,
+                    failed: span.status.is_some_and(|status| status.code == StatusCodeOf::Error as i32),
                     links: span.links.iter().map(|link| hex(&link.span_id)).collect(),
                     attributes: texts(span.attributes),
                 });

@@ -83,6 +83,11 @@ impl Daemon {
         }
     }
 
+    /// Waits for the HTTP interface; returns its address.
+    pub fn wait_http(&mut self) -> String {
+        self.wait("its HTTP interface", |status| status.http.is_some()).http.unwrap_or_default()
+    }
+
     /// Waits until the one database is archived up to `offset`.
     pub fn wait_archived(&mut self, offset: u64) -> DaemonStatus {
         self.wait(&format!("transaction {offset}"), |status| {

@@ -31,6 +31,8 @@ mod random_logs;
 mod restore_exact;
 #[path = "promises/s3.rs"]
 mod s3;
+#[path = "promises/streams.rs"]
+mod streams;
 #[path = "promises/synthetic.rs"]
 mod synthetic;
 #[path = "promises/timelines.rs"]

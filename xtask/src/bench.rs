@@ -11,6 +11,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     let mut command = cargo();
     let (bin, rest) = match arguments.split_first() {
         Some((name, rest)) if name == "live" => ("live", rest),
+        Some((name, rest)) if name == "events" => ("events", rest),
         _ => ("bench", arguments),
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);

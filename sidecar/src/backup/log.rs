@@ -205,7 +205,8 @@ pub(crate) async fn write_batch(
     let run = Run { batch, before, after, commits, _room: None };
     let encoded = {
         let work = Arc::clone(work);
-        blocking(move || run.encode(&work, database, timeline)).await??
+        let span = tracing::info_span!("compress");
+        blocking(move || span.in_scope(|| run.encode(&work, database, timeline))).await??
     };
     encoded.write(work).await?;
     Ok(after)

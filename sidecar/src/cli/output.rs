@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::cli::failure::Failure;
 use crate::cli::progress;
+use crate::observe::own::OwnTelemetry;
 use crate::progress::{Progress, Silent};
 
 /// How to print.
@@ -56,8 +59,26 @@ impl Output {
     }
 }
 
-/// Logs go to stderr; `RUST_LOG` refines what the flags choose.
-pub fn start_logging(verbose: u8, quiet: bool) {
+/// The forms of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// How to log.
+#[derive(Debug, Clone, Copy)]
+pub struct Logging {
+    pub verbose: u8,
+    pub quiet: bool,
+    pub format: LogFormat,
+}
+
+/// Logs go to stderr, and further as `own` says; `RUST_LOG` refines what the flags choose.
+pub fn start_logging(logging: Logging, own: &OwnTelemetry) {
+    let Logging { verbose, quiet, format } = logging;
     let level = match (quiet, verbose) {
         (true, _) => "error",
         (_, 0) => "warn",
@@ -66,9 +87,13 @@ pub fn start_logging(verbose: u8, quiet: bool) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
+    };
     // A second start in one process (tests) keeps the first one's.
-    let _ = subscriber.with_ansi(std::io::stderr().is_terminal()).try_init();
+    let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).with(own.layer()).try_init();
 }
 
 /// `1.5 GiB`

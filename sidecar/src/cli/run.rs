@@ -8,8 +8,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::failure::{ExitStatus, Failure};
+use crate::cli::output::{self, Logging};
 use crate::cli::{Context, DataDirArg};
-use crate::daemon::{self, DaemonOptions};
+use crate::daemon::state::StateDir;
+use crate::daemon::{self, DaemonError, DaemonOptions, TELEMETRY_LIMIT};
+use crate::observe::own::OwnTelemetry;
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -29,8 +32,12 @@ pub struct RunArgs {
     server: Vec<OsString>,
 }
 
-pub async fn run(context: &Context<'_>, args: RunArgs) -> Result<ExitStatus, Failure> {
+pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Result<ExitStatus, Failure> {
     let config = context.config().clone();
+    let data_dir = args.data.path(context)?;
+    let state_dir = StateDir::open(&config, &data_dir).map_err(DaemonError::from)?;
+    let own = OwnTelemetry::start(&config.telemetry, &state_dir.instance()).map_err(DaemonError::from)?;
+    output::start_logging(logging, &own);
     let keys = context.keyring(&[])?;
     let key_dir = config.spacetimedb_config.key_dir.is_some();
     if key_dir && config.repository.recipients.is_empty() && !args.allow_plain_keys {
@@ -40,7 +47,8 @@ pub async fn run(context: &Context<'_>, args: RunArgs) -> Result<ExitStatus, Fai
         );
     }
     let options = DaemonOptions {
-        data_dir: args.data.path(context)?,
+        data_dir,
+        state_dir,
         url: context.url()?.to_owned(),
         config,
         keys,
@@ -61,6 +69,14 @@ pub async fn run(context: &Context<'_>, args: RunArgs) -> Result<ExitStatus, Fai
         tracing::info!("told to stop");
         told.cancel();
     });
-    daemon::run(options, Arc::clone(&context.clock), stop).await?;
+    let result = daemon::run(options, Arc::clone(&context.clock), stop).await;
+    if let Err(error) = &result {
+        tracing::error!(%error, "ended");
+    }
+    tokio::select! {
+        () = own.stop() => {}
+        () = context.clock.sleep(TELEMETRY_LIMIT) => {}
+    }
+    result?;
     Ok(ExitStatus::Ok)
 }

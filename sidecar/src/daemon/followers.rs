@@ -20,7 +20,8 @@ use crate::daemon::{Daemon, DaemonError, LOOK_INTERVAL};
 use crate::datadir::ReplicaDir;
 use crate::datadir::control_db::{ControlDbCopy, Database};
 use crate::ids::{Identity, TimelineId};
-use crate::observe::metrics;
+use crate::observe::own::{traced, work_span};
+use crate::observe::{calls, metrics};
 use crate::repository::log_object::ChainTip;
 
 /// How often native snapshots are looked for.
@@ -171,6 +172,11 @@ impl Daemon {
             let follower = self.start(database, self.data.replica(replica), positions, stop);
             self.followers.by_database.lock().insert(database.identity, follower);
         }
+        if let Some(bundled) = &self.config.spacetimedb_config.database
+            && !control.databases.iter().any(|database| database.replica.is_some() && database.is_called(bundled))
+        {
+            self.calls.has_no_bundled();
+        }
         let gone: Vec<_> = self.followers.by_database.lock().keys().copied().collect();
         for identity in gone.iter().filter(|identity| !present.contains(*identity)) {
             tracing::info!(%identity, "the database is gone from the server; its archive stays");
@@ -224,6 +230,17 @@ impl Daemon {
             let (interval, grace) = (archive.compaction_interval.0, archive.compaction_grace.0);
             tasks.push(tokio::spawn(compact(Arc::clone(&work), Arc::clone(&followed), interval, grace, stop.clone())));
         }
+        let bundled = self.config.spacetimedb_config.database.as_deref();
+        let calls = calls::Database {
+            name: followed.name.clone(),
+            identity: database.identity,
+            is_bundled: bundled.is_some_and(|name| database.is_called(name)),
+            dir: replica.log_path(),
+        };
+        tasks.push(tokio::spawn(Arc::clone(&self.calls).follow(calls, stop.clone())));
+        let (name, logs) = (followed.name.clone(), replica.module_logs_path());
+        let sending = Arc::clone(&self.module_logs).follow(name, database.identity, logs, stop.clone());
+        tasks.push(tokio::spawn(sending));
         tasks.push(tokio::spawn(follow_snapshots(work, followed, replica.clone(), stop.clone())));
         Follower { replica: replica.id, flush, stop }
     }
@@ -329,7 +346,10 @@ async fn compact(
         };
         for timeline in timelines {
             let pass = tokio::select! {
-                pass = compaction::pass(&work, followed.identity, timeline.timeline, grace) => pass,
+                pass = traced(
+                    work_span!("merge log objects", database = %followed.name),
+                    compaction::pass(&work, followed.identity, timeline.timeline, grace),
+                ) => pass,
                 () = stop.cancelled() => return,
             };
             match pass {

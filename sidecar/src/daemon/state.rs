@@ -17,7 +17,7 @@ use crate::daemon::history::{History, HistoryReport};
 use crate::daemon::survey::Survey;
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
-use crate::observe::metrics;
+use crate::observe::metrics::{self, Sample};
 
 /// `status.json` in the state directory, rewritten every second.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -94,6 +94,7 @@ pub struct State {
     followed: Mutex<Vec<Arc<Followed>>>,
     rest: Mutex<DaemonStatus>,
     survey: Mutex<Survey>,
+    module: Mutex<Vec<Sample>>,
     history: Mutex<History>,
 }
 
@@ -119,6 +120,7 @@ impl State {
             followed: Mutex::default(),
             rest: Mutex::new(rest),
             survey: Mutex::default(),
+            module: Mutex::default(),
             history: Mutex::default(),
         }
     }
@@ -133,6 +135,18 @@ impl State {
         self.rest.lock().http = address;
     }
 
+    /// What the bundled module says of itself, as gauges.
+    pub fn module(&self, samples: Vec<Sample>) {
+        *self.module.lock() = samples;
+    }
+
+    /// How far the log of the database with this name or identity was read.
+    pub fn log_position(&self, name: &str) -> Option<u64> {
+        let followed = self.followed.lock();
+        let found = followed.iter().find(|followed| followed.name == name || followed.identity.to_string() == name)?;
+        found.progress().read_to.map(|next| next.0)
+    }
+
     /// Changes what is known of the repository.
     pub fn survey(&self, change: impl FnOnce(&mut Survey)) {
         change(&mut self.survey.lock());
@@ -142,7 +156,9 @@ impl State {
     pub fn publish(&self) {
         let status = self.status();
         let survey = self.survey.lock().clone();
-        metrics::publish(gauges::samples(&status, &survey, &self.data_dir));
+        let mut samples = gauges::samples(&status, &survey, &self.data_dir);
+        samples.extend_from_slice(&self.module.lock());
+        metrics::publish(samples);
         self.history.lock().note(&status, status.written_at);
     }
 

@@ -4,7 +4,6 @@
 //! taken what it passes; a repetition carries the same ids; memory is bounded by one window of rows, whatever the backlog
 //! and however long the collector is out. The table itself is the queue.
 
-pub mod cursor;
 pub mod export;
 pub mod source;
 pub mod span;
@@ -15,18 +14,21 @@ use std::time::Duration;
 
 use backon::BackoffBuilder;
 use opentelemetry::KeyValue;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, Stopwatch, patience};
 use crate::config::Config;
 use crate::durable::FileError;
 use crate::module_bindings::EventLog;
-use crate::observe::events::cursor::{Cursor, CursorFile};
+use crate::observe::calls::Since;
+use crate::observe::cursor::{Cursor, CursorFile, continue_from};
 use crate::observe::events::export::{ExportError, Exporter};
-use crate::observe::events::source::{Live, Source, SourceError};
+use crate::observe::events::source::Live;
 use crate::observe::events::span::Spans;
 use crate::observe::metrics;
 use crate::observe::otlp::OtlpError;
+use crate::observe::server::{Database, SourceError};
 
 /// Sequences that one query asks for: large enough to be fast, small enough for the server and for us.
 const WINDOW: u64 = 10_000;
@@ -63,7 +65,16 @@ impl EventError {
 }
 
 /// Streams events for ever, if the configuration names a database and a collector; ends when told to.
-pub async fn run(config: &Config, instance: &str, state_dir: &Path, clock: Arc<dyn Clock>, stop: CancellationToken) {
+///
+/// Begins when `calls` says which of the events' calls are sent from the log.
+pub async fn run(
+    config: &Config,
+    instance: &str,
+    state_dir: &Path,
+    calls: watch::Receiver<Since>,
+    clock: Arc<dyn Clock>,
+    stop: CancellationToken,
+) {
     let Some(database) = &config.spacetimedb_config.database else { return };
     if !config.telemetry.events || !Exporter::is_wanted(&config.telemetry) {
         return;
@@ -73,13 +84,14 @@ pub async fn run(config: &Config, instance: &str, state_dir: &Path, clock: Arc<d
     }
     let backoff = patience(Duration::from_millis(200));
     let mut delays = backoff.build();
-    let file = CursorFile::new(state_dir, database);
+    let file = CursorFile::new(state_dir, "events", database);
     // Kept over errors, so that links between events survive an outage.
     let mut spans = Spans::new(database.clone());
     loop {
         let before = file.read().map(|cursor| cursor.sequence);
         let streaming = async {
-            let mut stream = Stream::start(config, instance, database, &file, &mut spans, Arc::clone(&clock)).await?;
+            let (calls, clock) = (calls.clone(), Arc::clone(&clock));
+            let mut stream = Stream::start(config, instance, database, &file, &mut spans, calls, clock).await?;
             stream.follow(&stop).await
         };
         let error = match streaming.await {
@@ -101,11 +113,12 @@ pub async fn run(config: &Config, instance: &str, state_dir: &Path, clock: Arc<d
 
 /// One run of the stream, until something fails.
 struct Stream<'a> {
-    source: Source,
+    source: Database,
     exporter: Exporter,
     spans: &'a mut Spans,
     cursor: Cursor,
     file: &'a CursorFile,
+    calls: watch::Receiver<Since>,
     kept: Stopwatch,
     clock: Arc<dyn Clock>,
 }
@@ -117,13 +130,14 @@ impl<'a> Stream<'a> {
         database: &str,
         file: &'a CursorFile,
         spans: &'a mut Spans,
+        calls: watch::Receiver<Since>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, EventError> {
-        let source = Source::new(&config.spacetimedb_config, &config.server_config, database)?;
+        let source = Database::new(&config.spacetimedb_config, &config.server_config, database)?;
         let exporter = Exporter::new(&config.telemetry, instance)?;
         let known = file.read().unwrap_or_default();
-        let cursor = continue_from(&source, known).await?;
-        Ok(Self { source, exporter, spans, cursor, file, kept: Stopwatch::start(), clock })
+        let cursor = continue_from::<EventLog>(&source, known).await?;
+        Ok(Self { source, exporter, spans, cursor, file, calls, kept: Stopwatch::start(), clock })
     }
 
     async fn follow(&mut self, stop: &CancellationToken) -> Result<(), EventError> {
@@ -145,10 +159,10 @@ impl<'a> Stream<'a> {
     async fn catch_up(&mut self) -> Result<(), EventError> {
         loop {
             let after = self.cursor.sequence;
-            let events = self.source.range(after, after.saturating_add(WINDOW)).await?;
+            let events = self.source.range::<EventLog>(after, after.saturating_add(WINDOW)).await?;
             let Some(last) = events.last().map(|event| event.sequence) else {
                 // Nothing here; the log may have been trimmed past this window.
-                match self.source.first_after(after).await? {
+                match self.source.first_after::<EventLog>(after).await? {
                     Some(next) if next > after.saturating_add(1) => {
                         self.cursor.skip_to(next - 1);
                         continue;
@@ -218,11 +232,21 @@ impl<'a> Stream<'a> {
         }
     }
 
+    /// From when on the log tells of calls; waits until that is known.
+    async fn calls_since(&mut self) -> i64 {
+        match self.calls.wait_for(|since| *since != Since::Unknown).await.as_deref() {
+            Ok(Since::Time(micros)) => *micros,
+            // Whoever reads logs has ended; so do we, soon.
+            Ok(Since::Unknown) | Err(_) => i64::MAX,
+        }
+    }
+
     /// Sends events in order, batch by batch, and moves the cursor behind each batch that was taken.
     async fn send(&mut self, events: Vec<EventLog>) -> Result<(), EventError> {
         for batch in events.chunks(BATCH) {
             let Some(last) = batch.last() else { continue };
-            self.exporter.send(self.spans, batch).await?;
+            let calls_since = self.calls_since().await;
+            self.exporter.send(self.spans, batch, calls_since).await?;
             let now = self.clock.now().as_microsecond();
             let late = now.saturating_sub(last.timestamp.to_micros_since_unix_epoch()).max(0);
             metrics::EVENT_DELAY.record(Duration::from_micros(late.unsigned_abs()).as_secs_f64(), &[]);
@@ -235,34 +259,4 @@ impl<'a> Stream<'a> {
         self.file.write(&self.cursor)?;
         Ok(())
     }
-}
-
-/// Where to go on: the newest event of the cursor that is still part of this history. A restore may have taken some back.
-async fn continue_from(source: &Source, known: Cursor) -> Result<Cursor, EventError> {
-    if known.sequence == 0 {
-        return Ok(known);
-    }
-    let mut any_here = false;
-    for (sequence, event_id) in known.checkpoints() {
-        match source.at(sequence).await? {
-            Some(event) if event.event_id == event_id => {
-                if sequence < known.sequence {
-                    tracing::warn!(
-                        from = known.sequence,
-                        to = sequence,
-                        "the event log was set back, by a restore most likely; the stream goes on from where histories part"
-                    );
-                }
-                return Ok(known.back_to(sequence));
-            }
-            Some(_) => any_here = true,
-            None => {}
-        }
-    }
-    // Every event we know is gone. Trimmed from the start, if others follow; else the history is another one.
-    if !any_here && source.first_after(known.sequence).await?.is_some() {
-        return Ok(known);
-    }
-    tracing::warn!("the event log is another one than before; the stream begins at its start");
-    Ok(Cursor::default())
 }

@@ -149,6 +149,30 @@ metrics! {
     EVENT_DELAY: Kind::Histogram(LONG), "inner_universe.events.delay", "s", [];
     /// What stopped the event stream for a while. Kinds: `source` (the server), `collector`, `cursor` (its file).
     EVENT_ERRORS: Kind::Counter, "inner_universe.events.errors", "{error}", ["kind"];
+    /// Reducer calls in the log whose spans the collector has taken, or would have but for sampling. Reducers beyond the first 100 are `other`.
+    CALLS: Kind::Counter, "inner_universe.calls.sent", "{call}", ["database", "reducer"];
+    /// What stopped a database's call stream for a while. Kinds: `log`, `collector`, `cursor` (its file).
+    CALL_ERRORS: Kind::Counter, "inner_universe.calls.errors", "{error}", ["database", "kind"];
+    /// What the bundled module says it is: 0 initializing, 1 running, 2 degraded.
+    MODULE_STATE: Kind::Gauge, "inner_universe.module.state", "{state}", [];
+    /// Time since the module was first published.
+    MODULE_UPTIME: Kind::Gauge, "inner_universe.module.uptime", "s", [];
+    /// Entities in the module's database.
+    MODULE_ENTITIES: Kind::Gauge, "inner_universe.module.entities", "{entity}", [];
+    /// Relations in the module's database.
+    MODULE_RELATIONS: Kind::Gauge, "inner_universe.module.relations", "{relation}", [];
+    /// Events in the module's log, less those that were trimmed.
+    MODULE_EVENTS: Kind::Gauge, "inner_universe.module.events", "{event}", [];
+    /// Clients that are connected to the module.
+    MODULE_CLIENTS: Kind::Gauge, "inner_universe.module.clients", "{client}", [];
+    /// When the module last said so, Unix time of the server.
+    MODULE_STATUS_TIME: Kind::Gauge, "inner_universe.module.status.time", "s", [];
+    /// The latest measurement of each of the first 500 series that clients record in the module's `metric` table. A measurement's own labels come with the prefix `label_`.
+    MODULE_METRIC: Kind::Gauge, "inner_universe.module.metric", "{value}", ["metric", "unit"];
+    /// Looks at the module's tables that failed and were made again.
+    MODULE_ERRORS: Kind::Counter, "inner_universe.module.errors", "{error}", [];
+    /// Lines of modules' own logs that the collector has taken. Levels as the server writes them, in lower case.
+    MODULE_LOGS: Kind::Counter, "inner_universe.module.log.sent", "{line}", ["database", "level"];
     /// Calls of the heartbeat address. Outcomes: `ok`, `failed`, `withheld` (not healthy, so not called).
     HEARTBEATS: Kind::Counter, "inner_universe.heartbeat.calls", "{call}", ["outcome"];
     /// Requests to the sidecar's own HTTP interface.

@@ -15,8 +15,9 @@ use object_store::{
     Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, ObjectStore, ObjectStoreExt, PutMode,
     PutMultipartOptions, PutOptions, PutPayload, RetryConfig, UpdateVersion,
 };
-
 use opentelemetry::KeyValue;
+use tracing::field::Empty;
+use tracing::{Instrument as _, Span};
 
 use crate::clock::Stopwatch;
 use crate::config::RepositoryConfig;
@@ -192,10 +193,17 @@ impl Store {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let limit = self.timeout + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND);
         let took = Stopwatch::start();
-        let result = match tokio::time::timeout(limit, request).await {
+        // As a part of some work only: what the daemon asks on its own account (leases, looks) would be noise.
+        let span = if Span::current().is_none() {
+            Span::none()
+        } else {
+            tracing::info_span!("store", otel.name = operation.name(), otel.kind = "client", %key, outcome = Empty)
+        };
+        let result = match tokio::time::timeout(limit, request).instrument(span.clone()).await {
             Ok(result) => result.map_err(|error| RepositoryError::store(key, error)),
             Err(_) => Err(RepositoryError::Timeout { key: key.to_string(), after: limit }),
         };
+        span.record("outcome", outcome(&result));
         let labels = [KeyValue::new("operation", operation.name()), KeyValue::new("outcome", outcome(&result))];
         metrics::STORE_REQUESTS.record(took.elapsed_seconds(), &labels);
         result

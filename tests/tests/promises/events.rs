@@ -53,7 +53,7 @@ async fn record(client: &Client, count: u64) {
     }
 }
 
-/// Waits until an event span of every event is there.
+/// Waits until an event span of every event is there, and the span of its call.
 async fn wait(collector: &Collector, daemon: &Daemon, events: &BTreeMap<u64, (String, String)>) {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
@@ -61,10 +61,13 @@ async fn wait(collector: &Collector, daemon: &Daemon, events: &BTreeMap<u64, (St
         let seen: BTreeSet<_> =
             taken.spans.iter().filter_map(|span| span.attributes.get("inner_universe.event.id")).collect();
         let missing = events.values().find(|(id, _)| !seen.contains(id));
+        let ids: BTreeSet<_> = taken.spans.iter().map(|span| &span.id).collect();
+        let orphan = taken.spans.iter().find(|span| is_event(span) && !ids.contains(&span.parent));
+        let missing = missing.map(|(id, _)| id.clone()).or(orphan.map(|span| format!("the call of {span:?}")));
         let Some(missing) = missing else { return };
         assert!(
             Instant::now() < deadline,
-            "{missing:?} of {} does not come ({} seen): {}",
+            "{missing} of {} does not come ({} seen): {}",
             events.len(),
             seen.len(),
             daemon.log()
@@ -73,14 +76,19 @@ async fn wait(collector: &Collector, daemon: &Daemon, events: &BTreeMap<u64, (St
     }
 }
 
-fn check(collector: &Collector, events: &BTreeMap<u64, (String, String)>) {
+fn is_event(span: &Span) -> bool {
+    span.attributes.contains_key("inner_universe.event.id")
+}
+
+fn check(collector: &Collector, events: &BTreeMap<u64, (String, String)>, caller: &str) {
     let taken = collector.taken();
-    let calls: BTreeMap<&str, &Span> = taken
-        .spans
-        .iter()
-        .filter(|span| !span.attributes.contains_key("inner_universe.event.id"))
-        .map(|span| (span.id.as_str(), span))
-        .collect();
+    let mut calls: BTreeMap<&str, &Span> = BTreeMap::new();
+    for span in &taken.spans {
+        if !is_event(span) && span.attributes.contains_key("inner_universe.correlation_id") {
+            // What came twice is the same.
+            assert!(calls.insert(&span.id, span).is_none_or(|before| before == span), "{span:?}");
+        }
+    }
     let mut by_event: BTreeMap<&str, &Span> = BTreeMap::new();
     for span in &taken.spans {
         let Some(id) = span.attributes.get("inner_universe.event.id") else { continue };
@@ -90,6 +98,19 @@ fn check(collector: &Collector, events: &BTreeMap<u64, (String, String)>) {
         }
         let call = calls.get(span.parent.as_str()).unwrap_or_else(|| panic!("{id} has no parent"));
         assert_eq!((&call.trace, call.start), (&span.trace, span.start), "{id}");
+        // What the log tells of calls is there; only what was imported from elsewhere has no call in it.
+        let reducer = match span.name.as_str() {
+            "RECORDED" => Some("record_event"),
+            "ENTITY_CREATED" => Some("create_entity"),
+            "ENTITY_UPDATED" => Some("update_entity"),
+            _ => None,
+        };
+        if let Some(reducer) = reducer {
+            assert_eq!((call.name.as_str(), call.attributes["db.operation.name"].as_str()), (reducer, reducer));
+            assert_eq!(call.attributes["inner_universe.caller.identity"], caller);
+            assert!(call.attributes.contains_key("inner_universe.transaction.offset"));
+        }
+        assert_eq!(call.attributes["db.namespace"], "iu");
         assert_eq!(span.attributes["db.system.name"], "spacetimedb");
         assert_eq!(span.attributes["db.namespace"], "iu");
         assert_eq!(span.attributes["db.operation.name"], span.name);
@@ -106,12 +127,13 @@ fn check(collector: &Collector, events: &BTreeMap<u64, (String, String)>) {
         }
     }
     let logged: BTreeSet<_> =
-        taken.logs.iter().map(|(_, attributes, ..)| &attributes["inner_universe.event.id"]).collect();
+        taken.logs.iter().filter_map(|(_, attributes, ..)| attributes.get("inner_universe.event.id")).collect();
     for (event_id, _) in events.values() {
         assert!(logged.contains(event_id), "{event_id} has no log record");
     }
     for (_, attributes, trace, span) in &taken.logs {
-        let of = by_event[attributes["inner_universe.event.id"].as_str()];
+        let Some(id) = attributes.get("inner_universe.event.id") else { continue };
+        let of = by_event[id.as_str()];
         assert_eq!((trace, span), (&of.trace, &of.id));
     }
 }
@@ -238,7 +260,7 @@ async fn each_event_is_one_span_through_outages_kills_restarts_and_a_restore() {
     let all = truth(&client).await;
     wait(&collector, &daemon, &all).await;
     tokio::time::sleep(Duration::from_millis(1200)).await;
-    check(&collector, &all);
+    check(&collector, &all, &client.identity);
     let taken = collector.taken();
     check_order(&taken.spans);
     let updated = taken.spans.iter().find(|span| span.name == "ENTITY_UPDATED").expect("the update");
@@ -269,7 +291,7 @@ async fn each_event_is_one_span_through_outages_kills_restarts_and_a_restore() {
     assert!(after.len() < all.len() + 30);
     wait(&collector, &daemon, &after).await;
     tokio::time::sleep(Duration::from_millis(700)).await;
-    check(&collector, &after);
+    check(&collector, &after, &client.identity);
     assert_eq!(daemon.stop(), 0);
     server.kill();
 }
@@ -395,7 +417,7 @@ async fn a_store_that_others_wrote_has_each_of_100000_events_as_one_span_below_i
     client.publish("iu", tools::wasm("inner_universe_module")).await;
     std::fs::write(&scene.token, &client.token).expect("the token");
     let first = truth(&client).await.len() as u64 + 1;
-    // It deletes what is old, so these are of today.
+    // It deletes what is old, so these are of today, and from before this server's first call.
     let now =
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_micros() as i64;
     let event = |sequence: u64| {
@@ -404,7 +426,7 @@ async fn a_store_that_others_wrote_has_each_of_100000_events_as_one_span_below_i
             "event_id": format!("imported-{sequence}"),
             "event_type": "IMPORTED",
             "source": some("test"),
-            "timestamp": {"__timestamp_micros_since_unix_epoch__": now - EVENTS as i64 + (sequence / PER_CALL) as i64},
+            "timestamp": {"__timestamp_micros_since_unix_epoch__": now - 3_600_000_000 + (sequence / PER_CALL) as i64},
             "correlation_id": format!("operation-{}", sequence / PER_TRACE),
             "data": {"Custom": [{"name": "n", "value": {"UInt": sequence}}]},
         })

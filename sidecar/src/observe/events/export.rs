@@ -3,18 +3,17 @@
 use std::collections::HashSet;
 
 use opentelemetry::KeyValue;
-use opentelemetry::logs::{AnyValue, LogRecord as _, Logger as _, LoggerProvider as _, Severity};
-use opentelemetry::trace::TraceFlags;
-use opentelemetry_otlp::{LogExporter, SpanExporter};
+use opentelemetry::logs::Severity;
+use opentelemetry_otlp::SpanExporter;
 use opentelemetry_sdk::error::OTelSdkError;
-use opentelemetry_sdk::logs::{LogBatch, LogExporter as _, SdkLogger, SdkLoggerProvider};
 use opentelemetry_sdk::trace::{SamplingDecision, ShouldSample as _, SpanExporter as _};
 use parking_lot::Mutex;
 
 use crate::config::TelemetryConfig;
 use crate::module_bindings::{EventData, EventLog};
-use crate::observe::events::span::{EventIds, Spans, describe, time_of};
+use crate::observe::events::span::{EventIds, Spans, describe};
 use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::records::{Record, Records};
 use crate::observe::{metrics, provider};
 
 /// Event types that are counted under their own name; further ones are `other`.
@@ -31,9 +30,7 @@ pub struct ExportError {
 /// The way to the collector.
 pub struct Exporter {
     spans: Option<SpanExporter>,
-    logs: Option<LogExporter>,
-    /// Makes empty log records; it exports nothing.
-    blank: SdkLogger,
+    logs: Option<Records>,
     sampler: opentelemetry_sdk::trace::Sampler,
 }
 
@@ -50,38 +47,32 @@ impl Exporter {
     pub fn new(config: &TelemetryConfig, instance: &str) -> Result<Self, OtlpError> {
         let resource = provider::resource(config, instance);
         let mut spans = otlp::is_wanted(config, Signal::Traces).then(|| otlp::spans(config)).transpose()?;
-        let mut logs = otlp::is_wanted(config, Signal::Logs).then(|| otlp::logs(config)).transpose()?;
         if let Some(spans) = &mut spans {
             spans.set_resource(&resource);
         }
-        if let Some(logs) = &mut logs {
-            logs.set_resource(&resource);
-        }
-        let blank = SdkLoggerProvider::builder().build().logger(metrics::SCOPE);
-        Ok(Self { spans, logs, blank, sampler: config.sampler() })
+        Ok(Self { spans, logs: Records::new(config, instance)?, sampler: config.sampler() })
     }
 
-    /// Sends events in one request for each signal.
+    /// Sends events in one request for each signal. Calls from before `calls_since` come along.
     ///
     /// # Errors
     /// When the collector does not take them all; then all are to be sent again.
-    pub async fn send(&self, spans: &mut Spans, events: &[EventLog]) -> Result<(), ExportError> {
+    pub async fn send(&self, spans: &mut Spans, events: &[EventLog], calls_since: i64) -> Result<(), ExportError> {
         let failed = |signal| move |source| ExportError { signal, source };
         if let Some(exporter) = &self.spans {
             let (mut batch, mut last_call) = (Vec::with_capacity(events.len() * 2), None);
             for event in events {
                 if self.is_sampled(event) {
-                    spans.push(event, &mut last_call, &mut batch);
+                    spans.push(event, calls_since, &mut last_call, &mut batch);
                 }
             }
             if !batch.is_empty() {
                 exporter.export(batch).await.map_err(failed("spans"))?;
             }
         }
-        if let Some(exporter) = &self.logs {
-            let records: Vec<_> = events.iter().map(|event| self.log_record(spans.database(), event)).collect();
-            let batch: Vec<_> = records.iter().map(|record| (record, spans.scope())).collect();
-            exporter.export(LogBatch::new(&batch)).await.map_err(failed("log records"))?;
+        if let Some(records) = &self.logs {
+            let sending = records.send(spans.composer(), events.iter().map(log_record));
+            sending.await.map_err(failed("log records"))?;
         }
         count(events);
         Ok(())
@@ -94,23 +85,17 @@ impl Exporter {
         let result = self.sampler.should_sample(None, trace, "", &kind, &[], &[]);
         result.decision == SamplingDecision::RecordAndSample
     }
+}
 
-    fn log_record(&self, database: &str, event: &EventLog) -> opentelemetry_sdk::logs::SdkLogRecord {
-        let ids = EventIds::of(event);
-        let mut record = self.blank.create_log_record();
-        record.set_timestamp(time_of(event));
-        record.set_observed_timestamp(time_of(event));
-        record.set_severity_number(Severity::Info);
-        record.set_severity_text("INFO");
-        record.set_body(AnyValue::from(body(event)));
-        record.set_trace_context(ids.trace, ids.event, Some(TraceFlags::SAMPLED));
-        record.add_attribute("db.system.name", "spacetimedb");
-        record.add_attribute("db.namespace", database.to_owned());
-        record.add_attribute("event.name", event.event_type.clone());
-        for KeyValue { key, value, .. } in describe(event) {
-            record.add_attribute(key, AnyValue::from(value.as_str().into_owned()));
-        }
-        record
+fn log_record(event: &EventLog) -> Record {
+    let ids = EventIds::of(event);
+    Record {
+        time_micros: event.timestamp.to_micros_since_unix_epoch(),
+        severity: Severity::Info,
+        body: body(event),
+        event_name: event.event_type.clone(),
+        within: Some((ids.trace, ids.event)),
+        attributes: describe(event),
     }
 }
 

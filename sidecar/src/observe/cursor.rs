@@ -1,4 +1,4 @@
-//! How far events were sent, kept in the state directory.
+//! How far a stream was sent, kept in the state directory.
 
 use std::path::{Path, PathBuf};
 
@@ -6,24 +6,28 @@ use serde::{Deserialize, Serialize};
 
 use crate::durable::{self, FileError};
 use crate::ids::ContentHash;
+use crate::observe::server::{Database, Sequenced, SourceError};
 
-/// Older events by which a history is known again, besides the newest.
+/// Older places by which a history is known again, besides the newest.
 const CHECKPOINTS: usize = 24;
 
-/// The last event that was sent, and some before it at growing distances.
+/// What was sent last, and some places before it at growing distances.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Cursor {
-    /// 0: none was sent.
+    /// Of events the sequence of the last one, of calls one past the last transaction. 0: none was sent.
     pub sequence: u64,
     /// Sequence and id, oldest first; the last is the one at `sequence`, unless that was skipped to.
     known: Vec<(u64, String)>,
+    /// The server's time of the first call that was read, microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<i64>,
 }
 
 impl Cursor {
-    /// An event was sent.
-    pub fn advance(&mut self, sequence: u64, event_id: &str) {
+    /// Everything up to `sequence`, where `id` stands, was sent.
+    pub fn advance(&mut self, sequence: u64, id: &str) {
         self.sequence = sequence;
-        self.known.push((sequence, event_id.to_owned()));
+        self.known.push((sequence, id.to_owned()));
         if self.known.len() > CHECKPOINTS {
             self.thin();
         }
@@ -43,7 +47,7 @@ impl Cursor {
     pub fn back_to(&self, sequence: u64) -> Self {
         let known: Vec<_> = self.known.iter().filter(|(known, _)| *known <= sequence).cloned().collect();
         let newest = self.known.last().is_none_or(|(newest, _)| *newest <= sequence);
-        Self { sequence: if newest { self.sequence } else { sequence }, known }
+        Self { sequence: if newest { self.sequence } else { sequence }, known, since: self.since }
     }
 
     /// Drops the checkpoint whose neighbours are closest for their age, so that distances grow with age.
@@ -61,13 +65,48 @@ impl Cursor {
     }
 }
 
-/// `events-HASH.json`, one for each database.
+/// Where to go on: the newest row of the cursor that is still part of this history. A restore may have taken some back.
+///
+/// # Errors
+/// When the server cannot be asked.
+pub async fn continue_from<R: Sequenced>(database: &Database, known: Cursor) -> Result<Cursor, SourceError> {
+    if known.sequence == 0 {
+        return Ok(known);
+    }
+    let table = R::TABLE;
+    let mut any_here = false;
+    for (sequence, id) in known.checkpoints() {
+        match database.at::<R>(sequence).await? {
+            Some(row) if row.id() == id => {
+                if sequence < known.sequence {
+                    tracing::warn!(
+                        table,
+                        from = known.sequence,
+                        to = sequence,
+                        "the table was set back, by a restore most likely; the stream goes on from where histories part"
+                    );
+                }
+                return Ok(known.back_to(sequence));
+            }
+            Some(_) => any_here = true,
+            None => {}
+        }
+    }
+    // Every row we know is gone. Trimmed from the start, if others follow; else the history is another one.
+    if !any_here && database.first_after::<R>(known.sequence).await?.is_some() {
+        return Ok(known);
+    }
+    tracing::warn!(table, "the table is another one than before; the stream begins at its start");
+    Ok(Cursor::default())
+}
+
+/// `KIND-HASH.json`, one for each stream of each database.
 pub struct CursorFile(PathBuf);
 
 impl CursorFile {
-    pub fn new(state_dir: &Path, database: &str) -> Self {
+    pub fn new(state_dir: &Path, kind: &str, database: &str) -> Self {
         let hash = ContentHash::of(database.as_bytes()).to_string();
-        Self(state_dir.join(format!("events-{}.json", &hash[..16])))
+        Self(state_dir.join(format!("{kind}-{}.json", &hash[..16])))
     }
 
     /// `None` when nothing was kept, or nothing that can be read: then everything is sent once more.
@@ -76,7 +115,7 @@ impl CursorFile {
         match serde_json::from_slice(&bytes) {
             Ok(cursor) => Some(cursor),
             Err(error) => {
-                tracing::warn!(%error, path = %self.0.display(), "the event cursor cannot be read; all events are sent again");
+                tracing::warn!(%error, path = %self.0.display(), "the cursor cannot be read; everything is sent again");
                 None
             }
         }

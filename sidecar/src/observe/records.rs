@@ -1,0 +1,85 @@
+//! Log records composed from what databases recorded, and whether the collector took them.
+
+use opentelemetry::KeyValue;
+use opentelemetry::logs::{AnyValue, LogRecord as _, Logger as _, LoggerProvider as _, Severity};
+use opentelemetry::trace::{SpanId, TraceFlags, TraceId};
+use opentelemetry_otlp::LogExporter;
+use opentelemetry_sdk::error::OTelSdkError;
+use opentelemetry_sdk::logs::{LogBatch, LogExporter as _, SdkLogRecord, SdkLogger, SdkLoggerProvider};
+
+use crate::config::TelemetryConfig;
+use crate::observe::composed::{Composer, time_of};
+use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::{metrics, provider};
+
+/// The way to a collector of log records.
+pub struct Records {
+    exporter: LogExporter,
+    /// Makes empty log records; it exports nothing.
+    blank: SdkLogger,
+}
+
+/// What a log record says.
+pub struct Record {
+    pub time_micros: i64,
+    pub severity: Severity,
+    pub body: String,
+    pub event_name: String,
+    pub within: Option<(TraceId, SpanId)>,
+    pub attributes: Vec<KeyValue>,
+}
+
+impl Records {
+    /// `None` when nobody wants log records.
+    ///
+    /// # Errors
+    /// When the configuration cannot be used.
+    pub fn new(config: &TelemetryConfig, instance: &str) -> Result<Option<Self>, OtlpError> {
+        if !otlp::is_wanted(config, Signal::Logs) {
+            return Ok(None);
+        }
+        let mut exporter = otlp::logs(config)?;
+        exporter.set_resource(&provider::resource(config, instance));
+        let blank = SdkLoggerProvider::builder().build().logger(metrics::SCOPE);
+        Ok(Some(Self { exporter, blank }))
+    }
+
+    /// Sends records about one database in one request.
+    ///
+    /// # Errors
+    /// When the collector does not take them all; then all are to be sent again.
+    pub async fn send(&self, composer: &Composer, records: impl Iterator<Item = Record>) -> Result<(), OTelSdkError> {
+        let records: Vec<_> = records.map(|record| self.compose(composer, record)).collect();
+        if records.is_empty() {
+            return Ok(());
+        }
+        let batch: Vec<_> = records.iter().map(|record| (record, composer.scope())).collect();
+        self.exporter.export(LogBatch::new(&batch)).await
+    }
+
+    fn compose(&self, composer: &Composer, from: Record) -> SdkLogRecord {
+        let mut record = self.blank.create_log_record();
+        let at = time_of(from.time_micros);
+        record.set_timestamp(at);
+        record.set_observed_timestamp(at);
+        record.set_severity_number(from.severity);
+        record.set_severity_text(from.severity.name());
+        record.set_body(AnyValue::from(from.body));
+        if let Some((trace, span)) = from.within {
+            record.set_trace_context(trace, span, Some(TraceFlags::SAMPLED));
+        }
+        record.add_attribute("db.system.name", "spacetimedb");
+        record.add_attribute("db.namespace", composer.database().to_owned());
+        record.add_attribute("event.name", from.event_name);
+        for KeyValue { key, value, .. } in from.attributes {
+            let value = match value {
+                opentelemetry::Value::Bool(value) => AnyValue::Boolean(value),
+                opentelemetry::Value::I64(value) => AnyValue::Int(value),
+                opentelemetry::Value::F64(value) => AnyValue::Double(value),
+                other => AnyValue::from(other.as_str().into_owned()),
+            };
+            record.add_attribute(key, value);
+        }
+        record
+    }
+}

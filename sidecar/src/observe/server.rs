@@ -1,0 +1,183 @@
+//! What the server is asked over HTTP: rows in SQL ranges of a sequence, and reducer calls.
+//!
+//! With `events/source.rs` the only room that knows how this release of the server speaks; see ARCHITECTURE.md on server
+//! versions.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::{ServerConfig, SpacetimedbConfig};
+
+/// What can go wrong with the server.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("read the token in {path}: {reason}; correct spacetimedb_config.token_file")]
+    Token { path: String, reason: String },
+    #[error("ask the server at {url}: {reason}; check that it runs, and spacetimedb_config.url")]
+    Unreachable { url: String, reason: String },
+    #[error(
+        "the server refused what was asked of the database ({status}): {said}; check spacetimedb_config.database and \
+         token_file"
+    )]
+    Refused { status: u16, said: String },
+    #[error("the server's answer is not understood: {0}")]
+    Answer(String),
+    #[error("the subscription to the event log ended: {0}")]
+    Subscription(String),
+}
+
+/// A row of a table whose key is a sequence without holes, but for what was trimmed from its start.
+pub trait Sequenced: Sized + Send + 'static {
+    const TABLE: &'static str;
+    const KEY: &'static str;
+    /// The row in the server's JSON: products are arrays, sums a tag and a payload, times an array of microseconds.
+    type Json: DeserializeOwned + Send;
+
+    /// # Errors
+    /// What about the row is not understood.
+    fn from_json(row: Self::Json) -> Result<Self, String>;
+    fn sequence(&self) -> u64;
+    /// By which it is known again should another row come to have its sequence.
+    fn id(&self) -> String;
+}
+
+/// One database on the server.
+pub struct Database {
+    client: reqwest::Client,
+    pub(super) url: String,
+    pub(super) name: String,
+    pub(super) token: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Answer<T> {
+    rows: Vec<T>,
+}
+
+impl Database {
+    /// # Errors
+    /// When the token cannot be read.
+    pub fn new(config: &SpacetimedbConfig, server: &ServerConfig, name: &str) -> Result<Self, SourceError> {
+        let token = match &config.token_file {
+            Some(path) => {
+                let refuse = |reason: String| SourceError::Token { path: path.display().to_string(), reason };
+                let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+                let token = text.trim().to_owned();
+                if token.is_empty() || token.chars().any(|c| c.is_whitespace() || c.is_control()) {
+                    return Err(refuse("it holds no token on a line of its own".into()));
+                }
+                Some(token)
+            }
+            None => None,
+        };
+        let url = config.server_url();
+        let timeout = Duration::from_millis(server.timeout_ms);
+        let client = crate::observe::otlp::client(timeout, None)
+            .map_err(|error| SourceError::Unreachable { url: url.clone(), reason: error.to_string() })?;
+        Ok(Self { client, url, name: name.to_owned(), token })
+    }
+
+    /// Rows after `after` up to and including `until`, in order.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn range<R: Sequenced>(&self, after: u64, until: u64) -> Result<Vec<R>, SourceError> {
+        self.select(&format!("{key} > {after} AND {key} <= {until}", key = R::KEY)).await
+    }
+
+    /// One row.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn at<R: Sequenced>(&self, sequence: u64) -> Result<Option<R>, SourceError> {
+        Ok(self.select(&format!("{} = {sequence}", R::KEY)).await?.pop())
+    }
+
+    /// The sequence of the first row after `after`. The server knows no order, so the place is halved.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn first_after<R: Sequenced>(&self, after: u64) -> Result<Option<u64>, SourceError> {
+        let key = R::KEY;
+        let Some(any) = self.select::<R>(&format!("{key} > {after} LIMIT 1")).await?.pop() else { return Ok(None) };
+        let (mut low, mut found) = (after, any.sequence());
+        while found > low + 1 {
+            let middle = low + (found - low) / 2;
+            match self.select::<R>(&format!("{key} > {low} AND {key} <= {middle} LIMIT 1")).await?.pop() {
+                Some(row) => found = row.sequence(),
+                None => low = middle,
+            }
+        }
+        Ok(Some(found))
+    }
+
+    async fn select<R: Sequenced>(&self, condition: &str) -> Result<Vec<R>, SourceError> {
+        let bytes = self.sql(format!("SELECT * FROM {} WHERE {condition}", R::TABLE)).await?;
+        // Reading ten thousand rows takes a moment that others should not have to wait for.
+        let parsed = tokio::task::spawn_blocking(move || {
+            let mut rows = parse::<R::Json>(&bytes)?
+                .into_iter()
+                .map(|row| R::from_json(row).map_err(|reason| SourceError::Answer(format!("{}: {reason}", R::TABLE))))
+                .collect::<Result<Vec<_>, _>>()?;
+            rows.sort_by_key(R::sequence);
+            Ok(rows)
+        });
+        parsed.await.map_err(|error| SourceError::Answer(error.to_string()))?
+    }
+
+    /// Every row of a small table.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn all<T: DeserializeOwned>(&self, table: &str) -> Result<Vec<T>, SourceError> {
+        parse(&self.sql(format!("SELECT * FROM {table}")).await?)
+    }
+
+    /// Calls a reducer that takes no arguments.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, or the reducer refuses.
+    pub async fn call(&self, reducer: &str) -> Result<(), SourceError> {
+        self.post(&format!("call/{reducer}"), "[]".into()).await.map(drop)
+    }
+
+    async fn sql(&self, statement: String) -> Result<bytes::Bytes, SourceError> {
+        self.post("sql", statement).await
+    }
+
+    async fn post(&self, path: &str, body: String) -> Result<bytes::Bytes, SourceError> {
+        let unreachable =
+            |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
+        let mut request = self.client.post(format!("{}/v1/database/{}/{path}", self.url, self.name)).body(body);
+        if path != "sql" {
+            request = request.header(http::header::CONTENT_TYPE, "application/json");
+        }
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        let answer = request.send().await.map_err(unreachable)?;
+        let status = answer.status();
+        let bytes = answer.bytes().await.map_err(unreachable)?;
+        if !status.is_success() {
+            let said = String::from_utf8_lossy(&bytes).chars().take(300).collect();
+            return Err(SourceError::Refused { status: status.as_u16(), said });
+        }
+        Ok(bytes)
+    }
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
+    let answers: Vec<Answer<T>> =
+        serde_json::from_slice(bytes).map_err(|error| SourceError::Answer(error.to_string()))?;
+    Ok(answers.into_iter().flat_map(|answer| answer.rows).collect())
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,233 @@
+//! The benchmark of the event stream: events a second beside what the SDK alone delivers, and memory while a long backlog
+//! waits for a collector that is out.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a benchmark measures and prints")]
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::http::StatusCode;
+use harness::client::{Client, some};
+use harness::daemon::Daemon;
+use harness::server::Server;
+use harness::sidecar::{Sidecar, path};
+use harness::tools;
+use inner_universe::module_bindings::{DbConnection, EventLogTableAccess as _};
+use serde_json::json;
+use spacetimedb_sdk::{DbContext as _, Table as _};
+
+const ROUNDS: usize = 3;
+/// Events of one comparison: the SDK keeps each of them in memory.
+const COMPARED: u64 = 100_000;
+
+/// A collector that takes or refuses everything and looks at nothing.
+#[derive(Clone, Default)]
+struct Sink {
+    down: Arc<AtomicBool>,
+    refused: Arc<AtomicU64>,
+}
+
+impl Sink {
+    async fn start(&self) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        let sink = self.clone();
+        let take = move |body: Body| {
+            let sink = sink.clone();
+            async move {
+                if sink.down.load(Ordering::SeqCst) {
+                    sink.refused.fetch_add(1, Ordering::SeqCst);
+                    return StatusCode::SERVICE_UNAVAILABLE;
+                }
+                let taken = axum::body::to_bytes(body, 64 << 20).await;
+                if taken.is_ok() { StatusCode::OK } else { StatusCode::BAD_REQUEST }
+            }
+        };
+        let router = axum::Router::new().fallback(take);
+        tokio::spawn(async move { axum::serve(listener, router).await.expect("serve") });
+        address
+    }
+}
+
+#[tokio::main]
+async fn main() {
+    let backlog: u64 = std::env::args().nth(1).map_or(1_200_000, |text| text.parse().expect("events"));
+    let scratch = tempfile::tempdir().expect("a directory");
+    let (data, keys) = (scratch.path().join("data"), scratch.path().join("keys"));
+    let token = scratch.path().join("token");
+    let server = Server::start(&data, &keys).await;
+    let client = server.client().await;
+    client.publish("iu", tools::wasm("inner_universe_module")).await;
+    std::fs::write(&token, &client.token).expect("the token");
+    println!("writing {backlog} events of 600 bytes");
+    let first = client.sql("iu", "select * from event_log").await.len() as u64 + 1;
+    import(&client, first, backlog).await;
+    let last = first + backlog - 1;
+
+    let sink = Sink::default();
+    let endpoint = sink.start().await;
+    let port = server.url.rsplit(':').next().expect("a port").to_owned();
+    let settings = [
+        ("SPACETIMEDB_CONFIG__PORT", port.as_str()),
+        ("SPACETIMEDB_CONFIG__DATABASE", "iu"),
+        ("SPACETIMEDB_CONFIG__TOKEN_FILE", path(&token)),
+        ("TELEMETRY__OTLP_ENDPOINT", endpoint.as_str()),
+        ("REPOSITORY__LEASE_DURATION", "3s"),
+    ];
+    println!("a backlog, and the collector out");
+    sink.down.store(true, Ordering::SeqCst);
+    let sidecar = Sidecar::at(&scratch.path().join("repository"));
+    let mut daemon = Daemon::start(&sidecar, &data, &settings, &[]);
+    daemon.wait("the archive", |status| status.databases.iter().any(|found| found.archived_offset.is_some()));
+    let before = sink.refused.load(Ordering::SeqCst);
+    while sink.refused.load(Ordering::SeqCst) < before + 20 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let waiting = resident(daemon.pid());
+    println!("the collector takes everything");
+    sink.down.store(false, Ordering::SeqCst);
+    let started = Instant::now();
+    wait_sent(&mut daemon, last).await;
+    let all = backlog as f64 / started.elapsed().as_secs_f64();
+    let sending = resident(daemon.pid());
+    assert_eq!(daemon.stop(), 0);
+
+    let mut rates = Vec::new();
+    for round in 0..ROUNDS {
+        println!("round {} of {ROUNDS}", round + 1);
+        let from = last - COMPARED.min(backlog);
+        let sdk = sdk_alone(&server.url, &client.token, from, last).await;
+        // As if everything before had been sent by an earlier run.
+        let sidecar = Sidecar::at(&scratch.path().join(format!("repository-{round}")));
+        let mut daemon = Daemon::start(&sidecar, &data, &[&settings[..3], &settings[4..]].concat(), &[]);
+        daemon.wait("the archive", |status| status.databases.iter().any(|found| found.archived_offset.is_some()));
+        assert_eq!(daemon.stop(), 0);
+        set_cursor(&sidecar, from);
+        let mut daemon = Daemon::start(&sidecar, &data, &settings, &[]);
+        while sent(&mut daemon).await == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let (started, before) = (Instant::now(), sent(&mut daemon).await);
+        let due = last - from;
+        while sent(&mut daemon).await < due {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let ours = (due - before) as f64 / started.elapsed().as_secs_f64();
+        assert_eq!(daemon.stop(), 0);
+        rates.push((sdk, ours));
+    }
+    rates.sort_by(|a, b| (a.1 / a.0).total_cmp(&(b.1 / b.0)));
+    let ratio = |(sdk, ours): (f64, f64)| ours / sdk;
+    let (sdk, ours) = rates[ROUNDS / 2];
+    let mut text = String::from("# Benchmark of the event stream\n\n");
+    let _ = writeln!(
+        text,
+        "Written by `cargo xtask bench events`: a real server with {backlog} events of 600 bytes, the release binary, a \
+         collector that takes everything over OTLP/HTTP and looks at nothing, all on the same {} cores.\n",
+        std::thread::available_parallelism().map_or(0, usize::from)
+    );
+    text += "| what | figure |\n|---|---|\n";
+    let _ =
+        writeln!(text, "| events a second that the SDK alone delivers, {COMPARED} in one subscription | {sdk:.0} |");
+    let _ =
+        writeln!(text, "| events a second from the server to the collector, as spans and log records | {ours:.0} |");
+    let _ = writeln!(
+        text,
+        "| ratio, median of {ROUNDS} (target: at least 0.9) | {:.2} ({:.2} to {:.2}) |",
+        ratio(rates[ROUNDS / 2]),
+        ratio(rates[0]),
+        ratio(rates[ROUNDS - 1])
+    );
+    let _ = writeln!(text, "| events a second through the whole backlog | {all:.0} |");
+    let _ = writeln!(
+        text,
+        "| peak resident memory with the backlog and the collector out (target: at most 96 MiB) | {waiting:.0} MiB |"
+    );
+    let _ = writeln!(text, "| its peak once all was sent | {sending:.0} MiB |");
+    println!("{text}");
+    let docs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/benchmarks-events.md");
+    std::fs::write(docs, text).expect("write docs/benchmarks-events.md");
+    server.kill();
+}
+
+/// Loads events, a thousand a call, each row about 600 bytes.
+async fn import(client: &Client, from: u64, count: u64) {
+    let filler = "x".repeat(470);
+    let mut at = from;
+    while at < from + count {
+        let until = (at + 1000).min(from + count);
+        let event = |sequence: u64| {
+            json!({
+                "sequence": sequence,
+                "event_id": format!("imported-{sequence:012}"),
+                "event_type": format!("IMPORTED_{}", sequence % 5),
+                "source": some("bench"),
+                "timestamp": {"__timestamp_micros_since_unix_epoch__": 1_700_000_000_000_000_i64 + sequence as i64},
+                "correlation_id": format!("operation-{:08}", sequence / 3),
+                "data": {"Text": filler},
+            })
+        };
+        let events: Vec<_> = (at..until).map(event).collect();
+        client.call("iu", "import_events", json!([events])).await.expect("import");
+        at = until;
+    }
+}
+
+/// Rows a second of one subscription, from asking until the last row was handed over.
+async fn sdk_alone(url: &str, token: &str, after: u64, last: u64) -> f64 {
+    let (url, token) = (url.to_owned(), token.to_owned());
+    let rows = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&rows);
+    let connect = move || {
+        let builder = DbConnection::builder().with_uri(url).with_module_name("iu").with_token(Some(token));
+        builder.build().expect("connect")
+    };
+    let connection = tokio::task::spawn_blocking(connect).await.expect("connect");
+    connection.db().event_log().on_insert(move |_, event| {
+        // What a consumer does at least: it takes the row.
+        std::hint::black_box(event.clone());
+        counted.fetch_add(1, Ordering::SeqCst);
+    });
+    connection.run_threaded();
+    let started = Instant::now();
+    let subscription = connection.subscription_builder().on_error(|_, error| panic!("{error}"));
+    let _subscription = subscription.subscribe(format!("SELECT * FROM event_log WHERE sequence > {after}"));
+    while rows.load(Ordering::SeqCst) < last - after {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let rate = (last - after) as f64 / started.elapsed().as_secs_f64();
+    connection.disconnect().expect("disconnect");
+    rate
+}
+
+fn set_cursor(sidecar: &Sidecar, sequence: u64) {
+    let dirs = std::fs::read_dir(sidecar.state_dir()).expect("list").flatten().map(|entry| entry.path());
+    let dir = dirs.filter(|path| path.is_dir()).last().expect("the daemon's notes");
+    let hash = inner_universe::ids::ContentHash::of(b"iu").to_string();
+    let cursor = json!({"sequence": sequence, "known": [[sequence, format!("imported-{sequence:012}")]]});
+    std::fs::write(dir.join(format!("events-{}.json", &hash[..16])), cursor.to_string()).expect("write the cursor");
+}
+
+/// Events that the collector has taken from this daemon.
+async fn sent(daemon: &mut Daemon) -> u64 {
+    let Some(address) = daemon.status().and_then(|status| status.http) else { return 0 };
+    let Ok(answer) = harness::client::http().get(format!("{address}/metrics")).send().await else { return 0 };
+    let text = answer.text().await.unwrap_or_default();
+    let counts = text.lines().filter(|line| line.starts_with("inner_universe_events_sent_total"));
+    counts.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>() as u64
+}
+
+async fn wait_sent(daemon: &mut Daemon, due: u64) {
+    while sent(daemon).await < due {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn resident(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
+}
