@@ -22,7 +22,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use opentelemetry::KeyValue;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -78,6 +78,19 @@ struct NewRestorePoint {
     /// A name to find the restore point by.
     #[schemars(length(min = 1, max = 200))]
     label: Option<String>,
+}
+
+/// The answer of `/v1/health`.
+#[derive(Debug, Serialize, JsonSchema)]
+struct Health {
+    /// Is everything being archived?
+    ready: bool,
+    /// Why not.
+    reasons: Vec<String>,
+    /// Has archiving begun, so that there is something to tell?
+    archiving: bool,
+    /// Must who reads more than this give the token?
+    token_required: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +158,15 @@ fn endpoints() -> Vec<Endpoint> {
             ],
             &[],
             ready,
+        ),
+        get(
+            "health",
+            "/v1/health",
+            Access::Open,
+            "What /readyz says, with status 200 either way, for pages and scripts",
+            vec![(200, "Ready or not, and why.", json_of::<Health>())],
+            &[],
+            |server, asked| async move { Ok(axum::Json(health(&server, &asked.headers)).into_response()) }.boxed(),
         ),
         get(
             "metrics",
@@ -352,16 +374,22 @@ fn page(_: Arc<Server>, _: Asked) -> BoxFuture<'static, Result<Response, Refusal
 
 fn ready(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Response, Refusal>> {
     async move {
-        let mut found = readiness(&server.state.status(), &server.config);
-        // Reasons name databases and stores.
-        if !server.guard.may_read(&asked.headers) {
-            found.reasons.truncate(1);
-            found.reasons.iter_mut().for_each(|reason| *reason = "give the token to see the reasons".into());
-        }
-        let status = if found.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        Ok((status, axum::Json(found)).into_response())
+        let Health { ready, reasons, .. } = health(&server, &asked.headers);
+        let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        Ok((status, axum::Json(Readiness { ready, reasons })).into_response())
     }
     .boxed()
+}
+
+fn health(server: &Server, headers: &HeaderMap) -> Health {
+    let Readiness { ready, mut reasons } = readiness(&server.state.status(), &server.config);
+    // Reasons name databases and stores.
+    if !server.guard.may_read(headers) {
+        reasons.truncate(1);
+        reasons.iter_mut().for_each(|reason| *reason = "give the token to see the reasons".into());
+    }
+    let archiving = server.daemon.get().is_some();
+    Health { ready, reasons, archiving, token_required: server.config.http.token.is_some() }
 }
 
 fn metrics(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Response, Refusal>> {
@@ -428,6 +456,7 @@ fn create(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Respon
             return Err(refuse(format!("a label has 1 to {MAX_LABEL} characters, none of them control characters")));
         }
         let daemon = Arc::clone(server.daemon()?);
+        server.guard.pull()?;
         // It is finished even if who asked goes away.
         let made = tokio::spawn(async move { daemon.restore_point(wanted.label).await });
         let report = made.await.map_err(Refusal::failed)?.map_err(Refusal::failed)?;
@@ -439,6 +468,7 @@ fn create(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Respon
 fn verify(server: Arc<Server>, _: Asked) -> BoxFuture<'static, Result<Response, Refusal>> {
     async move {
         let daemon = Arc::clone(server.daemon()?);
+        server.guard.pull()?;
         let done = tokio::spawn(async move { daemon.verify().await });
         match done.await.map_err(Refusal::failed)?.map_err(Refusal::failed)? {
             Some(report) => Ok(axum::Json(report).into_response()),

@@ -25,6 +25,8 @@ mod module;
 mod observe;
 #[path = "promises/official.rs"]
 mod official;
+#[path = "promises/page.rs"]
+mod page;
 #[path = "promises/random_logs.rs"]
 mod random_logs;
 #[path = "promises/restore_exact.rs"]

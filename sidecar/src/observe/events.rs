@@ -113,7 +113,7 @@ pub async fn run(
 
 /// One run of the stream, until something fails.
 struct Stream<'a> {
-    source: Database,
+    source: Arc<Database>,
     exporter: Exporter,
     spans: &'a mut Spans,
     cursor: Cursor,
@@ -133,7 +133,7 @@ impl<'a> Stream<'a> {
         calls: watch::Receiver<Since>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, EventError> {
-        let source = Database::new(&config.spacetimedb_config, &config.server_config, database)?;
+        let source = Arc::new(Database::new(&config.spacetimedb_config, &config.server_config, database)?);
         let exporter = Exporter::new(&config.telemetry, instance)?;
         let known = file.read().unwrap_or_default();
         let cursor = continue_from::<EventLog>(&source, known).await?;
@@ -155,26 +155,29 @@ impl<'a> Stream<'a> {
         result
     }
 
-    /// Reads what is behind in ranges of the sequence, until a range is not full.
+    /// Reads what is behind in ranges of the sequence, the next one while one is sent, until a range is not full.
     async fn catch_up(&mut self) -> Result<(), EventError> {
+        let source = Arc::clone(&self.source);
+        let range = |after: u64| source.range::<EventLog>(after, after.saturating_add(WINDOW));
+        let mut after = self.cursor.sequence;
+        let mut events = range(after).await?;
         loop {
-            let after = self.cursor.sequence;
-            let events = self.source.range::<EventLog>(after, after.saturating_add(WINDOW)).await?;
             let Some(last) = events.last().map(|event| event.sequence) else {
                 // Nothing here; the log may have been trimmed past this window.
-                match self.source.first_after::<EventLog>(after).await? {
-                    Some(next) if next > after.saturating_add(1) => {
-                        self.cursor.skip_to(next - 1);
-                        continue;
-                    }
-                    Some(_) => continue,
-                    None => return Ok(()),
+                let Some(next) = source.first_after::<EventLog>(after).await? else { return Ok(()) };
+                if next > after.saturating_add(1) {
+                    after = next - 1;
+                    self.cursor.skip_to(after);
                 }
+                events = range(after).await?;
+                continue;
             };
-            self.send(events).await?;
             if last < after.saturating_add(WINDOW / 2) {
-                return Ok(());
+                return self.send(events).await;
             }
+            let (sent, following) = tokio::join!(self.send(events), range(last));
+            sent?;
+            (after, events) = (last, following?);
         }
     }
 

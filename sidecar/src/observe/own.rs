@@ -80,19 +80,20 @@ impl OwnTelemetry {
 /// A span of our own work, with what [`traced`] and the log fill in.
 macro_rules! work_span {
     ($name:literal $(, $($fields:tt)*)?) => {
-        $crate::observe::own::identified(tracing::info_span!(
+        tracing::info_span!(
             $name,
             trace_id = tracing::field::Empty,
             otel.status_code = tracing::field::Empty,
             otel.status_description = tracing::field::Empty,
             $($($fields)*)?
-        ))
+        )
     };
 }
 pub(crate) use work_span;
 
 /// Works inside a span, and tells it how that ended.
 pub async fn traced<T, E: Display>(span: Span, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    identify(&span);
     let result = work.instrument(span.clone()).await;
     if let Err(error) = &result {
         span.record("otel.status_code", "ERROR");
@@ -101,14 +102,12 @@ pub async fn traced<T, E: Display>(span: Span, work: impl Future<Output = Result
     result
 }
 
-/// Tells the log which trace a span belongs to. The span declares `trace_id` as empty.
-pub fn identified(span: Span) -> Span {
-    let context = span.context();
-    let trace = context.span().span_context().trace_id();
+/// Tells the log which trace a span belongs to. Begins the span: it has its parent from now on.
+fn identify(span: &Span) {
+    let trace = span.context().span().span_context().trace_id();
     if trace != TraceId::INVALID {
         span.record("trace_id", tracing::field::display(trace));
     }
-    span
 }
 
 /// A span that began before we knew of it, ended when dropped.
@@ -122,11 +121,11 @@ impl Earlier {
         Self(Context::new().with_span(tracer.build_with_context(builder, &Context::new())))
     }
 
-    /// Puts `span` below.
+    /// Puts `span`, which has not begun, below.
     pub fn above(&self, span: Span) -> Span {
         // Without a collector there is no layer that could take it.
         let _ = span.set_parent(self.0.clone());
-        identified(span)
+        span
     }
 
     /// It came to nothing.

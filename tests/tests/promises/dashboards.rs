@@ -82,6 +82,65 @@ fn dashboards_are_whole_and_ask_only_for_metrics_that_are_declared() {
     }
 }
 
+/// Grafana's own types for what it loads: a dashboard as a whole, and the options of each kind of panel.
+const TYPES: &str = r#"
+import type { Dashboard } from "@grafana/schema/dist/esm/raw/dashboard/x/Dashboard_types.gen";
+import type * as timeseries from "@grafana/schema/dist/esm/raw/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen";
+import type * as stat from "@grafana/schema/dist/esm/raw/composable/stat/panelcfg/x/StatPanelCfg_types.gen";
+import type * as table from "@grafana/schema/dist/esm/raw/composable/table/panelcfg/x/TablePanelCfg_types.gen";
+import type * as logs from "@grafana/schema/dist/esm/raw/composable/logs/panelcfg/x/LogsPanelCfg_types.gen";
+// JSON has the values of enumerations, not their names.
+type Plain<T> = T extends string ? `${T}` : T extends number | boolean | null | undefined ? T
+  : T extends (...a: never[]) => unknown ? T : T extends object ? { [K in keyof T]?: Plain<T[K]> } : T;
+type Whole<T> = T extends string ? `${T}` : T extends number | boolean | null | undefined ? T
+  : T extends (...a: never[]) => unknown ? T : T extends object ? { [K in keyof T]: Whole<T[K]> } : T;
+"#;
+
+/// Runs the TypeScript compiler over `source`; what it says, if anything.
+fn type_check(modules: &Path, source: &str) -> String {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::os::unix::fs::symlink(modules, dir.path().join("node_modules")).expect("link");
+    std::fs::write(dir.path().join("dashboards.ts"), source).expect("write");
+    let options = ["--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext", "--moduleResolution", "nodenext"];
+    let mut compiler = Command::new(modules.join(".bin/tsc"));
+    let output = compiler.args(options).arg("dashboards.ts").current_dir(dir.path()).output().expect("tsc");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.success(), said.trim().is_empty(), "{said}");
+    said
+}
+
+#[test]
+fn dashboards_are_of_the_types_that_grafana_publishes() {
+    let Some(modules) = std::env::var_os("INNER_UNIVERSE_GRAFANA_TYPES").map(PathBuf::from) else {
+        println!("skipped: Grafana's types are not installed; `cargo xtask test --all` installs them");
+        return;
+    };
+    let mut source = TYPES.to_owned();
+    for (at, (_, dashboard)) in dashboards().into_iter().enumerate() {
+        source += &format!("export const dashboard{at}: Whole<Dashboard> = {dashboard};\n");
+        for panel in dashboard["panels"].as_array().expect("panels") {
+            let (kind, id) = (panel["type"].as_str().expect("a type"), &panel["id"]);
+            if kind == "row" {
+                continue;
+            }
+            source += &format!("export const options{at}_{id}: Plain<{kind}.Options> = {};\n", panel["options"]);
+            let custom = &panel["fieldConfig"]["defaults"]["custom"];
+            if matches!(kind, "timeseries" | "table") && !custom.is_null() {
+                source += &format!("export const custom{at}_{id}: Plain<{kind}.FieldConfig> = {custom};\n");
+            }
+        }
+    }
+    assert_eq!(type_check(&modules, &source), "");
+    // And what is wrong is seen.
+    let wrong = |from: &str, to: &str| {
+        assert!(source.contains(from), "{from}");
+        assert!(!type_check(&modules, &source.replace(from, to)).is_empty(), "{to} passes");
+    };
+    wrong("\"schemaVersion\":39", "\"schemaVersion\":\"39\"");
+    wrong("\"showPoints\":\"never\"", "\"showPoints\":\"seldom\"");
+    wrong("\"gridPos\":", "\"gridPosition\":");
+}
+
 #[test]
 fn every_alert_has_a_severity_a_summary_and_a_section_in_the_runbook() {
     let rules = std::fs::read_to_string(root().join("prometheus/alerts.yaml")).expect("alerts");
@@ -220,7 +279,7 @@ async fn every_panel_and_recording_rule_finds_data_on_a_real_prometheus() {
         let name = rule.lines().next().expect("a name").trim().to_owned();
         open.push((format!("recording rule {name}"), name));
     }
-    let (deadline, mut n) = (Instant::now() + Duration::from_secs(180), 0);
+    let (deadline, mut n) = (Instant::now() + Duration::from_secs(180), 0_u32);
     while !open.is_empty() {
         n += 1;
         let data = json!({"Text": format!("event {n}")});
@@ -229,6 +288,7 @@ async fn every_panel_and_recording_rule_finds_data_on_a_real_prometheus() {
             .await
             .expect("record");
         client.call("iu", "create_entity", json!([format!("e{n}"), "star", "{}"])).await.expect("create");
+        client.call("iu", "record_metric", json!(["tick", f64::from(n), "1", []])).await.expect("record");
         let mut still = Vec::new();
         for (place, expression) in open {
             let found = prometheus.query(&expression).await;

@@ -242,15 +242,17 @@ async fn status_measurements_versions_and_logs_of_modules_and_the_sidecars_own_w
     // The sidecar's own work: from the commit to the object, and what it said meanwhile.
     client.call("iu", "create_entity", json!(["moon", "moon", "{}"])).await.expect("create");
     sidecar.run(["backup", "create", "--data-dir", path(&data)]).ok();
-    let made = |taken: &Taken| taken.spans.iter().any(|span| span.name == "restore point");
-    let taken = until(&collector, &daemon, "our own spans", made).await;
-    let by_id: BTreeMap<_, _> = taken.spans.iter().map(|span| (span.id.as_str(), span)).collect();
-    let put = |span: &&Span| {
-        span.name == "put" && by_id.get(span.parent.as_str()).is_some_and(|parent| parent.name == "archive")
+    // A span is sent when it ends, so the outermost comes last.
+    let chain = |taken: &Taken| {
+        let above = |span: &Span| taken.spans.iter().find(|found| found.id == span.parent).cloned();
+        taken.spans.iter().filter(|span| span.name == "put").find_map(|put| {
+            let archive = above(put).filter(|archive| archive.name == "archive")?;
+            Some((put.clone(), above(&archive)?, archive))
+        })
     };
-    let put = taken.spans.iter().find(put).expect("an object was written below `archive`");
-    let archive = by_id[put.parent.as_str()];
-    let whole = by_id[archive.parent.as_str()];
+    let made = |taken: &Taken| taken.spans.iter().any(|span| span.name == "restore point");
+    let taken = until(&collector, &daemon, "our own spans", |taken| made(taken) && chain(taken).is_some()).await;
+    let (put, whole, archive) = chain(&taken).expect("an object was written below `archive`");
     assert_eq!((whole.name.as_str(), whole.parent.as_str()), ("commit to object", ""));
     assert!(whole.trace == put.trace && archive.trace == put.trace);
     assert!(whole.start <= archive.start, "it begins with the commit");

@@ -53,27 +53,30 @@ impl Exporter {
         Ok(Self { spans, logs: Records::new(config, instance)?, sampler: config.sampler() })
     }
 
-    /// Sends events in one request for each signal. Calls from before `calls_since` come along.
+    /// Sends events in one request for each signal, both at once. Calls from before `calls_since` come along.
     ///
     /// # Errors
     /// When the collector does not take them all; then all are to be sent again.
     pub async fn send(&self, spans: &mut Spans, events: &[EventLog], calls_since: i64) -> Result<(), ExportError> {
         let failed = |signal| move |source| ExportError { signal, source };
-        if let Some(exporter) = &self.spans {
+        let composer = spans.composer().clone();
+        let sending_spans = async {
+            let Some(exporter) = &self.spans else { return Ok(()) };
             let (mut batch, mut last_call) = (Vec::with_capacity(events.len() * 2), None);
             for event in events {
                 if self.is_sampled(event) {
                     spans.push(event, calls_since, &mut last_call, &mut batch);
                 }
             }
-            if !batch.is_empty() {
-                exporter.export(batch).await.map_err(failed("spans"))?;
-            }
-        }
-        if let Some(records) = &self.logs {
-            let sending = records.send(spans.composer(), events.iter().map(log_record));
-            sending.await.map_err(failed("log records"))?;
-        }
+            if batch.is_empty() { Ok(()) } else { exporter.export(batch).await.map_err(failed("spans")) }
+        };
+        let sending_records = async {
+            let Some(records) = &self.logs else { return Ok(()) };
+            records.send(&composer, events.iter().map(log_record)).await.map_err(failed("log records"))
+        };
+        let (spans, records) = tokio::join!(sending_spans, sending_records);
+        spans?;
+        records?;
         count(events);
         Ok(())
     }
