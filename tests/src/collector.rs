@@ -6,6 +6,15 @@ use std::sync::{Arc, Mutex};
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, StatusCode};
+use openssl::asn1::Asn1Time;
+use openssl::bn::BigNum;
+use openssl::ec::{EcGroup, EcKey};
+use openssl::error::ErrorStack;
+use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
+use openssl::pkey::PKey;
+use openssl::x509::extension::SubjectAlternativeName;
+use openssl::x509::{X509, X509NameBuilder};
 use opentelemetry_proto::tonic::collector::logs::v1::logs_service_server::{LogsService, LogsServiceServer};
 use opentelemetry_proto::tonic::collector::logs::v1::{ExportLogsServiceRequest, ExportLogsServiceResponse};
 use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
@@ -17,6 +26,8 @@ use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode as StatusCodeOf;
 use prost::Message;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tonic::codec::CompressionEncoding;
 use tonic::{Request, Response, Status};
 
@@ -66,29 +77,112 @@ pub struct Collector {
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
+/// A certificate for 127.0.0.1, signed by its own key, and that key; in PEM.
+pub struct Certified {
+    pub certificate: Vec<u8>,
+    pub key: Vec<u8>,
+}
+
+impl Certified {
+    pub fn new() -> Result<Self, ErrorStack> {
+        let key = PKey::from_ec_key(EcKey::generate(EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?.as_ref())?)?;
+        let mut name = X509NameBuilder::new()?;
+        name.append_entry_by_text("CN", "the tests' collector")?;
+        let name = name.build();
+        let mut certificate = X509::builder()?;
+        certificate.set_version(2)?;
+        certificate.set_serial_number(BigNum::from_u32(1)?.to_asn1_integer()?.as_ref())?;
+        certificate.set_subject_name(&name)?;
+        certificate.set_issuer_name(&name)?;
+        certificate.set_pubkey(&key)?;
+        certificate.set_not_before(Asn1Time::days_from_now(0)?.as_ref())?;
+        certificate.set_not_after(Asn1Time::days_from_now(2)?.as_ref())?;
+        let names = SubjectAlternativeName::new().ip("127.0.0.1").build(&certificate.x509v3_context(None, None))?;
+        certificate.append_extension(names)?;
+        certificate.sign(&key, MessageDigest::sha256())?;
+        Ok(Self { certificate: certificate.build().to_pem()?, key: key.private_key_to_pem_pkcs8()? })
+    }
+}
+
+/// Takes connections under TLS.
+struct TlsListener {
+    tcp: tokio::net::TcpListener,
+    tls: tokio_rustls::TlsAcceptor,
+}
+
+impl TlsListener {
+    fn new(tcp: tokio::net::TcpListener, certified: &Certified) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let certificate = CertificateDer::from_pem_slice(&certified.certificate).expect("a certificate");
+        let key = PrivateKeyDer::from_pem_slice(&certified.key).expect("a key");
+        let config = rustls::ServerConfig::builder().with_no_client_auth();
+        let config = config.with_single_cert(vec![certificate], key).expect("a certificate with its key");
+        Self { tcp, tls: tokio_rustls::TlsAcceptor::from(Arc::new(config)) }
+    }
+}
+
+impl axum::serve::Listener for TlsListener {
+    type Io = tokio_rustls::server::TlsStream<tokio::net::TcpStream>;
+    type Addr = std::net::SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            let Ok((stream, address)) = self.tcp.accept().await else { continue };
+            // Who does not trust the certificate goes away here.
+            if let Ok(stream) = self.tls.accept(stream).await {
+                return (stream, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.tcp.local_addr()
+    }
+}
+
 impl Collector {
     pub async fn start() -> Self {
+        Self::start_as(None).await
+    }
+
+    /// Under TLS, where who knows `certified` trusts it.
+    pub async fn start_tls(certified: &Certified) -> Self {
+        Self::start_as(Some(certified)).await
+    }
+
+    async fn start_as(certified: Option<&Certified>) -> Self {
         let shared: Arc<Shared> = Arc::default();
         let service = Service(Arc::clone(&shared));
         let port = crate::server::free_port();
         let address = format!("127.0.0.1:{port}").parse().expect("an address");
-        let grpc = tonic::transport::Server::builder()
+        let mut grpc = tonic::transport::Server::builder();
+        if let Some(certified) = certified {
+            let identity = tonic::transport::Identity::from_pem(&certified.certificate, &certified.key);
+            grpc = grpc.tls_config(tonic::transport::ServerTlsConfig::new().identity(identity)).expect("TLS");
+        }
+        let grpc = grpc
             .add_service(TraceServiceServer::new(service.clone()).accept_compressed(CompressionEncoding::Gzip))
             .add_service(LogsServiceServer::new(service.clone()).accept_compressed(CompressionEncoding::Gzip))
             .add_service(MetricsServiceServer::new(service.clone()).accept_compressed(CompressionEncoding::Gzip))
             .serve(address);
         let serving = tokio::spawn(async move { grpc.await.expect("serve OTLP over gRPC") });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let http = format!("http://{}", listener.local_addr().expect("an address"));
+        let scheme = if certified.is_some() { "https" } else { "http" };
+        let http = format!("{scheme}://{}", listener.local_addr().expect("an address"));
         let router = axum::Router::new()
             .route("/v1/traces", axum::routing::post(traces))
             .route("/v1/logs", axum::routing::post(logs))
             .route("/v1/metrics", axum::routing::post(metrics))
             .layer(axum::extract::DefaultBodyLimit::max(64 << 20))
             .with_state(service);
-        let serving_http =
-            tokio::spawn(async move { axum::serve(listener, router).await.expect("serve OTLP over HTTP") });
-        Self { grpc: format!("http://127.0.0.1:{port}"), http, shared, tasks: vec![serving, serving_http] }
+        let serving_http = match certified {
+            Some(certified) => {
+                let listener = TlsListener::new(listener, certified);
+                tokio::spawn(async move { axum::serve(listener, router).await.expect("serve OTLP over HTTPS") })
+            }
+            None => tokio::spawn(async move { axum::serve(listener, router).await.expect("serve OTLP over HTTP") }),
+        };
+        Self { grpc: format!("{scheme}://127.0.0.1:{port}"), http, shared, tasks: vec![serving, serving_http] }
     }
 
     /// Refuses everything, or takes it again.

@@ -3,16 +3,17 @@
 //! A trace is what shares a correlation id. In it, each reducer call is a span, and each of its events a span below.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use opentelemetry::trace::{Link, SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState};
-use opentelemetry::{InstrumentationScope, KeyValue};
+use opentelemetry::{InstrumentationScope, KeyValue, StringValue, Value};
 use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 
 use crate::ids::Identity;
 use crate::observe::metrics::SCOPE;
 
-/// Longer texts are cut: backends refuse what is too long.
+/// Bytes; longer texts are cut: backends refuse what is too long.
 const MAX_TEXT: usize = 4096;
 
 /// Where one reducer call stands among all traces.
@@ -86,11 +87,14 @@ pub fn int(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-pub fn cut(text: &str) -> String {
-    match text.char_indices().nth(MAX_TEXT) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text.to_owned(),
+/// A text as the value of an attribute; copies of it share it.
+pub fn cut(text: &str) -> Value {
+    let shared = |text: &str| Value::String(StringValue::from(Arc::<str>::from(text)));
+    if text.len() <= MAX_TEXT {
+        return shared(text);
     }
+    let end = (0..=MAX_TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    shared(&format!("{}…", &text[..end]))
 }
 
 pub fn context(trace: TraceId, span: SpanId) -> SpanContext {
@@ -100,7 +104,7 @@ pub fn context(trace: TraceId, span: SpanId) -> SpanContext {
 /// Makes spans of one database.
 #[derive(Debug, Clone)]
 pub struct Composer {
-    database: String,
+    database: Arc<str>,
     scope: InstrumentationScope,
 }
 
@@ -119,7 +123,7 @@ pub struct Composed {
 impl Composer {
     pub fn new(database: String) -> Self {
         let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
-        Self { database, scope }
+        Self { database: database.into(), scope }
     }
 
     pub fn scope(&self) -> &InstrumentationScope {
@@ -130,10 +134,16 @@ impl Composer {
         &self.database
     }
 
+    /// The database's name as the value of an attribute.
+    pub fn namespace(&self) -> StringValue {
+        Arc::clone(&self.database).into()
+    }
+
     /// A span that took no time: the server keeps a call's beginning and not its end.
     pub fn span(&self, span: Composed) -> SpanData {
-        let mut attributes =
-            vec![KeyValue::new("db.system.name", "spacetimedb"), KeyValue::new("db.namespace", self.database.clone())];
+        let mut attributes = Vec::with_capacity(span.attributes.len() + 2);
+        attributes.push(KeyValue::new("db.system.name", "spacetimedb"));
+        attributes.push(KeyValue::new("db.namespace", Value::String(self.namespace())));
         attributes.extend(span.attributes);
         let mut links = SpanLinks::default();
         links.links = span.links;
@@ -159,6 +169,14 @@ impl Composer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        for (text, len) in [("x".repeat(4096), 4096), ("x".repeat(4097), 4099), ("é".repeat(2049), 4099)] {
+            assert_eq!(cut(&text).as_str().len(), len);
+        }
+        assert!(cut(&format!("x{}", "é".repeat(2048))).as_str().ends_with("é…"));
+    }
 
     #[test]
     fn a_traceparent_as_correlation_id_joins_the_callers_trace() {

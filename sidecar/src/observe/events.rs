@@ -31,7 +31,7 @@ use crate::observe::otlp::OtlpError;
 use crate::observe::server::{Database, SourceError};
 
 /// Sequences that one query asks for: large enough to be fast, small enough for the server and for us.
-const WINDOW: u64 = 10_000;
+const WINDOW: u64 = 5_000;
 /// Events that go to the collector at once.
 const BATCH: usize = 1000;
 /// The cursor is kept so often; what was sent after it is sent again after a crash.
@@ -137,6 +137,11 @@ impl<'a> Stream<'a> {
         let exporter = Exporter::new(&config.telemetry, instance)?;
         let known = file.read().unwrap_or_default();
         let cursor = continue_from::<EventLog>(&source, known).await?;
+        if spans.is_fresh() {
+            // The next event of an entity links to one that an earlier process sent.
+            let sent: Vec<EventLog> = source.range(cursor.sequence.saturating_sub(WINDOW), cursor.sequence).await?;
+            sent.iter().for_each(|event| spans.remember(event));
+        }
         Ok(Self { source, exporter, spans, cursor, file, calls, kept: Stopwatch::start(), clock })
     }
 

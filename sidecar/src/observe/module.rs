@@ -223,7 +223,10 @@ impl Recorded for Metric {
             KeyValue::new("inner_universe.metric.unit", cut(&self.unit)),
         ];
         attributes.extend(self.labels.iter().map(|field| {
-            KeyValue::new(format!("inner_universe.metric.label.{}", cut(&field.name)), cut(&text(&field.value)))
+            KeyValue::new(
+                format!("inner_universe.metric.label.{}", cut(&field.name).as_str()),
+                cut(&text(&field.value)),
+            )
         }));
         Record {
             time_micros: self.timestamp.to_micros_since_unix_epoch(),

@@ -202,7 +202,7 @@ struct Line {
 /// A line that is none of the server's is sent as it stands, at the time of its reading.
 fn parse(line: &str, now: i64) -> (Record, &'static str) {
     let Ok(parsed) = serde_json::from_str::<Line>(line) else {
-        return (record(now, Severity::Info, cut(line), Vec::new()), "other");
+        return (record(now, Severity::Info, cut(line).as_str().into_owned(), Vec::new()), "other");
     };
     let (severity, level) = match parsed.level.as_str() {
         "Error" => (Severity::Error, "error"),
@@ -221,7 +221,7 @@ fn parse(line: &str, now: i64) -> (Record, &'static str) {
     add("code.file.path", parsed.filename);
     add("exception.stacktrace", parsed.trace.map(|trace| trace.to_string()));
     attributes.extend(parsed.line_number.map(|line| KeyValue::new("code.line.number", int(line))));
-    (record(parsed.ts, severity, cut(&parsed.message), attributes), level)
+    (record(parsed.ts, severity, cut(&parsed.message).as_str().into_owned(), attributes), level)
 }
 
 fn record(time_micros: i64, severity: Severity, body: String, attributes: Vec<KeyValue>) -> Record {

@@ -1,8 +1,8 @@
 //! Log records composed from what databases recorded, and whether the collector took them.
 
-use opentelemetry::KeyValue;
 use opentelemetry::logs::{AnyValue, LogRecord as _, Logger as _, LoggerProvider as _, Severity};
 use opentelemetry::trace::{SpanId, TraceFlags, TraceId};
+use opentelemetry::{KeyValue, Value};
 use opentelemetry_otlp::LogExporter;
 use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::logs::{LogBatch, LogExporter as _, SdkLogRecord, SdkLogger, SdkLoggerProvider};
@@ -69,13 +69,14 @@ impl Records {
             record.set_trace_context(trace, span, Some(TraceFlags::SAMPLED));
         }
         record.add_attribute("db.system.name", "spacetimedb");
-        record.add_attribute("db.namespace", composer.database().to_owned());
+        record.add_attribute("db.namespace", AnyValue::String(composer.namespace()));
         record.add_attribute("event.name", from.event_name);
         for KeyValue { key, value, .. } in from.attributes {
             let value = match value {
-                opentelemetry::Value::Bool(value) => AnyValue::Boolean(value),
-                opentelemetry::Value::I64(value) => AnyValue::Int(value),
-                opentelemetry::Value::F64(value) => AnyValue::Double(value),
+                Value::Bool(value) => AnyValue::Boolean(value),
+                Value::I64(value) => AnyValue::Int(value),
+                Value::F64(value) => AnyValue::Double(value),
+                Value::String(text) => AnyValue::String(text),
                 other => AnyValue::from(other.as_str().into_owned()),
             };
             record.add_attribute(key, value);

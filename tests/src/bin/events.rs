@@ -15,6 +15,7 @@ use harness::daemon::Daemon;
 use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
 use harness::tools;
+use inner_universe::daemon::state::FollowedStatus;
 use inner_universe::module_bindings::{DbConnection, EventLogTableAccess as _};
 use serde_json::json;
 use spacetimedb_sdk::{DbContext as _, Table as _};
@@ -103,17 +104,23 @@ async fn main() {
         // As if everything before had been sent by an earlier run.
         let sidecar = Sidecar::at(&scratch.path().join(format!("repository-{round}")));
         let mut daemon = Daemon::start(&sidecar, &data, &[&settings[..3], &settings[4..]].concat(), &[]);
-        daemon.wait("the archive", |status| status.databases.iter().any(|found| found.archived_offset.is_some()));
+        // What is compared is the stream: the log is archived before, and calls are not read from it meanwhile.
+        daemon.wait("the archive", |status| {
+            let archived =
+                |found: &FollowedStatus| found.archived_offset.is_some() && found.archived_offset == found.log_offset;
+            status.last_restore_point.is_some() && status.databases.iter().all(archived)
+        });
         assert_eq!(daemon.stop(), 0);
         set_cursor(&sidecar, from);
-        let mut daemon = Daemon::start(&sidecar, &data, &settings, &[]);
+        let alone = [&settings[..], &[("TELEMETRY__CALLS", "false"), ("TELEMETRY__STATUS_INTERVAL", "0s")]].concat();
+        let mut daemon = Daemon::start(&sidecar, &data, &alone, &[]);
         while sent(&mut daemon).await == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let (started, before) = (Instant::now(), sent(&mut daemon).await);
         let due = last - from;
         while sent(&mut daemon).await < due {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let ours = (due - before) as f64 / started.elapsed().as_secs_f64();
         assert_eq!(daemon.stop(), 0);
@@ -196,7 +203,7 @@ async fn sdk_alone(url: &str, token: &str, after: u64, last: u64) -> f64 {
     let subscription = connection.subscription_builder().on_error(|_, error| panic!("{error}"));
     let _subscription = subscription.subscribe(format!("SELECT * FROM event_log WHERE sequence > {after}"));
     while rows.load(Ordering::SeqCst) < last - after {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let rate = (last - after) as f64 / started.elapsed().as_secs_f64();
     connection.disconnect().expect("disconnect");

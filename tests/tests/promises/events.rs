@@ -249,6 +249,7 @@ async fn each_event_is_one_span_through_outages_kills_restarts_and_a_restore() {
     ];
     let daemon = scene.daemon(&http);
     record(&client, 20).await;
+    client.call("iu", "update_entity", json!(["a", "{\"x\": 2}"])).await.expect("update");
     collector.set_down(false);
     wait(&collector, &daemon, &truth(&client).await).await;
     // The server goes and comes back under a running sidecar, when it has synced its log.
@@ -263,9 +264,14 @@ async fn each_event_is_one_span_through_outages_kills_restarts_and_a_restore() {
     check(&collector, &all, &client.identity);
     let taken = collector.taken();
     check_order(&taken.spans);
-    let updated = taken.spans.iter().find(|span| span.name == "ENTITY_UPDATED").expect("the update");
+    // Each event of an entity links to the one before, also over a restart of the sidecar.
+    let updates: Vec<_> = taken.spans.iter().filter(|span| span.name == "ENTITY_UPDATED").collect();
+    let ids: BTreeSet<_> = updates.iter().map(|span| &span.id).collect();
+    assert_eq!(ids.len(), 2);
+    let [first, .., last] = updates.as_slice() else { panic!("{updates:?}") };
     let created = taken.spans.iter().find(|span| span.name == "ENTITY_CREATED").expect("the creation");
-    assert_eq!(updated.links, std::slice::from_ref(&created.id));
+    assert_eq!(first.links, std::slice::from_ref(&created.id));
+    assert_eq!(last.links, std::slice::from_ref(&first.id));
     assert!(
         taken.metrics.contains("inner_universe.events.sent") && taken.metrics.contains("inner_universe.archive.lag")
     );

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use harness::client::some;
-use harness::collector::{Collector, Span, Taken};
+use harness::collector::{Certified, Collector, Span, Taken};
 use harness::daemon::Daemon;
 use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
@@ -305,5 +305,71 @@ async fn log_lines_are_json_on_demand_and_name_their_trace() {
     let taken = collector.taken();
     assert!(taken.logs.iter().any(|(body, _, of, _)| body == said && of == trace), "no record within {trace}");
     assert!(taken.spans.iter().any(|span| span.name == "restore point" && span.trace == trace));
+    server.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn under_tls_only_a_collector_that_is_trusted_gets_anything_and_sampling_takes_whole_traces() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let (data, keys) = (scratch.path().join("data"), scratch.path().join("keys"));
+    let certified = Certified::new().expect("a certificate");
+    let authority = scratch.path().join("authority.pem");
+    std::fs::write(&authority, &certified.certificate).expect("write");
+    let server = Server::start(&data, &keys).await;
+    let client = server.client().await;
+    client.publish("iu", tools::wasm("inner_universe_module")).await;
+    let token = scratch.path().join("token");
+    std::fs::write(&token, &client.token).expect("the token");
+    let port = server.url.rsplit(':').next().expect("a port").to_owned();
+    for n in 0..300 {
+        let data = json!({"Custom": [{"name": "n", "value": {"UInt": n}}]});
+        let correlation = some(format!("trace-{}", n / 2));
+        client.call("iu", "record_event", json!(["RECORDED", some("test"), correlation, data])).await.expect("record");
+    }
+    for protocol in ["grpc", "http/protobuf"] {
+        let collector = Collector::start_tls(&certified).await;
+        let endpoint = if protocol == "grpc" { &collector.grpc } else { &collector.http };
+        let settings = [
+            ("SPACETIMEDB_CONFIG__PORT", port.as_str()),
+            ("SPACETIMEDB_CONFIG__DATABASE", "iu"),
+            ("SPACETIMEDB_CONFIG__TOKEN_FILE", path(&token)),
+            ("TELEMETRY__OTLP_ENDPOINT", endpoint),
+            ("TELEMETRY__OTLP_PROTOCOL", protocol),
+            ("TELEMETRY__OTLP_TIMEOUT", "2s"),
+            ("TELEMETRY__TRACE_RATIO", "0.5"),
+        ];
+        let fresh = Sidecar::at(&scratch.path().join(format!("repository-{}", &protocol[..4])));
+        let daemon = Daemon::start(&fresh, &data, &settings, &[]);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !daemon.log().contains("the event stream waits") {
+            assert!(Instant::now() < deadline, "{}", daemon.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(daemon.stop(), 0);
+        let taken = collector.taken();
+        assert!(taken.spans.is_empty() && taken.logs.is_empty(), "{protocol}: it was sent to who is not trusted");
+
+        let trusted = [&settings[..], &[("TELEMETRY__OTLP_CA_FILE", path(&authority))]].concat();
+        let daemon = Daemon::start(&fresh, &data, &trusted, &[]);
+        let sequence = "inner_universe.event.sequence";
+        let records =
+            |taken: &Taken| taken.logs.iter().filter(|(_, attributes, ..)| attributes.contains_key(sequence)).count();
+        let all = client.sql("iu", "select * from event_log").await.len();
+        until(&collector, &daemon, "a log record of every event", |taken| records(taken) >= all).await;
+        // The calls come from another stream.
+        let complete = |taken: &Taken| {
+            let ids: BTreeSet<_> = taken.spans.iter().map(|span| &span.id).collect();
+            let events = taken.spans.iter().filter(|span| span.name == "RECORDED").collect::<Vec<_>>();
+            !events.is_empty() && events.iter().all(|span| ids.contains(&span.parent))
+        };
+        let taken = until(&collector, &daemon, "the calls", complete).await;
+        let mut traces: BTreeMap<&str, usize> = BTreeMap::new();
+        for span in taken.spans.iter().filter(|span| span.name == "RECORDED") {
+            *traces.entry(&span.trace).or_default() += 1;
+        }
+        assert!((40..110).contains(&traces.len()), "{protocol}: {} of 150 traces", traces.len());
+        assert!(traces.values().all(|events| *events == 2), "{protocol}: a part of a trace");
+        assert_eq!(daemon.stop(), 0);
+    }
     server.kill();
 }

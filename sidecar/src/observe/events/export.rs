@@ -1,6 +1,7 @@
 //! Sends events to the collector and says whether it took them.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use opentelemetry::KeyValue;
 use opentelemetry::logs::Severity;
@@ -8,10 +9,11 @@ use opentelemetry_otlp::SpanExporter;
 use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::trace::{SamplingDecision, ShouldSample as _, SpanExporter as _};
 use parking_lot::Mutex;
+use tokio::task::JoinSet;
 
 use crate::config::TelemetryConfig;
 use crate::module_bindings::{EventData, EventLog};
-use crate::observe::events::span::{EventIds, Spans, describe};
+use crate::observe::events::span::{EVENT_TEXT, EventIds, Spans, describe};
 use crate::observe::otlp::{self, OtlpError, Signal};
 use crate::observe::records::{Record, Records};
 use crate::observe::{metrics, provider};
@@ -29,8 +31,8 @@ pub struct ExportError {
 
 /// The way to the collector.
 pub struct Exporter {
-    spans: Option<SpanExporter>,
-    logs: Option<Records>,
+    spans: Option<Arc<SpanExporter>>,
+    logs: Option<Arc<Records>>,
     sampler: opentelemetry_sdk::trace::Sampler,
 }
 
@@ -50,7 +52,8 @@ impl Exporter {
         if let Some(spans) = &mut spans {
             spans.set_resource(&resource);
         }
-        Ok(Self { spans, logs: Records::new(config, instance)?, sampler: config.sampler() })
+        let logs = Records::new(config, instance)?.map(Arc::new);
+        Ok(Self { spans: spans.map(Arc::new), logs, sampler: config.sampler() })
     }
 
     /// Sends events in one request for each signal, both at once. Calls from before `calls_since` come along.
@@ -58,47 +61,52 @@ impl Exporter {
     /// # Errors
     /// When the collector does not take them all; then all are to be sent again.
     pub async fn send(&self, spans: &mut Spans, events: &[EventLog], calls_since: i64) -> Result<(), ExportError> {
-        let failed = |signal| move |source| ExportError { signal, source };
-        let composer = spans.composer().clone();
-        let sending_spans = async {
-            let Some(exporter) = &self.spans else { return Ok(()) };
-            let (mut batch, mut last_call) = (Vec::with_capacity(events.len() * 2), None);
-            for event in events {
-                if self.is_sampled(event) {
-                    spans.push(event, calls_since, &mut last_call, &mut batch);
-                }
+        let (mut batch, mut records, mut last_call) = (Vec::new(), Vec::new(), None);
+        for event in events {
+            let (ids, described) = (EventIds::of(event), describe(event));
+            if self.logs.is_some() {
+                records.push(log_record(event, &ids, described.clone()));
             }
-            if batch.is_empty() { Ok(()) } else { exporter.export(batch).await.map_err(failed("spans")) }
-        };
-        let sending_records = async {
-            let Some(records) = &self.logs else { return Ok(()) };
-            records.send(&composer, events.iter().map(log_record)).await.map_err(failed("log records"))
-        };
-        let (spans, records) = tokio::join!(sending_spans, sending_records);
-        spans?;
-        records?;
+            if self.spans.is_some() && self.is_sampled(&ids) {
+                spans.push(event, (&ids, described), calls_since, &mut last_call, &mut batch);
+            }
+        }
+        // Each on a task of its own: writing down a thousand of them takes a while. Dropped, the set ends them.
+        let mut sending = JoinSet::new();
+        if let Some(exporter) = self.spans.clone().filter(|_| !batch.is_empty()) {
+            sending.spawn(async move { ("spans", exporter.export(batch).await) });
+        }
+        if let Some(exporter) = self.logs.clone() {
+            let composer = spans.composer().clone();
+            sending.spawn(async move { ("log records", exporter.send(&composer, records.into_iter()).await) });
+        }
+        while let Some(sent) = sending.join_next().await {
+            let (signal, result) =
+                sent.unwrap_or_else(|error| ("events", Err(OTelSdkError::InternalFailure(error.to_string()))));
+            result.map_err(|source| ExportError { signal, source })?;
+        }
         count(events);
         Ok(())
     }
 
     /// All events of a trace or none: the decision follows from the trace's id alone.
-    fn is_sampled(&self, event: &EventLog) -> bool {
-        let trace = EventIds::of(event).trace;
+    fn is_sampled(&self, ids: &EventIds) -> bool {
         let kind = opentelemetry::trace::SpanKind::Internal;
-        let result = self.sampler.should_sample(None, trace, "", &kind, &[], &[]);
+        let result = self.sampler.should_sample(None, ids.trace, "", &kind, &[], &[]);
         result.decision == SamplingDecision::RecordAndSample
     }
 }
 
-fn log_record(event: &EventLog) -> Record {
-    let ids = EventIds::of(event);
+fn log_record(event: &EventLog, ids: &EventIds, mut described: Vec<KeyValue>) -> Record {
+    // The body has it already.
+    described.retain(|attribute| attribute.key.as_str() != EVENT_TEXT);
     Record {
         time_micros: event.timestamp.to_micros_since_unix_epoch(),
         severity: Severity::Info,
         body: body(event),
         event_name: event.event_type.clone(),
         within: Some((ids.trace, ids.event)),
-        attributes: describe(event),
+        attributes: described,
     }
 }
 

@@ -11,6 +11,8 @@ use crate::observe::composed::{CallIds, Composed, Composer, context, cut, int, s
 
 /// Subjects whose latest event is remembered, to link the next one to.
 const SUBJECTS: usize = 4096;
+/// The attribute with the text of an event.
+pub const EVENT_TEXT: &str = "inner_universe.event.text";
 
 /// Turns events into spans, and remembers the latest of each entity.
 pub struct Spans {
@@ -47,16 +49,16 @@ impl Spans {
         &self.composer
     }
 
-    /// The span of an event. Before it a stand-in for that of its reducer call, if the call is from before `calls_since`,
-    /// where the log that has its name is gone or was never on this server, and is not `last_call`.
+    /// The span of an event that is `described`. Before it a stand-in for that of its reducer call, if the call is from
+    /// before `calls_since`, where the log that has its name is gone or was never on this server, and is not `last_call`.
     pub fn push(
         &mut self,
         event: &EventLog,
+        (ids, described): (&EventIds, Vec<KeyValue>),
         calls_since: i64,
         last_call: &mut Option<SpanId>,
         spans: &mut Vec<SpanData>,
     ) {
-        let ids = EventIds::of(event);
         let time_micros = event.timestamp.to_micros_since_unix_epoch();
         if *last_call != Some(ids.call) && time_micros < calls_since {
             *last_call = Some(ids.call);
@@ -79,9 +81,20 @@ impl Spans {
             kind: SpanKind::Internal,
             name: event.event_type.clone().into(),
             time_micros,
-            attributes: describe(event),
+            attributes: described,
             links,
         }));
+    }
+
+    /// Nothing is remembered, as after a start.
+    pub fn is_fresh(&self) -> bool {
+        self.latest.is_empty()
+    }
+
+    /// An event that was sent before this process began.
+    pub fn remember(&mut self, event: &EventLog) {
+        let ids = EventIds::of(event);
+        self.link(event, &context(ids.trace, ids.event));
     }
 
     /// The link to the event before of the same entity or relation.
@@ -118,7 +131,7 @@ pub fn describe(event: &EventLog) -> Vec<KeyValue> {
     }
     match &event.data {
         EventData::Empty => {}
-        EventData::Text(text) => found.push(KeyValue::new("inner_universe.event.text", cut(text))),
+        EventData::Text(text) => found.push(KeyValue::new(EVENT_TEXT, cut(text))),
         EventData::Change(change) => {
             let subject = if matches!(change.subject, SubjectKind::Entity) { "entity" } else { "relation" };
             let operation = match change.operation {
@@ -139,10 +152,10 @@ pub fn describe(event: &EventLog) -> Vec<KeyValue> {
                     Value::Int(value) => (*value).into(),
                     Value::UInt(value) => int(*value).into(),
                     Value::Float(value) => (*value).into(),
-                    Value::String(text) => cut(text).into(),
+                    Value::String(text) => cut(text),
                     Value::Bytes(bytes) => format!("{} bytes", bytes.len()).into(),
                 };
-                found.push(KeyValue::new(format!("inner_universe.data.{}", cut(&field.name)), value));
+                found.push(KeyValue::new(format!("inner_universe.data.{}", cut(&field.name).as_str()), value));
             }
         }
     }
@@ -176,7 +189,9 @@ mod tests {
         let events = [event(1, "c", change(1)), event(2, "c", change(2)), event(3, "d", EventData::Empty)];
         let run = |calls_since: i64| {
             let (mut spans, mut last, mut found) = (Spans::new("iu".into()), None, Vec::new());
-            events.iter().for_each(|event| spans.push(event, calls_since, &mut last, &mut found));
+            events.iter().for_each(|event| {
+                spans.push(event, (&EventIds::of(event), describe(event)), calls_since, &mut last, &mut found)
+            });
             found
         };
         let found = run(i64::MAX);
@@ -202,7 +217,7 @@ mod tests {
             if let EventData::Change(change) = &mut event.data {
                 change.subject_id = n.to_string();
             }
-            spans.push(&event, i64::MAX, &mut None, &mut Vec::new());
+            spans.push(&event, (&EventIds::of(&event), describe(&event)), i64::MAX, &mut None, &mut Vec::new());
         }
         assert!(spans.latest.len() <= SUBJECTS);
     }
