@@ -31,7 +31,7 @@ use crate::observe::otlp::OtlpError;
 use crate::observe::server::{Database, SourceError};
 
 /// Sequences that one query asks for: large enough to be fast, small enough for the server and for us.
-const WINDOW: u64 = 5_000;
+const WINDOW: u64 = 10_000;
 /// Events that go to the collector at once.
 const BATCH: usize = 1000;
 /// The cursor is kept so often; what was sent after it is sent again after a crash.

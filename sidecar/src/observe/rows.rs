@@ -19,7 +19,7 @@ impl Sequenced for EventLog {
 
     fn from_json(row: Self::Json) -> Result<Self, String> {
         let (sequence, event_id, event_type, source, (micros,), correlation_id, data) = row;
-        let data = payload(data.0, &data.1).ok_or_else(|| format!("the data of event {sequence}"))?;
+        let data = payload(data.0, data.1).ok_or_else(|| format!("the data of event {sequence}"))?;
         let timestamp = Timestamp::from_micros_since_unix_epoch(micros);
         let source = optional(source)?;
         Ok(Self { sequence, event_id, event_type, source, timestamp, correlation_id, data })
@@ -142,10 +142,13 @@ fn operation_of(json: &Json) -> Option<Operation> {
     })
 }
 
-fn payload(tag: u8, json: &Json) -> Option<EventData> {
+fn payload(tag: u8, json: Json) -> Option<EventData> {
     Some(match tag {
         0 => EventData::Empty,
-        1 => EventData::Text(json.as_str()?.to_owned()),
+        1 => EventData::Text(match json {
+            Json::String(text) => text,
+            _ => return None,
+        }),
         2 => {
             let [subject, id, version, operation] = json.as_array()?.as_slice() else { return None };
             EventData::Change(SubjectChange {

@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
 
@@ -49,6 +49,16 @@ pub struct Database {
     pub(super) url: String,
     pub(super) name: String,
     pub(super) token: Option<String>,
+}
+
+/// A row, made as soon as it is read: of thousands, none is in memory twice.
+struct Parsed<R>(R);
+
+impl<'de, R: Sequenced> Deserialize<'de> for Parsed<R> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let row = R::from_json(R::Json::deserialize(deserializer)?);
+        row.map(Self).map_err(|reason| D::Error::custom(format!("a row of {}: {reason}", R::TABLE)))
+    }
 }
 
 #[derive(Deserialize)]
@@ -117,10 +127,8 @@ impl Database {
         let bytes = self.sql(format!("SELECT * FROM {} WHERE {condition}", R::TABLE)).await?;
         // Reading ten thousand rows takes a moment that others should not have to wait for.
         let parsed = tokio::task::spawn_blocking(move || {
-            let mut rows = parse::<R::Json>(&bytes)?
-                .into_iter()
-                .map(|row| R::from_json(row).map_err(|reason| SourceError::Answer(format!("{}: {reason}", R::TABLE))))
-                .collect::<Result<Vec<_>, _>>()?;
+            let mut rows: Vec<R> = parse::<Parsed<R>>(&bytes)?.into_iter().map(|row| row.0).collect();
+            drop(bytes);
             rows.sort_by_key(R::sequence);
             Ok(rows)
         });
@@ -169,9 +177,10 @@ impl Database {
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
-    let answers: Vec<Answer<T>> =
+    let mut answers: Vec<Answer<T>> =
         serde_json::from_slice(bytes).map_err(|error| SourceError::Answer(error.to_string()))?;
-    Ok(answers.into_iter().flat_map(|answer| answer.rows).collect())
+    // One answer for each statement, and there is one.
+    Ok(answers.pop().map(|answer| answer.rows).unwrap_or_default())
 }
 
 fn root_cause(error: &dyn std::error::Error) -> String {
