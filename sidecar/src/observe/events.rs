@@ -120,6 +120,8 @@ struct Stream<'a> {
     file: &'a CursorFile,
     calls: watch::Receiver<Since>,
     kept: Stopwatch,
+    /// The collector has taken something since the start.
+    is_taken: bool,
     clock: Arc<dyn Clock>,
 }
 
@@ -142,7 +144,7 @@ impl<'a> Stream<'a> {
             let sent: Vec<EventLog> = source.range(cursor.sequence.saturating_sub(WINDOW), cursor.sequence).await?;
             sent.iter().for_each(|event| spans.remember(event));
         }
-        Ok(Self { source, exporter, spans, cursor, file, calls, kept: Stopwatch::start(), clock })
+        Ok(Self { source, exporter, spans, cursor, file, calls, kept: Stopwatch::start(), is_taken: false, clock })
     }
 
     async fn follow(&mut self, stop: &CancellationToken) -> Result<(), EventError> {
@@ -180,9 +182,15 @@ impl<'a> Stream<'a> {
             if last < after.saturating_add(WINDOW / 2) {
                 return self.send(events).await;
             }
-            let (sent, following) = tokio::join!(self.send(events), range(last));
-            sent?;
-            (after, events) = (last, following?);
+            if self.is_taken {
+                let (sent, following) = tokio::join!(self.send(events), range(last));
+                sent?;
+                (after, events) = (last, following?);
+            } else {
+                // Nothing is read ahead for a collector that may be out.
+                self.send(events).await?;
+                (after, events) = (last, range(last).await?);
+            }
         }
     }
 
@@ -255,6 +263,7 @@ impl<'a> Stream<'a> {
             let Some(last) = batch.last() else { continue };
             let calls_since = self.calls_since().await;
             self.exporter.send(self.spans, batch, calls_since).await?;
+            self.is_taken = true;
             let now = self.clock.now().as_microsecond();
             let late = now.saturating_sub(last.timestamp.to_micros_since_unix_epoch()).max(0);
             metrics::EVENT_DELAY.record(Duration::from_micros(late.unsigned_abs()).as_secs_f64(), &[]);
