@@ -182,7 +182,8 @@ impl CallStreams {
             match calls {
                 Calls::Anew => {
                     file.write(&cursor)?;
-                    return Ok(self.clock.sleep(POLL).await);
+                    self.clock.sleep(POLL).await;
+                    return Ok(());
                 }
                 Calls::None => {
                     if !is_kept {
