@@ -301,7 +301,7 @@ pub struct TelemetryConfig {
     pub calls: bool,
     /// Stream what modules log, of every database, as log records; needs a collector.
     pub module_logs: bool,
-    /// How often the bundled module is asked for its system status, which is one transaction each time; 0 for never.
+    /// How often the bundled module is asked for its system status, which is a few transactions each time; 0 for never.
     pub status_interval: Period,
     /// The share of traces that is sent, 0.0 to 1.0; OTEL_TRACES_SAMPLER when left out, and all without that. Log records
     /// and counts are always of all events.

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::BackoffBuilder;
+use futures::future::BoxFuture;
 use opentelemetry::KeyValue;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +32,6 @@ use crate::daemon::state::{State, StateDir};
 use crate::daemon::supervisor::{Supervisor, SupervisorError};
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::FileError;
-use crate::http::Server;
 use crate::ids::RestorePointId;
 use crate::observe::calls::CallStreams;
 use crate::observe::module_logs::ModuleLogs;
@@ -75,6 +75,18 @@ pub enum DaemonError {
     Otlp(#[from] OtlpError),
 }
 
+/// Who tells the outside about a daemon.
+pub trait Interface: Send + Sync {
+    /// The daemon archives from now on.
+    fn serves(&self, daemon: Arc<Daemon>);
+
+    /// Listens and serves until `stop`.
+    fn run(self: Arc<Self>, stop: CancellationToken) -> BoxFuture<'static, ()>;
+}
+
+/// Makes the interface of a daemon that is about to start.
+pub type MakeInterface = fn(Config, Arc<dyn Clock>, Arc<State>, Arc<Telemetry>) -> Arc<dyn Interface>;
+
 /// How to run.
 pub struct DaemonOptions {
     pub data_dir: PathBuf,
@@ -89,6 +101,7 @@ pub struct DaemonOptions {
     pub allow_plain_keys: bool,
     /// The server to start and watch.
     pub server: Vec<std::ffi::OsString>,
+    pub interface: MakeInterface,
 }
 
 /// Runs until `stop`, or until something makes going on impossible.
@@ -99,9 +112,10 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     let state_dir = &options.state_dir;
     let state = Arc::new(State::new(Arc::clone(&clock), &options.data_dir));
     let telemetry = Arc::new(Telemetry::start(&options.config.telemetry, &state_dir.instance())?);
-    let server = Server::new(options.config.clone(), Arc::clone(&clock), Arc::clone(&state), Arc::clone(&telemetry));
+    let (config, telling) = (options.config.clone(), Arc::clone(&telemetry));
+    let interface = (options.interface)(config, Arc::clone(&clock), Arc::clone(&state), telling);
     let stop_serving = CancellationToken::new();
-    let serving = tokio::spawn(Arc::clone(&server).run(stop_serving.clone()));
+    let serving = tokio::spawn(Arc::clone(&interface).run(stop_serving.clone()));
     let supervisor = Supervisor::start(&options, Arc::clone(&clock), Arc::clone(&state), stop.clone())?;
     let (telemetry_config, instance) = (&options.config.telemetry, state_dir.instance());
     let calls = CallStreams::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
@@ -125,7 +139,7 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     let publishing = tokio::spawn(publish(Arc::clone(&state), Arc::clone(&clock)));
     let streams = (Arc::new(calls), Arc::new(module_logs));
     let server_stopped = supervisor.stopped();
-    let result = follow(&options, &state, streams, Arc::clone(&clock), &stop, server_stopped, &server).await;
+    let result = follow(&options, &state, streams, Arc::clone(&clock), &stop, server_stopped, interface.as_ref()).await;
     stop.cancel();
     let ended = supervisor.end().await;
     state.stopped();
@@ -159,7 +173,7 @@ async fn follow(
     clock: Arc<dyn Clock>,
     stop: &CancellationToken,
     server_stopped: CancellationToken,
-    server: &Server,
+    interface: &dyn Interface,
 ) -> Result<(), DaemonError> {
     let state_dir = &options.state_dir;
     let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(()) };
@@ -185,7 +199,7 @@ async fn follow(
         verifying: tokio::sync::Mutex::new(()),
         changed: Notify::new(),
     });
-    server.serves(Arc::clone(&daemon));
+    interface.serves(Arc::clone(&daemon));
     let positions = crate::archiver::position::Positions::open(state_dir.path())?;
     let work = async {
         tokio::select! {

@@ -29,10 +29,10 @@ use tokio_util::sync::CancellationToken;
 use crate::backup::BackupReport;
 use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
-use crate::daemon::Daemon;
 use crate::daemon::health::{Readiness, readiness};
 use crate::daemon::history::HistoryReport;
 use crate::daemon::state::State;
+use crate::daemon::{Daemon, Interface};
 use crate::http::answer::Refusal;
 use crate::http::guard::{Access, Guard};
 use crate::http::openapi::{Body, json_of, text_of};
@@ -248,7 +248,13 @@ fn endpoints() -> Vec<Endpoint> {
 }
 
 impl Server {
-    pub fn new(config: Config, clock: Arc<dyn Clock>, state: Arc<State>, telemetry: Arc<Telemetry>) -> Arc<Self> {
+    /// As [`crate::daemon::MakeInterface`] wants it.
+    pub fn interface(
+        config: Config,
+        clock: Arc<dyn Clock>,
+        state: Arc<State>,
+        telemetry: Arc<Telemetry>,
+    ) -> Arc<dyn Interface> {
         let guard = Guard::new(&config.http);
         Arc::new(Self {
             config,
@@ -261,14 +267,7 @@ impl Server {
         })
     }
 
-    /// The daemon archives from now on.
-    pub fn serves(&self, daemon: Arc<Daemon>) {
-        // There is one daemon in a process.
-        let _ = self.daemon.set(daemon);
-    }
-
-    /// Listens and serves until `stop`.
-    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+    async fn serve(self: Arc<Self>, stop: CancellationToken) {
         if !self.config.http.enabled {
             return;
         }
@@ -310,6 +309,17 @@ impl Server {
 
     fn daemon(&self) -> Result<&Arc<Daemon>, Refusal> {
         self.daemon.get().ok_or_else(Refusal::starting)
+    }
+}
+
+impl Interface for Server {
+    fn serves(&self, daemon: Arc<Daemon>) {
+        // There is one daemon in a process.
+        let _ = self.daemon.set(daemon);
+    }
+
+    fn run(self: Arc<Self>, stop: CancellationToken) -> BoxFuture<'static, ()> {
+        self.serve(stop).boxed()
     }
 }
 

@@ -12,6 +12,7 @@ use crate::cli::output::{self, Logging};
 use crate::cli::{Context, DataDirArg};
 use crate::daemon::state::StateDir;
 use crate::daemon::{self, DaemonError, DaemonOptions, TELEMETRY_LIMIT};
+use crate::http::Server;
 use crate::observe::own::OwnTelemetry;
 
 #[derive(Debug, Args)]
@@ -56,6 +57,7 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
         wait: !args.no_wait,
         allow_plain_keys: args.allow_plain_keys,
         server: args.server,
+        interface: Server::interface,
     };
     let stop = CancellationToken::new();
     let listening = |kind| signal(kind).map_err(|error| Failure::new(ExitStatus::Failed, error));

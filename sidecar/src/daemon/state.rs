@@ -140,11 +140,13 @@ impl State {
         *self.module.lock() = samples;
     }
 
-    /// How far the log of the database with this name or identity was read.
+    /// How far the log of the database with this name or identity was read; `None` when that is not known now.
     pub fn log_position(&self, name: &str) -> Option<u64> {
         let followed = self.followed.lock();
         let found = followed.iter().find(|followed| followed.name == name || followed.identity.to_string() == name)?;
-        found.progress().read_to.map(|next| next.0)
+        let progress = found.progress();
+        // While the store is out nothing is read, so this says nothing.
+        progress.read_to.filter(|_| progress.error.is_none()).map(|next| next.0)
     }
 
     /// Changes what is known of the repository.

@@ -32,8 +32,8 @@ use crate::observe::{metrics, provider};
 
 /// How often a log is looked at that has nothing new.
 const POLL: Duration = Duration::from_millis(250);
-/// The cursor is kept so often; what was sent after it is sent again after a crash.
-const KEEP_INTERVAL: f64 = 0.25;
+/// Seconds between writes of the cursor, each of which waits for the disk; what was sent after it is sent again after a crash.
+const KEEP_INTERVAL: f64 = 2.0;
 /// Reducers of a database that are counted under their own name; further ones are `other`.
 const REDUCERS: usize = 100;
 
@@ -114,7 +114,7 @@ impl CallStreams {
         self.since.subscribe()
     }
 
-    /// The databases were looked at, and the bundled module's is not among them.
+    /// The databases were looked at, and the bundled module's is not among them; or its log cannot be read.
     pub fn has_no_bundled(&self) {
         self.since.send_if_modified(|since| {
             let unknown = *since == Since::Unknown;
@@ -144,6 +144,10 @@ impl CallStreams {
                 () = stop.cancelled() => return,
             };
             let Err(error) = result else { continue };
+            if database.is_bundled && !matches!(error, CallError::Export(_)) {
+                // A log that cannot be read must not hold up the events.
+                self.has_no_bundled();
+            }
             if file.read().map(|cursor| cursor.sequence) > before {
                 delays = backoff.build();
             }
@@ -186,9 +190,9 @@ impl CallStreams {
                     return Ok(());
                 }
                 Calls::None => {
-                    if !is_kept {
+                    if !is_kept && kept.elapsed_seconds() >= KEEP_INTERVAL {
                         file.write(&cursor)?;
-                        is_kept = true;
+                        (kept, is_kept) = (Stopwatch::start(), true);
                     }
                     if database.is_bundled && cursor.since.is_none() {
                         // No call is in the log: those to come are younger than this.

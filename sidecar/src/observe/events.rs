@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Clock, Stopwatch, patience};
 use crate::config::Config;
 use crate::durable::FileError;
-use crate::module_bindings::EventLog;
+use crate::module_bindings::{EventData, EventLog, Value};
 use crate::observe::calls::Since;
 use crate::observe::cursor::{Cursor, CursorFile, continue_from};
 use crate::observe::events::export::{ExportError, Exporter};
@@ -28,6 +28,7 @@ use crate::observe::events::source::Live;
 use crate::observe::events::span::Spans;
 use crate::observe::metrics;
 use crate::observe::otlp::OtlpError;
+use crate::observe::records::REQUEST_BYTES;
 use crate::observe::server::{Database, SourceError};
 
 /// Sequences that one query asks for: large enough to be fast, small enough for the server and for us.
@@ -91,7 +92,11 @@ pub async fn run(
         let before = file.read().map(|cursor| cursor.sequence);
         let streaming = async {
             let (calls, clock) = (calls.clone(), Arc::clone(&clock));
-            let mut stream = Stream::start(config, instance, database, &file, &mut spans, calls, clock).await?;
+            let starting = Stream::start(config, instance, database, &file, &mut spans, calls, clock);
+            let mut stream = tokio::select! {
+                started = starting => started?,
+                () = stop.cancelled() => return Ok(()),
+            };
             stream.follow(&stop).await
         };
         let error = match streaming.await {
@@ -141,8 +146,10 @@ impl<'a> Stream<'a> {
         let cursor = continue_from::<EventLog>(&source, known).await?;
         if spans.is_fresh() {
             // The next event of an entity links to one that an earlier process sent.
-            let sent: Vec<EventLog> = source.range(cursor.sequence.saturating_sub(WINDOW), cursor.sequence).await?;
-            sent.iter().for_each(|event| spans.remember(event));
+            match source.range::<EventLog>(cursor.sequence.saturating_sub(WINDOW), cursor.sequence).await {
+                Ok(sent) => sent.iter().for_each(|event| spans.remember(event)),
+                Err(error) => tracing::warn!(%error, "the next events have no links to those before"),
+            }
         }
         Ok(Self { source, exporter, spans, cursor, file, calls, kept: Stopwatch::start(), is_taken: false, clock })
     }
@@ -259,7 +266,10 @@ impl<'a> Stream<'a> {
 
     /// Sends events in order, batch by batch, and moves the cursor behind each batch that was taken.
     async fn send(&mut self, events: Vec<EventLog>) -> Result<(), EventError> {
-        for batch in events.chunks(BATCH) {
+        let mut rest = events.as_slice();
+        while !rest.is_empty() {
+            let (batch, following) = rest.split_at(fitting(rest));
+            rest = following;
             let Some(last) = batch.last() else { continue };
             let calls_since = self.calls_since().await;
             self.exporter.send(self.spans, batch, calls_since).await?;
@@ -276,4 +286,29 @@ impl<'a> Stream<'a> {
         self.file.write(&self.cursor)?;
         Ok(())
     }
+}
+
+/// How many events make one batch: at most [`BATCH`], at most about a request's worth of bytes, and at least one.
+fn fitting(events: &[EventLog]) -> usize {
+    let mut bytes = 0;
+    let fit = events.iter().take(BATCH).take_while(|event| {
+        bytes += event_size(event);
+        bytes <= REQUEST_BYTES
+    });
+    fit.count().max(1)
+}
+
+/// About how many bytes an event comes to as a span; texts are cut there.
+fn event_size(event: &EventLog) -> usize {
+    let texts = match &event.data {
+        EventData::Empty => 0,
+        EventData::Text(text) => text.len().min(4096),
+        EventData::Change(change) => change.subject_id.len().min(4096),
+        EventData::Custom(fields) => fields.iter().map(|field| field.name.len() + 64 + field_size(&field.value)).sum(),
+    };
+    300 + texts + event.event_type.len() + event.correlation_id.len()
+}
+
+fn field_size(value: &Value) -> usize {
+    if let Value::String(text) = value { text.len().min(4096) } else { 8 }
 }

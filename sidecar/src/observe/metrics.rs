@@ -163,7 +163,7 @@ metrics! {
     MODULE_RELATIONS: Kind::Gauge, "inner_universe.module.relations", "{relation}", [];
     /// Events in the module's log, less those that were trimmed.
     MODULE_EVENTS: Kind::Gauge, "inner_universe.module.events", "{event}", [];
-    /// Clients that are connected to the module.
+    /// Clients that are connected to the module, the sidecar's own one or two among them.
     MODULE_CLIENTS: Kind::Gauge, "inner_universe.module.clients", "{client}", [];
     /// When the module last said so, Unix time of the server.
     MODULE_STATUS_TIME: Kind::Gauge, "inner_universe.module.status.time", "s", [];
@@ -173,6 +173,8 @@ metrics! {
     MODULE_ERRORS: Kind::Counter, "inner_universe.module.errors", "{error}", [];
     /// Lines of modules' own logs that the collector has taken. Levels as the server writes them, in lower case.
     MODULE_LOGS: Kind::Counter, "inner_universe.module.log.sent", "{line}", ["database", "level"];
+    /// What stopped the stream of a module's log for a while.
+    MODULE_LOG_ERRORS: Kind::Counter, "inner_universe.module.log.errors", "{error}", ["database"];
     /// Calls of the heartbeat address. Outcomes: `ok`, `failed`, `withheld` (not healthy, so not called).
     HEARTBEATS: Kind::Counter, "inner_universe.heartbeat.calls", "{call}", ["outcome"];
     /// Requests to the sidecar's own HTTP interface.

@@ -29,8 +29,10 @@ use crate::observe::server::{Database, Sequenced, SourceError};
 
 /// How often the tables are looked at while the database is written to.
 const POLL: Duration = Duration::from_secs(2);
-/// Rows that one query asks for, and one request takes.
-const WINDOW: u64 = 1000;
+/// Sequences that one query asks for: the server looks through the whole table for each.
+const WINDOW: u64 = 10_000;
+/// Measurements that are read again after a start, for the report.
+const SEEN_AGAIN: u64 = 1000;
 /// Series of measurements that are told as metrics; further ones are log records only.
 const SERIES: usize = 500;
 /// A label's value is cut after this.
@@ -47,6 +49,8 @@ enum ModuleError {
     Otlp(#[from] OtlpError),
     #[error(transparent)]
     Cursor(#[from] FileError),
+    #[error("the table {0} is not as it was read, after a restore or a trim; it is compared anew")]
+    Changed(&'static str),
 }
 
 /// What is known of the module.
@@ -107,38 +111,41 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     let Some(database) = &config.spacetimedb_config.database else { return };
-    let mut delays = patience(Duration::from_millis(500)).build();
+    let backoff = patience(Duration::from_millis(500));
+    let mut delays = backoff.build();
     let mut report = Report::default();
+    let mut status_at = None;
     loop {
         let following = async {
             let source = Database::new(&config.spacetimedb_config, &config.server_config, database)?;
             let records = Records::new(&config.telemetry, instance)?.filter(|_| config.telemetry.events);
             let composer = Composer::new(database.clone());
-            let mut metrics_table = Stream::<Metric>::start(&source, state_dir, database).await?;
-            let mut versions = Stream::<StateVersion>::start(&source, state_dir, database).await?;
+            let mut measurements = Stream::<Metric>::start(&source, state_dir, database, records.is_some()).await?;
+            let mut versions = match &records {
+                Some(_) => Some(Stream::<StateVersion>::start(&source, state_dir, database, true).await?),
+                None => None,
+            };
             let interval = config.telemetry.status_interval.0;
-            let mut status_at = None;
             let mut seen = None;
-            delays = patience(Duration::from_millis(500)).build();
             loop {
                 let now = clock.now();
                 let due = status_at.is_none_or(|at: jiff::Timestamp| now.duration_since(at).unsigned_abs() >= interval);
                 if !interval.is_zero() && due {
                     status_at = Some(now);
-                    if config.spacetimedb_config.token_file.is_some() {
-                        source.call("get_system_status").await?;
-                    }
-                    let rows: Vec<StatusJson> = source.all("system_status").await?;
-                    report.status = rows.into_iter().next().map(system_status);
+                    report.status = None;
+                    report.status = ask_status(config, &source).await?;
                     tell(report.samples());
                 }
                 let log = written();
                 if log.is_none() || log != seen {
-                    metrics_table.send(&source, records.as_ref(), &composer, |row| report.measure(row)).await?;
-                    versions.send(&source, records.as_ref(), &composer, |_| {}).await?;
+                    measurements.send(&source, records.as_ref(), &composer, |row| report.measure(row)).await?;
+                    if let Some(versions) = &mut versions {
+                        versions.send(&source, records.as_ref(), &composer, |_| {}).await?;
+                    }
                     seen = log;
                     tell(report.samples());
                 }
+                delays = backoff.build();
                 clock.sleep(POLL).await;
             }
         };
@@ -148,6 +155,9 @@ pub async fn run(
         };
         let Err(error) = result;
         metrics::MODULE_ERRORS.add(1, &[]);
+        // What nobody could ask is not told as if it were so.
+        report.status = None;
+        tell(report.samples());
         let delay = delays.next().unwrap_or(Duration::from_secs(15));
         tracing::warn!(%error, ?delay, "the module's tables are looked at again later");
         tokio::select! {
@@ -155,6 +165,22 @@ pub async fn run(
             () = stop.cancelled() => return,
         }
     }
+}
+
+/// Has the module count, where we may, and reads what it says.
+async fn ask_status(config: &Config, source: &Database) -> Result<Option<SystemStatus>, ModuleError> {
+    if config.spacetimedb_config.token_file.is_some() {
+        match source.call("get_system_status").await {
+            // Who may only read still sees what others asked for.
+            Err(error @ SourceError::Refused { .. }) => {
+                metrics::MODULE_ERRORS.add(1, &[]);
+                tracing::warn!(%error, "the module was not asked for its status");
+            }
+            other => other?,
+        }
+    }
+    let rows: Vec<StatusJson> = source.all("system_status").await?;
+    Ok(rows.into_iter().next().map(system_status))
 }
 
 /// A row that becomes a log record.
@@ -168,15 +194,22 @@ struct Stream<R> {
     file: CursorFile,
     /// Rows from here on are read; those up to the cursor were sent before, and are read for the report alone.
     read: u64,
+    /// Sequence and id of the row that was read last.
+    newest: Option<(u64, String)>,
+    /// Does anybody take the rows? If not, the cursor stays where it is.
+    is_sent: bool,
     rows: std::marker::PhantomData<R>,
 }
 
 impl<R: Recorded> Stream<R> {
-    async fn start(source: &Database, state_dir: &Path, database: &str) -> Result<Self, ModuleError> {
+    async fn start(source: &Database, state_dir: &Path, database: &str, is_sent: bool) -> Result<Self, ModuleError> {
         let file = CursorFile::new(state_dir, R::TABLE, database);
         let cursor = continue_from::<R>(source, file.read().unwrap_or_default()).await?;
-        let read = cursor.sequence.saturating_sub(WINDOW);
-        Ok(Self { cursor, file, read, rows: std::marker::PhantomData })
+        let mut read = cursor.sequence.saturating_sub(SEEN_AGAIN);
+        if let Some(first) = source.first_after::<R>(read).await? {
+            read = first - 1;
+        }
+        Ok(Self { cursor, file, read, newest: None, is_sent, rows: std::marker::PhantomData })
     }
 
     /// Reads what is new, to its end.
@@ -187,29 +220,36 @@ impl<R: Recorded> Stream<R> {
         composer: &Composer,
         mut see: impl FnMut(&R),
     ) -> Result<(), ModuleError> {
+        self.check_history(source).await?;
         loop {
-            let rows: Vec<R> = source.range(self.read, self.read.saturating_add(WINDOW)).await?;
-            let Some(last) = rows.last() else {
-                // Nothing here; the table may have been trimmed past this window.
-                match source.first_after::<R>(self.read).await? {
-                    Some(next) => {
-                        self.read = next - 1;
-                        continue;
-                    }
-                    None => return Ok(()),
-                }
-            };
-            if let Some(records) = records {
+            let until = self.read.saturating_add(WINDOW);
+            let rows: Vec<R> = source.range(self.read, until).await?;
+            let Some(last) = rows.last() else { return Ok(()) };
+            rows.iter().for_each(&mut see);
+            if let Some(records) = records.filter(|_| self.is_sent) {
                 let sent = self.cursor.sequence;
                 let new = rows.iter().filter(|row| row.sequence() > sent).map(R::record);
                 records.send(composer, new).await?;
+                if last.sequence() > sent {
+                    self.cursor.advance(last.sequence(), &last.id());
+                    self.file.write(&self.cursor)?;
+                }
             }
-            rows.iter().for_each(&mut see);
+            let is_last = last.sequence() < until;
             self.read = last.sequence();
-            if last.sequence() > self.cursor.sequence {
-                self.cursor.advance(last.sequence(), &last.id());
-                self.file.write(&self.cursor)?;
+            self.newest = Some((last.sequence(), last.id()));
+            if is_last {
+                return Ok(());
             }
+        }
+    }
+
+    /// Is the row that was read last still there? A restore under a running server's name puts others in its place.
+    async fn check_history(&self, source: &Database) -> Result<(), ModuleError> {
+        let Some((sequence, id)) = &self.newest else { return Ok(()) };
+        match source.at::<R>(*sequence).await? {
+            Some(row) if row.id() == *id => Ok(()),
+            _ => Err(ModuleError::Changed(R::TABLE)),
         }
     }
 }

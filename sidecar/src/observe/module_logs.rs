@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,6 +57,9 @@ struct Position {
     /// The file's name, which is its date.
     file: String,
     offset: u64,
+    /// The file's inode: after a restore another file has its name.
+    #[serde(default)]
+    inode: u64,
 }
 
 impl ModuleLogs {
@@ -78,6 +81,7 @@ impl ModuleLogs {
         let file = self.state_dir.join(format!("module-log-{identity}.json"));
         let mut position: Position =
             std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        metrics::MODULE_LOG_ERRORS.add(0, &[KeyValue::new("database", database.clone())]);
         let composer = Composer::new(database);
         let mut delays = patience(Duration::from_millis(500)).build();
         loop {
@@ -91,6 +95,7 @@ impl ModuleLogs {
                     POLL
                 }
                 Err(error) => {
+                    metrics::MODULE_LOG_ERRORS.add(1, &[KeyValue::new("database", composer.database().to_owned())]);
                     let delay = delays.next().unwrap_or(Duration::from_secs(15));
                     tracing::warn!(database = composer.database(), %error, ?delay, "the module's log is sent later");
                     delay
@@ -126,7 +131,8 @@ impl ModuleLogs {
                 let labels = [KeyValue::new("database", composer.database().to_owned()), KeyValue::new("level", level)];
                 metrics::MODULE_LOGS.add(n, &labels);
             }
-            durable::replace(file, &serde_json::to_vec(&next).unwrap_or_default())?;
+            let (file, text) = (file.to_owned(), serde_json::to_vec(&next).unwrap_or_default());
+            blocking(move || durable::replace(&file, &text)).await??;
             *position = next;
         }
     }
@@ -150,9 +156,11 @@ fn read(dir: &Path, from: &Position) -> Result<Option<(Vec<String>, Position)>, 
     for name in names {
         let path = dir.join(&name);
         let open = File::open(&path).on("open", &path)?;
-        let len = open.metadata().on("inspect", &path)?.len();
-        // A file that is shorter than what was sent is another one: the directory was restored or replaced.
-        let start = if name == from.file && from.offset <= len { from.offset } else { 0 };
+        let kind = open.metadata().on("inspect", &path)?;
+        let (len, inode) = (kind.len(), kind.ino());
+        // Another inode, or shorter than what was sent: the directory was restored or replaced.
+        let same = name == from.file && inode == from.inode && from.offset <= len;
+        let start = if same { from.offset } else { 0 };
         let mut bytes = vec![0; usize::try_from(len - start).unwrap_or(PIECE).min(PIECE)];
         let read = read_at(&open, &mut bytes, start).on("read", &path)?;
         bytes.truncate(read);
@@ -167,7 +175,7 @@ fn read(dir: &Path, from: &Position) -> Result<Option<(Vec<String>, Position)>, 
         }
         let text = String::from_utf8_lossy(&bytes[..whole]);
         let lines = text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect();
-        return Ok(Some((lines, Position { file: name, offset: start + whole as u64 })));
+        return Ok(Some((lines, Position { file: name, offset: start + whole as u64, inode })));
     }
     Ok(None)
 }
@@ -256,12 +264,16 @@ mod tests {
         assert!(all(dir.path(), &mut position).is_empty());
         // Another history: the day's file is shorter than what was sent of it.
         write("2026-01-02.log", "d\n");
-        assert!(all(dir.path(), &mut position).is_empty(), "as long as before, it cannot be told apart");
+        assert!(all(dir.path(), &mut position).is_empty(), "written in place and as long, it cannot be told apart");
+        std::fs::write(dir.path().join("new"), "z\n").expect("write");
+        std::fs::rename(dir.path().join("new"), dir.path().join("2026-01-02.log")).expect("rename");
+        assert_eq!(all(dir.path(), &mut position), ["z"]);
         write("2026-01-02.log", "");
         write("2026-01-03.log", "e\n");
         assert_eq!(all(dir.path(), &mut position), ["e"]);
         write("2026-01-03.log", &"x".repeat(PIECE + 10));
-        assert_eq!(all(dir.path(), &mut position).iter().map(String::len).sum::<usize>(), PIECE - 2);
+        // Without an end in sight a piece goes; the rest waits for its end.
+        assert_eq!(all(dir.path(), &mut position).iter().map(String::len).sum::<usize>(), PIECE);
     }
 
     #[test]

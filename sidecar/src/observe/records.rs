@@ -12,6 +12,22 @@ use crate::observe::composed::{Composer, time_of};
 use crate::observe::otlp::{self, OtlpError, Signal};
 use crate::observe::{metrics, provider};
 
+/// About so much goes into one request: collectors take 4 MiB by default.
+pub const REQUEST_BYTES: usize = 1 << 20;
+
+impl Record {
+    /// About how many bytes it comes to.
+    fn size(&self) -> usize {
+        let of = |attribute: &KeyValue| attribute.key.as_str().len() + size_of_value(&attribute.value) + 16;
+        200 + self.body.len() + self.event_name.len() + self.attributes.iter().map(of).sum::<usize>()
+    }
+}
+
+/// About how many bytes a value comes to.
+pub fn size_of_value(value: &Value) -> usize {
+    if let Value::String(text) = value { text.as_str().len() } else { 8 }
+}
+
 /// The way to a collector of log records.
 pub struct Records {
     exporter: LogExporter,
@@ -44,15 +60,24 @@ impl Records {
         Ok(Some(Self { exporter, blank }))
     }
 
-    /// Sends records about one database in one request.
+    /// Sends records about one database, in as many requests as they need.
     ///
     /// # Errors
     /// When the collector does not take them all; then all are to be sent again.
     pub async fn send(&self, composer: &Composer, records: impl Iterator<Item = Record>) -> Result<(), OTelSdkError> {
-        let records: Vec<_> = records.map(|record| self.compose(composer, record)).collect();
-        if records.is_empty() {
-            return Ok(());
+        let (mut batch, mut size) = (Vec::new(), 0);
+        for record in records {
+            size += record.size();
+            batch.push(self.compose(composer, record));
+            if size >= REQUEST_BYTES {
+                self.export(composer, &batch).await?;
+                (batch, size) = (Vec::new(), 0);
+            }
         }
+        if batch.is_empty() { Ok(()) } else { self.export(composer, &batch).await }
+    }
+
+    async fn export(&self, composer: &Composer, records: &[SdkLogRecord]) -> Result<(), OTelSdkError> {
         let batch: Vec<_> = records.iter().map(|record| (record, composer.scope())).collect();
         self.exporter.export(LogBatch::new(&batch)).await
     }

@@ -173,7 +173,8 @@ fn field(json: &Json) -> Option<Field> {
         0 => Value::Bool(value.as_bool()?),
         1 => Value::Int(value.as_i64()?),
         2 => Value::UInt(value.as_u64()?),
-        3 => Value::Float(value.as_f64()?),
+        // JSON has no number that is none, and no infinity: the server writes null.
+        3 => Value::Float(if value.is_null() { f64::NAN } else { value.as_f64()? }),
         4 => Value::String(value.as_str()?.to_owned()),
         _ => Value::Bytes(bytes(value)?),
     };

@@ -174,8 +174,12 @@ fn continue_from(dir: &Path, known: Cursor, database: &str) -> Result<(LogReader
     }
     let first = segments(dir)?.first().map_or(0, |segment| segment.first.0);
     if known.sequence > 0 && first >= known.sequence {
-        tracing::warn!(database, from = known.sequence, to = first, "log was deleted before its calls were sent");
         let mut cursor = known;
+        if first > cursor.sequence {
+            tracing::warn!(database, from = cursor.sequence, to = first, "log was deleted before its calls were sent");
+            // Events of what is gone need a stand-in.
+            cursor.since = None;
+        }
         cursor.skip_to(first);
         return Ok((LogReader::open(dir, Offset(first))?, cursor));
     }

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::config::TelemetryConfig;
 use crate::module_bindings::{EventData, EventLog};
+use crate::observe::composed::cut;
 use crate::observe::events::span::{EVENT_TEXT, EventIds, Spans, describe};
 use crate::observe::otlp::{self, OtlpError, Signal};
 use crate::observe::records::{Record, Records};
@@ -104,17 +105,20 @@ fn log_record(event: &EventLog, ids: &EventIds, mut described: Vec<KeyValue>) ->
         time_micros: event.timestamp.to_micros_since_unix_epoch(),
         severity: Severity::Info,
         body: body(event),
-        event_name: event.event_type.clone(),
+        event_name: cut(&event.event_type).as_str().into_owned(),
         within: Some((ids.trace, ids.event)),
         attributes: described,
     }
 }
 
 fn body(event: &EventLog) -> String {
+    let (name, cut) = (cut(&event.event_type), |text: &str| cut(text).as_str().into_owned());
     match &event.data {
-        EventData::Text(text) => format!("{}: {text}", event.event_type),
-        EventData::Change(change) => format!("{}: {} version {}", event.event_type, change.subject_id, change.version),
-        _ => event.event_type.clone(),
+        EventData::Text(text) => format!("{}: {}", name.as_str(), cut(text)),
+        EventData::Change(change) => {
+            format!("{}: {} version {}", name.as_str(), cut(&change.subject_id), change.version)
+        }
+        _ => name.as_str().into_owned(),
     }
 }
 

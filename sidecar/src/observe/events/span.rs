@@ -19,6 +19,8 @@ pub struct Spans {
     composer: Composer,
     latest: HashMap<(bool, String), (SpanContext, u64)>,
     clock: u64,
+    /// What earlier processes sent was remembered.
+    is_warm: bool,
 }
 
 /// The ids of one event.
@@ -42,7 +44,7 @@ impl EventIds {
 
 impl Spans {
     pub fn new(database: String) -> Self {
-        Self { composer: Composer::new(database), latest: HashMap::new(), clock: 0 }
+        Self { composer: Composer::new(database), latest: HashMap::new(), clock: 0, is_warm: false }
     }
 
     pub fn composer(&self) -> &Composer {
@@ -79,16 +81,16 @@ impl Spans {
             id: ids.event,
             parent: ids.call,
             kind: SpanKind::Internal,
-            name: event.event_type.clone().into(),
+            name: cut(&event.event_type).as_str().into_owned().into(),
             time_micros,
             attributes: described,
             links,
         }));
     }
 
-    /// Nothing is remembered, as after a start.
-    pub fn is_fresh(&self) -> bool {
-        self.latest.is_empty()
+    /// Has this not been asked before?
+    pub fn is_fresh(&mut self) -> bool {
+        !std::mem::replace(&mut self.is_warm, true)
     }
 
     /// An event that was sent before this process began.
