@@ -312,3 +312,26 @@ fn event_size(event: &EventLog) -> usize {
 fn field_size(value: &Value) -> usize {
     if let Value::String(text) = value { text.len().min(4096) } else { 8 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_bounded_by_events_and_by_bytes_and_never_empty() {
+        let event = |text: usize| EventLog {
+            sequence: 1,
+            event_id: "id".into(),
+            event_type: "x".repeat(text),
+            source: None,
+            timestamp: spacetimedb_sdk::Timestamp::from_micros_since_unix_epoch(0),
+            correlation_id: "c".into(),
+            data: EventData::Empty,
+        };
+        assert_eq!(fitting(&vec![event(1); 2 * BATCH]), BATCH);
+        assert_eq!(fitting(&vec![event(1); 3]), 3);
+        let fit = fitting(&vec![event(10_000); BATCH]);
+        assert!((90..=REQUEST_BYTES / 10_000).contains(&fit), "{fit}");
+        assert_eq!(fitting(&[event(2 * REQUEST_BYTES), event(1)]), 1);
+    }
+}

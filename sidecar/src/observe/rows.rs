@@ -191,3 +191,46 @@ fn bytes(json: &Json) -> Option<Vec<u8>> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(data: Json) -> Result<EventLog, String> {
+        let row = json!([7, "id", "TYPE", [0, "source"], [1_700_000_000_000_000_i64], "c", data]);
+        EventLog::from_json(serde_json::from_value(row).expect("a row"))
+    }
+
+    #[test]
+    fn every_kind_of_value_is_read_and_what_is_none_is_an_error() {
+        let values = json!([[0, true], [1, -1], [2, u64::MAX], [3, 1.5], [4, "text"], [5, "00ff"], [5, [0, 255]]]);
+        let fields: Vec<Json> = values.as_array().expect("values").iter().map(|value| json!(["n", value])).collect();
+        let EventData::Custom(fields) = parse(json!([3, fields])).expect("an event").data else { panic!("other data") };
+        let bytes = || Value::Bytes(vec![0, 255]);
+        let expected = [
+            Value::Bool(true),
+            Value::Int(-1),
+            Value::UInt(u64::MAX),
+            Value::Float(1.5),
+            Value::String("text".into()),
+            bytes(),
+            bytes(),
+        ];
+        assert!(fields.iter().map(|field| &field.value).eq(&expected), "{fields:?}");
+        for wrong in
+            [json!([1, 5]), json!([2, []]), json!([3, "x"]), json!([3, [["n", [1, "x"]]]]), json!([3, [["n"]]])]
+        {
+            assert!(parse(wrong).is_err());
+        }
+    }
+
+    #[test]
+    fn numbers_that_json_cannot_write_hold_nothing_up() {
+        let event = parse(json!([3, [["n", [3, null]]]])).expect("an event");
+        assert!(
+            matches!(&event.data, EventData::Custom(fields) if matches!(fields[0].value, Value::Float(n) if n.is_nan()))
+        );
+    }
+}
