@@ -26,7 +26,7 @@ use crate::datadir::DataDirError;
 use crate::durable::FileError;
 use crate::observe::calls::log::{CallReader, Calls};
 use crate::observe::composed::Composer;
-use crate::observe::cursor::CursorFile;
+use crate::observe::cursor::{Cursor, CursorFile};
 use crate::observe::otlp::{self, OtlpError, Signal};
 use crate::observe::{metrics, provider};
 
@@ -138,11 +138,10 @@ impl CallStreams {
         let mut delays = backoff.build();
         loop {
             let before = file.read().map(|cursor| cursor.sequence);
-            let sending = self.send(exporter, &database, &file, &mut counted);
-            let result = tokio::select! {
-                result = sending => result,
-                () = stop.cancelled() => return,
-            };
+            let result = self.send(exporter, &database, &file, &mut counted, &stop).await;
+            if stop.is_cancelled() {
+                return;
+            }
             let Err(error) = result else { continue };
             if database.is_bundled && !matches!(error, CallError::Export(_)) {
                 // A log that cannot be read must not hold up the events.
@@ -161,39 +160,51 @@ impl CallStreams {
         }
     }
 
-    /// Sends calls until something fails, or the log is to be opened anew.
+    /// Sends calls until told to stop, until something fails, or until the log is to be opened anew.
     async fn send(
         &self,
         exporter: &SpanExporter,
         database: &Database,
         file: &CursorFile,
         counted: &mut Counted,
+        stop: &CancellationToken,
     ) -> Result<(), CallError> {
         let known = file.read().unwrap_or_default();
         let composer = Composer::new(database.name.clone());
         let (dir, is_bundled, sampler) = (database.dir.clone(), database.is_bundled, self.sampler.clone());
         let open = move || CallReader::open(&dir, known, composer, is_bundled, sampler);
-        let (mut reader, mut cursor) = blocking(open).await??;
+        let (reader, mut cursor) = blocking(open).await??;
         if database.is_bundled {
             self.since.send_replace(cursor.since.map_or(Since::Unknown, Since::Time));
         }
+        let result = tokio::select! {
+            result = self.send_from(reader, &mut cursor, exporter, database, file, counted) => result,
+            () = stop.cancelled() => Ok(()),
+        };
+        file.write(&cursor)?;
+        result
+    }
+
+    async fn send_from(
+        &self,
+        mut reader: CallReader,
+        cursor: &mut Cursor,
+        exporter: &SpanExporter,
+        database: &Database,
+        file: &CursorFile,
+        counted: &mut Counted,
+    ) -> Result<(), CallError> {
         let mut kept = Stopwatch::start();
-        let mut is_kept = true;
         loop {
             let read = move || reader.next().map(|calls| (reader, calls));
             let (back, calls) = blocking(read).await??;
             reader = back;
             match calls {
                 Calls::Anew => {
-                    file.write(&cursor)?;
                     self.clock.sleep(POLL).await;
                     return Ok(());
                 }
                 Calls::None => {
-                    if !is_kept && kept.elapsed_seconds() >= KEEP_INTERVAL {
-                        file.write(&cursor)?;
-                        (kept, is_kept) = (Stopwatch::start(), true);
-                    }
                     if database.is_bundled && cursor.since.is_none() {
                         // No call is in the log: those to come are younger than this.
                         self.since.send_replace(Since::Time(self.clock.now().as_microsecond()));
@@ -212,12 +223,11 @@ impl CallStreams {
                     }
                     counted.count(batch.reducers);
                     cursor.advance(batch.next, &batch.last_commit);
-                    is_kept = false;
-                    if kept.elapsed_seconds() >= KEEP_INTERVAL {
-                        file.write(&cursor)?;
-                        (kept, is_kept) = (Stopwatch::start(), true);
-                    }
                 }
+            }
+            if kept.elapsed_seconds() >= KEEP_INTERVAL && file.read().as_ref() != Some(&*cursor) {
+                file.write(cursor)?;
+                kept = Stopwatch::start();
             }
         }
     }
