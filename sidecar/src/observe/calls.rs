@@ -194,7 +194,7 @@ impl CallStreams {
         file: &CursorFile,
         counted: &mut Counted,
     ) -> Result<(), CallError> {
-        let mut kept = Stopwatch::start();
+        let (mut kept, mut kept_at) = (Stopwatch::start(), cursor.sequence);
         loop {
             let read = move || reader.next().map(|calls| (reader, calls));
             let (back, calls) = blocking(read).await??;
@@ -225,9 +225,9 @@ impl CallStreams {
                     cursor.advance(batch.next, &batch.last_commit);
                 }
             }
-            if kept.elapsed_seconds() >= KEEP_INTERVAL && file.read().as_ref() != Some(&*cursor) {
+            if cursor.sequence != kept_at && kept.elapsed_seconds() >= KEEP_INTERVAL {
                 file.write(cursor)?;
-                kept = Stopwatch::start();
+                (kept, kept_at) = (Stopwatch::start(), cursor.sequence);
             }
         }
     }
