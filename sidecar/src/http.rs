@@ -48,6 +48,9 @@ use crate::verify::VerifyReport;
 const MAX_BODY: usize = 16 << 10;
 /// No label is longer.
 const MAX_LABEL: usize = 200;
+/// No control characters, and something besides white space.
+const LABEL_PATTERN: &str =
+    r"^[^\u0000-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]*$";
 /// A port that is taken is tried again so often.
 const BIND_INTERVAL: Duration = Duration::from_secs(10);
 /// A status this old is good enough: it reads the repository.
@@ -76,7 +79,7 @@ pub struct Server {
 #[serde(default, deny_unknown_fields)]
 struct NewRestorePoint {
     /// A name to find the restore point by.
-    #[schemars(length(min = 1, max = 200))]
+    #[schemars(length(min = 1, max = 200), extend("pattern" = LABEL_PATTERN))]
     label: Option<String>,
 }
 
