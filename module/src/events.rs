@@ -6,7 +6,7 @@ use spacetimedb::{ReducerContext, Table, reducer};
 
 use crate::access::{require_admin, require_member};
 use crate::config::{self, ENABLE_AUDIT_LOG};
-use crate::sequence::{self, EVENTS};
+use crate::sequence::{self, EVENTS, TRIMMED};
 use crate::tables::{EventLog, event_log};
 use crate::types::EventData;
 
@@ -56,21 +56,19 @@ pub fn record_event(
 pub fn trim_event_log(ctx: &ReducerContext, through_sequence: u64, min_age_seconds: u64) -> Result<(), String> {
     require_admin(ctx)?;
     let age = Duration::from_secs(min_age_seconds);
-    let mut old: Vec<(u64, _)> = ctx
-        .db
-        .event_log()
-        .iter()
-        .filter(|event| event.sequence <= through_sequence)
-        .map(|event| (event.sequence, event.timestamp))
-        .collect();
-    old.sort_unstable_by_key(|(sequence, _)| *sequence);
-    for (sequence, timestamp) in old {
-        let age_of_event = ctx.timestamp.duration_since(timestamp).unwrap_or_default();
-        if age_of_event < age {
-            break;
+    let from = sequence::last(ctx, TRIMMED) + 1;
+    let mut trimmed = from - 1;
+    for sequence in from..=through_sequence.min(sequence::last(ctx, EVENTS)) {
+        // Numbers are missing where an import begins late.
+        if let Some(event) = ctx.db.event_log().sequence().find(sequence) {
+            if ctx.timestamp.duration_since(event.timestamp).unwrap_or_default() < age {
+                break;
+            }
+            ctx.db.event_log().sequence().delete(sequence);
         }
-        ctx.db.event_log().sequence().delete(sequence);
+        trimmed = sequence;
     }
+    sequence::advance_to(ctx, TRIMMED, trimmed);
     Ok(())
 }
 

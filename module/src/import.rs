@@ -5,11 +5,53 @@
 use spacetimedb::{ReducerContext, Table, reducer};
 
 use crate::access::require_admin;
-use crate::sequence::{self, EVENTS, METRICS, VERSIONS};
+use crate::sequence::{self, EVENTS, METRICS, TRIMMED, VERSIONS};
 use crate::tables::{
-    Config, Entity, EventLog, Metric, Relation, StateVersion, config, entity, event_log, metric, relation,
-    state_version,
+    Admin, Config, Entity, EventLog, ImportRun, Member, Metric, Relation, StateVersion, SystemStatus, admin, config, entity,
+    event_log, import_run, member, metric, relation, state_version, system_status,
 };
+
+/// What a module records before it has seen any use: its own start and its administration.
+const OWN_EVENTS: &[&str] = &[
+    "SYSTEM_INITIALIZED",
+    "CONFIG_CHANGED",
+    "CONFIG_DELETED",
+    "ADMIN_GRANTED",
+    "ADMIN_REVOKED",
+    "MEMBER_ADDED",
+    "MEMBER_REMOVED",
+];
+
+/// Comes before the imports of a replay. A module that has seen no use forgets the events of its own start, whose places
+/// the imported ones take; one that was used, or imported into before, keeps what it has.
+#[reducer]
+pub fn begin_import(ctx: &ReducerContext, source: String) -> Result<(), String> {
+    require_admin(ctx)?;
+    if source.trim().is_empty() {
+        return Err("the source is empty; give the identity of the exported database".into());
+    }
+    if ctx.db.import_run().count() == 0 && is_unused(ctx) {
+        let own: Vec<u64> = ctx.db.event_log().iter().map(|event| event.sequence).collect();
+        for sequence in own {
+            ctx.db.event_log().sequence().delete(sequence);
+        }
+        for counter in [EVENTS, TRIMMED] {
+            sequence::forget(ctx, counter);
+        }
+    }
+    if ctx.db.import_run().source().find(source.clone()).is_none() {
+        ctx.db.import_run().insert(ImportRun { source, begun_at: ctx.timestamp, begun_by: ctx.sender });
+    }
+    Ok(())
+}
+
+fn is_unused(ctx: &ReducerContext) -> bool {
+    ctx.db.entity().count() == 0
+        && ctx.db.relation().count() == 0
+        && ctx.db.state_version().count() == 0
+        && ctx.db.metric().count() == 0
+        && ctx.db.event_log().iter().all(|event| OWN_EVENTS.contains(&event.event_type.as_str()))
+}
 
 /// Loads events. One whose id is there is skipped; one whose sequence is taken by another event is refused, since
 /// replacing history silently is worse than stopping.
@@ -27,6 +69,7 @@ pub fn import_events(ctx: &ReducerContext, events: Vec<EventLog>) -> Result<(), 
             ));
         }
         sequence::advance_to(ctx, EVENTS, event.sequence);
+        sequence::fall_back_to(ctx, TRIMMED, event.sequence.saturating_sub(1));
         ctx.db.event_log().insert(event);
     }
     Ok(())
@@ -92,6 +135,44 @@ pub fn import_config(ctx: &ReducerContext, settings: Vec<Config>) -> Result<(), 
         match ctx.db.config().key().find(row.key.clone()) {
             Some(_) => drop(ctx.db.config().key().update(row)),
             None => drop(ctx.db.config().insert(row)),
+        }
+    }
+    Ok(())
+}
+
+/// Loads admins. None is removed, least of all the one who imports.
+#[reducer]
+pub fn import_admins(ctx: &ReducerContext, admins: Vec<Admin>) -> Result<(), String> {
+    require_admin(ctx)?;
+    for row in admins {
+        match ctx.db.admin().identity().find(row.identity) {
+            Some(_) => drop(ctx.db.admin().identity().update(row)),
+            None => drop(ctx.db.admin().insert(row)),
+        }
+    }
+    Ok(())
+}
+
+#[reducer]
+pub fn import_members(ctx: &ReducerContext, members: Vec<Member>) -> Result<(), String> {
+    require_admin(ctx)?;
+    for row in members {
+        match ctx.db.member().identity().find(row.identity) {
+            Some(_) => drop(ctx.db.member().identity().update(row)),
+            None => drop(ctx.db.member().insert(row)),
+        }
+    }
+    Ok(())
+}
+
+/// Loads the last status; the next `get_system_status` writes over it.
+#[reducer]
+pub fn import_status(ctx: &ReducerContext, statuses: Vec<SystemStatus>) -> Result<(), String> {
+    require_admin(ctx)?;
+    for row in statuses {
+        match ctx.db.system_status().id().find(row.id) {
+            Some(_) => drop(ctx.db.system_status().id().update(row)),
+            None => drop(ctx.db.system_status().insert(row)),
         }
     }
     Ok(())

@@ -8,6 +8,8 @@ use crate::tables::{SequenceCounter, sequence_counter};
 pub const EVENTS: &str = "event_log";
 pub const VERSIONS: &str = "state_version";
 pub const METRICS: &str = "metric";
+/// The last event that was trimmed, so that trimming need not search for the first.
+pub const TRIMMED: &str = "event_log_trimmed";
 
 /// Takes the next number of `name`; the first is 1.
 pub fn next(ctx: &ReducerContext, name: &str) -> u64 {
@@ -31,6 +33,20 @@ pub fn advance_to(ctx: &ReducerContext, name: &str, to: u64) -> u64 {
         }
     }
     to
+}
+
+/// Lowers the counter to at most `to`: rows from before it came back.
+pub fn fall_back_to(ctx: &ReducerContext, name: &str, to: u64) {
+    if let Some(row) = ctx.db.sequence_counter().name().find(name.to_owned())
+        && row.last > to
+    {
+        ctx.db.sequence_counter().name().update(SequenceCounter { last: to, ..row });
+    }
+}
+
+/// Begins to count anew.
+pub fn forget(ctx: &ReducerContext, name: &str) {
+    ctx.db.sequence_counter().name().delete(name.to_owned());
 }
 
 /// A UUID (version 8) made of database, time and sequence: unique within a database because the sequence is, and

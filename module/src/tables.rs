@@ -156,3 +156,14 @@ pub struct SequenceCounter {
     pub name: String,
     pub last: u64,
 }
+
+/// Exports that were replayed here; the first clears what the module wrote at its own start.
+#[table(name = import_run, public)]
+#[derive(Clone)]
+pub struct ImportRun {
+    /// The identity of the database that was exported.
+    #[primary_key]
+    pub source: String,
+    pub begun_at: Timestamp,
+    pub begun_by: Identity,
+}
