@@ -5,6 +5,8 @@
 
 mod backup;
 mod config;
+#[cfg(feature = "client")]
+mod export;
 mod failure;
 mod key;
 mod output;
@@ -29,6 +31,7 @@ use crate::datadir::DataDir;
 use crate::observe::own::OwnTelemetry;
 use crate::repository::Repository;
 use crate::repository::crypto::Keyring;
+use crate::repository::lease::Lease;
 
 /// Backup, recovery and observability sidecar for SpacetimeDB.
 #[derive(Debug, Parser)]
@@ -78,6 +81,9 @@ enum Command {
     Restore(restore::RestoreArgs),
     /// Read back and check everything that restore points name
     Verify(verify::VerifyArgs),
+    /// Export tables as files for query engines, and to be replayed
+    #[cfg(feature = "client")]
+    Export(export::ExportArgs),
     /// What is archived, and how far it lags behind the log
     Status(status::StatusArgs),
     /// Check, describe and show the configuration
@@ -144,6 +150,8 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
         Command::Restore(args) => restore::run(&context, args).await,
         Command::Verify(args) => verify::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
+        #[cfg(feature = "client")]
+        Command::Export(args) => export::run(&context, args).await,
         Command::Config { .. } => Ok(ExitStatus::Ok),
         Command::Key { command } => key::run(&context, command),
     }
@@ -209,6 +217,64 @@ impl Context<'_> {
             );
         }
         Ok(repository)
+    }
+}
+
+/// Runs `work` and renews the lease meanwhile. A lost lease fails the work's next write, which then says so.
+async fn while_held<T>(lease: &Lease, clock: &dyn Clock, work: impl Future<Output = T>) -> T {
+    let renewals = async {
+        loop {
+            clock.sleep(lease.renewal_interval()).await;
+            if let Err(error) = lease.renew().await {
+                tracing::warn!(%error, "the lease was not renewed");
+                if error.is_permanent() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        result = work => result,
+        () = renewals => unreachable!("renewals never end"),
+    }
+}
+
+/// The database to ask, and where.
+#[derive(Debug, Args)]
+struct DatabaseArg {
+    /// Where the server is reached; spacetimedb_config.url when left out
+    #[arg(long, global = true, value_name = "URL")]
+    server: Option<String>,
+    /// The database's name or identity; spacetimedb_config.database when left out
+    #[arg(long, global = true, value_name = "NAME")]
+    database: Option<String>,
+    /// A file with the token of an identity that may do this; spacetimedb_config.token_file when left out
+    #[arg(long, global = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl DatabaseArg {
+    /// The configuration with what was given on the command line.
+    fn apply(&self, config: &Config) -> Result<Config, Failure> {
+        let mut config = config.clone();
+        let target = &mut config.spacetimedb_config;
+        for (given, key) in [(&self.server, &mut target.url), (&self.database, &mut target.database)] {
+            if given.is_some() {
+                key.clone_from(given);
+            }
+        }
+        if self.token_file.is_some() {
+            target.token_file.clone_from(&self.token_file);
+        }
+        if target.database.is_none() {
+            return Err(Failure::usage(
+                "no database is named; give --database NAME, or set spacetimedb_config.database in the configuration",
+            ));
+        }
+        if let Some((key, problem)) = config.validate().into_iter().next() {
+            return Err(Failure::usage(format!("{key}: {problem}")));
+        }
+        Ok(config)
     }
 }
 

@@ -25,6 +25,7 @@ pub struct Config {
     pub repository: RepositoryConfig,
     pub archive: ArchiveConfig,
     pub schedule: ScheduleConfig,
+    pub export: ExportConfig,
     pub telemetry: TelemetryConfig,
     pub http: HttpConfig,
 }
@@ -269,11 +270,70 @@ pub struct ScheduleConfig {
     pub jitter: Period,
     pub restore_point: Option<Cron>,
     pub verify: Option<Cron>,
+    /// Exports of the tables in export.tables.
+    pub export: Option<Cron>,
 }
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
-        Self { time_zone: TimeZone::UTC, jitter: Period::seconds(0), restore_point: None, verify: None }
+        Self { time_zone: TimeZone::UTC, jitter: Period::seconds(0), restore_point: None, verify: None, export: None }
+    }
+}
+
+/// Exports of tables as files for query engines; needs spacetimedb_config.database.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportConfig {
+    /// What the schedule exports, besides configuration files.
+    pub tables: Vec<String>,
+    /// Tables whose rows are added and never changed: exported from where the last export ended. Each needs a unique column
+    /// of type u64 that rises. Other tables are exported whole, when they changed.
+    pub append_only: Vec<String>,
+    /// `ndjson`, `parquet` or both.
+    pub formats: Vec<Format>,
+    /// A file holds at most so many rows; 32 MiB of text and the end of a day end it too.
+    pub rows_per_file: u64,
+    /// After an export, remove events older than this from the database, once their files were read back. Off when left out.
+    pub trim_after: Option<Period>,
+}
+
+impl Default for ExportConfig {
+    fn default() -> Self {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Self {
+            tables: names(&["event_log", "state_version", "config"]),
+            append_only: names(&["event_log", "state_version", "metric"]),
+            formats: vec![Format::Ndjson, Format::Parquet],
+            rows_per_file: 100_000,
+            trim_after: None,
+        }
+    }
+}
+
+/// The form of exported files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Lines of JSON, compressed with zstd.
+    Ndjson,
+    /// Apache Parquet, compressed with zstd.
+    Parquet,
+}
+
+impl Format {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ndjson => "ndjson",
+            Self::Parquet => "parquet",
+        }
+    }
+
+    /// How names of files end.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Ndjson => "ndjson.zst",
+            Self::Parquet => "parquet",
+        }
     }
 }
 
@@ -504,6 +564,15 @@ impl Config {
         if !(1..=crate::backup::OBJECT_SIZE as u64).contains(&bytes) {
             let most = ByteSize(crate::backup::OBJECT_SIZE as u64);
             problems.push(("archive.flush_bytes", format!("{} is not from 1 B to {most}", self.archive.flush_bytes)));
+        }
+        if self.export.rows_per_file == 0 {
+            problems.push(("export.rows_per_file", "0 rows would never fill a file; give at least 1".into()));
+        }
+        if self.export.formats.is_empty() {
+            problems.push(("export.formats", "none is named; give `ndjson`, `parquet` or both".into()));
+        }
+        if self.schedule.export.is_some() && self.spacetimedb_config.database.is_none() {
+            problems.push(("schedule.export", "it needs spacetimedb_config.database, the database to export".into()));
         }
         if self.server_config.timeout_ms == 0 {
             problems.push(("server_config.timeout_ms", "0 would end every call at once; give milliseconds".into()));

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::BackoffBuilder;
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use opentelemetry::KeyValue;
 use tokio::sync::Notify;
@@ -32,6 +33,8 @@ use crate::daemon::state::{State, StateDir};
 use crate::daemon::supervisor::{Supervisor, SupervisorError};
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::FileError;
+#[cfg(feature = "client")]
+use crate::export::{ExportError, ExportOptions, ExportReport};
 use crate::ids::RestorePointId;
 use crate::observe::calls::CallStreams;
 use crate::observe::module_logs::ModuleLogs;
@@ -197,6 +200,8 @@ async fn follow(
         module_logs,
         restore_points: tokio::sync::Mutex::new(()),
         verifying: tokio::sync::Mutex::new(()),
+        #[cfg(feature = "client")]
+        exporting: tokio::sync::Mutex::new(()),
         changed: Notify::new(),
     });
     interface.serves(Arc::clone(&daemon));
@@ -373,6 +378,9 @@ pub struct Daemon {
     restore_points: tokio::sync::Mutex<()>,
     /// One verification at a time.
     verifying: tokio::sync::Mutex<()>,
+    /// One export at a time.
+    #[cfg(feature = "client")]
+    exporting: tokio::sync::Mutex<()>,
     /// The repository is worth another look.
     changed: Notify,
 }
@@ -430,6 +438,36 @@ impl Daemon {
             }
         });
         Ok(Some(report))
+    }
+
+    /// Exports tables of the configured database.
+    ///
+    /// # Errors
+    /// When a table cannot be exported.
+    #[cfg(feature = "client")]
+    pub async fn export(&self, options: ExportOptions) -> Result<ExportReport, ExportError> {
+        let _one = self.exporting.lock().await;
+        let (data_dir, clock) = (self.data.root(), Arc::clone(&self.clock));
+        let exporting = crate::export::export(&self.repository, &self.config, options, Some(data_dir), clock).boxed();
+        let result = traced(work_span!("export"), exporting).await;
+        let labels = [KeyValue::new("outcome", if result.is_ok() { "ok" } else { "failed" })];
+        metrics::EXPORTS.add(1, &labels);
+        for table in result.iter().flat_map(|report| &report.tables) {
+            metrics::EXPORTED_ROWS.add(table.rows, &[KeyValue::new("table", table.table.clone())]);
+        }
+        result
+    }
+
+    /// What the schedule exports.
+    #[cfg(feature = "client")]
+    pub fn scheduled_export(&self) -> ExportOptions {
+        ExportOptions {
+            tables: self.config.export.tables.clone(),
+            configuration: true,
+            formats: self.config.export.formats.clone(),
+            new_series: false,
+            since: None,
+        }
     }
 
     /// What `inner-universe status` tells.

@@ -10,8 +10,12 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod daemon;
+#[cfg(feature = "client")]
+pub mod database;
 pub mod datadir;
 pub mod durable;
+#[cfg(feature = "client")]
+pub mod export;
 pub mod http;
 pub mod ids;
 #[cfg(feature = "client")]

@@ -285,7 +285,7 @@ impl Repository {
     }
 
     /// The names of the folders directly below `prefix`.
-    async fn folders(&self, prefix: &Key) -> Result<Vec<String>, RepositoryError> {
+    pub(crate) async fn folders(&self, prefix: &Key) -> Result<Vec<String>, RepositoryError> {
         let listed = self
             .store
             .within(Operation::List, prefix, 0, self.store.objects().list_with_delimiter(Some(prefix)))
@@ -294,12 +294,12 @@ impl Repository {
         Ok(names.collect())
     }
 
-    async fn get_document<T: DeserializeOwned>(&self, key: &Key) -> Result<T, RepositoryError> {
+    pub(crate) async fn get_document<T: DeserializeOwned>(&self, key: &Key) -> Result<T, RepositoryError> {
         let bytes = self.get(key).await?;
         document::read(&bytes).map_err(|error| RepositoryError::damaged(key, error))
     }
 
-    async fn put_document<T: Serialize>(&self, key: &Key, value: &T) -> Result<usize, RepositoryError> {
+    pub(crate) async fn put_document<T: Serialize>(&self, key: &Key, value: &T) -> Result<usize, RepositoryError> {
         let bytes = document::write(value);
         let len = bytes.len();
         self.put(key, bytes.into()).await?;

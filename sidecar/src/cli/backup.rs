@@ -9,8 +9,7 @@ use crate::backup::{self, BackupOptions, BackupReport};
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
 use crate::cli::restore::RestoreArgs;
-use crate::cli::{Context, DataDirArg};
-use crate::clock::Clock;
+use crate::cli::{Context, DataDirArg, while_held};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::datadir::DataDir;
@@ -122,27 +121,8 @@ async fn ask_daemon(
         Ok(Some(Answer::Failed(message))) => {
             Err(Failure::new(ExitStatus::Failed, format!("the daemon made no restore point: {message}")))
         }
-        Ok(Some(Answer::Elsewhere) | None) => Ok(None),
+        Ok(Some(_) | None) => Ok(None),
         Err(error) => Err(Failure::new(ExitStatus::Failed, format!("the daemon went away while it worked: {error}"))),
-    }
-}
-
-/// Runs `work` and renews the lease meanwhile. A lost lease fails the work's next write, which then says so.
-async fn while_held<T>(lease: &Lease, clock: &dyn Clock, work: impl Future<Output = T>) -> T {
-    let renewals = async {
-        loop {
-            clock.sleep(lease.renewal_interval()).await;
-            if let Err(error) = lease.renew().await {
-                tracing::warn!(%error, "the lease was not renewed");
-                if error.is_permanent() {
-                    std::future::pending::<()>().await;
-                }
-            }
-        }
-    };
-    tokio::select! {
-        result = work => result,
-        () = renewals => unreachable!("renewals never end"),
     }
 }
 

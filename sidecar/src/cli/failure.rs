@@ -6,6 +6,8 @@ use crate::backup::BackupError;
 use crate::daemon::DaemonError;
 use crate::daemon::supervisor::SupervisorError;
 use crate::datadir::DataDirError;
+#[cfg(feature = "client")]
+use crate::export::ExportError;
 use crate::repository::RepositoryError;
 use crate::repository::crypto::CryptoError;
 use crate::repository::instance::InstanceError;
@@ -125,6 +127,22 @@ impl From<RestoreError> for Failure {
             | RestoreError::SelfCheck(_)
             | RestoreError::Unreachable { .. }
             | RestoreError::Worker(_) => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
+#[cfg(feature = "client")]
+impl From<ExportError> for Failure {
+    fn from(error: ExportError) -> Self {
+        let status = match &error {
+            ExportError::Repository(error) => of_repository(error),
+            ExportError::NoTable { .. }
+            | ExportError::Private { .. }
+            | ExportError::NoSequence { .. }
+            | ExportError::NotFirst { .. } => ExitStatus::Usage,
+            ExportError::SchemaChanged { .. } => ExitStatus::Refused,
+            _ => ExitStatus::Failed,
         };
         Self::new(status, error)
     }

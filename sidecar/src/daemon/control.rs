@@ -13,6 +13,8 @@ use crate::backup::BackupReport;
 use crate::daemon::state::StateDir;
 use crate::daemon::{Daemon, DaemonError};
 use crate::durable::OnPath;
+#[cfg(feature = "client")]
+use crate::export::{ExportOptions, ExportReport};
 
 /// No request is longer.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -23,6 +25,9 @@ const MAX_REQUEST: u64 = 64 << 10;
 pub enum Request {
     /// A restore point in the repository at `url`.
     BackupCreate { url: String, label: Option<String> },
+    /// An export of `database` into the repository at `url`.
+    #[cfg(feature = "client")]
+    Export { url: String, server: String, database: Option<String>, options: ExportOptions },
 }
 
 /// What is answered.
@@ -30,7 +35,9 @@ pub enum Request {
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     Created(BackupReport),
-    /// The daemon writes to another repository.
+    #[cfg(feature = "client")]
+    Exported(ExportReport),
+    /// The daemon writes to another repository, or asks another database.
     Elsewhere,
     Failed(String),
 }
@@ -61,6 +68,18 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
             Ok(report) => Answer::Created(report),
             Err(error) => Answer::Failed(error.to_string()),
         },
+        #[cfg(feature = "client")]
+        Ok(Request::Export { url, server, database, options }) => {
+            let config = &daemon.config.spacetimedb_config;
+            if url != daemon.url || server != config.server_url() || database != config.database {
+                Answer::Elsewhere
+            } else {
+                match daemon.export(options).await {
+                    Ok(report) => Answer::Exported(report),
+                    Err(error) => Answer::Failed(error.to_string()),
+                }
+            }
+        }
         Err(error) => Answer::Failed(format!("the daemon does not understand: {error}; are both of the same release?")),
     };
     stream.write_all(&serde_json::to_vec(&answer)?).await?;

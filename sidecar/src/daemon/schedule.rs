@@ -30,6 +30,8 @@ pub enum ScheduleError {
 enum Task {
     RestorePoint,
     Verify,
+    #[cfg(feature = "client")]
+    Export,
 }
 
 impl Task {
@@ -37,6 +39,8 @@ impl Task {
         match self {
             Self::RestorePoint => "restore_point",
             Self::Verify => "verify",
+            #[cfg(feature = "client")]
+            Self::Export => "export",
         }
     }
 }
@@ -60,7 +64,13 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
     let scheduler = JobScheduler::new().await.map_err(ScheduleError::from)?;
     let dir = state_dir.path().join("schedules");
     std::fs::create_dir_all(&dir).on("create", &dir)?;
-    for (task, cron) in [(Task::RestorePoint, config.restore_point), (Task::Verify, config.verify)] {
+    let tasks = [
+        (Task::RestorePoint, config.restore_point),
+        (Task::Verify, config.verify),
+        #[cfg(feature = "client")]
+        (Task::Export, config.export),
+    ];
+    for (task, cron) in tasks {
         let Some(cron) = cron else { continue };
         let schedule = Arc::new(Schedule {
             task,
@@ -129,6 +139,13 @@ impl Schedule {
                     None => Ok(format!("restore point {}", report.restore_point)),
                     Some(problem) => Err(format!("restore point {} was made, but {problem}", report.restore_point)),
                 }
+            }
+            #[cfg(feature = "client")]
+            Task::Export => {
+                let exporting = self.daemon.export(self.daemon.scheduled_export()).await;
+                let report = exporting.map_err(|error| error.to_string())?;
+                let rows: u64 = report.tables.iter().map(|table| table.rows).sum();
+                Ok(format!("{rows} rows were exported"))
             }
             Task::Verify => {
                 let report = self.daemon.verify().await.map_err(|error| error.to_string())?;

@@ -129,6 +129,10 @@ metrics! {
     SCHEDULE_NEXT: Kind::Gauge, "inner_universe.schedule.next.time", "s", ["schedule"];
     /// 1 when the schedule's last run succeeded, else 0.
     SCHEDULE_OK: Kind::Gauge, "inner_universe.schedule.last.ok", "{run}", ["schedule"];
+    /// Exports. Outcomes: `ok`, `failed`.
+    EXPORTS: Kind::Counter, "inner_universe.exports", "{export}", ["outcome"];
+    /// Rows that were exported.
+    EXPORTED_ROWS: Kind::Counter, "inner_universe.export.rows", "{row}", ["table"];
     /// Findings of the last verification that this process made.
     VERIFY_FINDINGS: Kind::Gauge, "inner_universe.verify.findings", "{finding}", [];
     /// When a verification last ended without findings in this process, Unix time.

@@ -46,9 +46,9 @@ pub trait Sequenced: Sized + Send + 'static {
 /// One database on the server.
 pub struct Database {
     client: reqwest::Client,
-    pub(super) url: String,
-    pub(super) name: String,
-    pub(super) token: Option<String>,
+    pub(crate) url: String,
+    pub(crate) name: String,
+    pub(crate) token: Option<String>,
 }
 
 /// A row, made as soon as it is read: of thousands, none is in memory twice.
@@ -70,18 +70,7 @@ impl Database {
     /// # Errors
     /// When the token cannot be read.
     pub fn new(config: &SpacetimedbConfig, server: &ServerConfig, name: &str) -> Result<Self, SourceError> {
-        let token = match &config.token_file {
-            Some(path) => {
-                let refuse = |reason: String| SourceError::Token { path: path.display().to_string(), reason };
-                let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
-                let token = text.trim().to_owned();
-                if token.is_empty() || token.chars().any(|c| c.is_whitespace() || c.is_control()) {
-                    return Err(refuse("it holds no token on a line of its own".into()));
-                }
-                Some(token)
-            }
-            None => None,
-        };
+        let token = token(config)?;
         let url = config.server_url();
         let timeout = Duration::from_millis(server.timeout_ms);
         let client = crate::observe::otlp::client(timeout, None)
@@ -143,6 +132,24 @@ impl Database {
         parse(&self.sql(format!("SELECT * FROM {table}")).await?)
     }
 
+    /// The database's identity.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, or knows no such database.
+    pub async fn identity(&self) -> Result<crate::ids::Identity, SourceError> {
+        let text = self.get("identity").await?;
+        let text = String::from_utf8_lossy(&text);
+        text.trim().parse().map_err(|_| SourceError::Answer(format!("`{}` is no identity", text.trim())))
+    }
+
+    /// The module's schema, as the server describes it.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, or knows no such database.
+    pub async fn schema(&self) -> Result<bytes::Bytes, SourceError> {
+        self.get("schema?version=9").await
+    }
+
     /// Calls a reducer that takes no arguments.
     ///
     /// # Errors
@@ -155,13 +162,25 @@ impl Database {
         self.post("sql", statement).await
     }
 
+    async fn get(&self, path: &str) -> Result<bytes::Bytes, SourceError> {
+        self.send(self.client.get(self.path(path))).await
+    }
+
     async fn post(&self, path: &str, body: String) -> Result<bytes::Bytes, SourceError> {
-        let unreachable =
-            |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
-        let mut request = self.client.post(format!("{}/v1/database/{}/{path}", self.url, self.name)).body(body);
+        let mut request = self.client.post(self.path(path)).body(body);
         if path != "sql" {
             request = request.header(http::header::CONTENT_TYPE, "application/json");
         }
+        self.send(request).await
+    }
+
+    fn path(&self, path: &str) -> String {
+        format!("{}/v1/database/{}/{path}", self.url, self.name)
+    }
+
+    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<bytes::Bytes, SourceError> {
+        let unreachable =
+            |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);
         }
@@ -176,6 +195,18 @@ impl Database {
     }
 }
 
+/// The token that the configuration names.
+fn token(config: &SpacetimedbConfig) -> Result<Option<String>, SourceError> {
+    let Some(path) = &config.token_file else { return Ok(None) };
+    let refuse = |reason: String| SourceError::Token { path: path.display().to_string(), reason };
+    let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
+    let token = text.trim().to_owned();
+    if token.is_empty() || token.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Err(refuse("it holds no token on a line of its own".into()));
+    }
+    Ok(Some(token))
+}
+
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
     let mut answers: Vec<Answer<T>> =
         serde_json::from_slice(bytes).map_err(|error| SourceError::Answer(error.to_string()))?;
@@ -183,7 +214,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
     Ok(answers.pop().map(|answer| answer.rows).unwrap_or_default())
 }
 
-fn root_cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;

@@ -81,6 +81,39 @@ pub fn parse_restore_point(key: &Key) -> Option<RestorePointId> {
     key.filename()?.strip_suffix(".json")?.parse().ok()
 }
 
+/// Everything that was exported from a database.
+pub fn exports(database: &Identity) -> Key {
+    Key::from(format!("databases/{database}/exports"))
+}
+
+/// A file of exported rows; `folders` are partitions in the form `name=value`.
+pub fn export_file(database: &Identity, format: &str, series: &str, folders: &str, name: &str) -> Key {
+    Key::from(format!("databases/{database}/exports/{format}/{series}/{folders}/{name}"))
+}
+
+pub fn export_manifests(database: &Identity) -> Key {
+    Key::from(format!("databases/{database}/exports/manifests"))
+}
+
+pub fn export_series(database: &Identity, series: &str) -> Key {
+    Key::from(format!("databases/{database}/exports/manifests/{series}"))
+}
+
+pub fn export_manifest(database: &Identity, series: &str, first: u64, last: u64) -> Key {
+    Key::from(format!("databases/{database}/exports/manifests/{series}/{first:020}-{last:020}.json"))
+}
+
+/// The numbers that a manifest's name tells, both ends included.
+pub fn parse_export_manifest(key: &Key) -> Option<(u64, u64)> {
+    let (first, last) = key.filename()?.strip_suffix(".json")?.split_once('-')?;
+    Some((Offset::from_padded(first).ok()?.0, Offset::from_padded(last).ok()?.0))
+}
+
+/// What an export is about to write.
+pub fn export_plan(database: &Identity, series: &str) -> Key {
+    Key::from(format!("databases/{database}/exports/plans/{series}.json"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,650 @@
+//! Exports: rows of a live table as files that query engines read as they are, every row once.
+//!
+//! A table that only grows is exported in steps, each of the rows that came since the step before; any other is captured
+//! whole when it changed. What a step writes is planned first and counts once its manifest is written: a step that was
+//! broken off is done again under the same names, and rows are never in two files. FORMAT.md describes the objects.
+//!
+//! Invariants: a manifest names only what is durable; files of one series read as one table; when histories part (a
+//! restore) or a column changes its type, a new series begins and the old one stays.
+
+pub mod columnar;
+pub mod files;
+pub mod manifest;
+pub mod ndjson;
+mod rows;
+pub mod spool;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::{Clock, Stopwatch};
+use crate::config::{Config, Format};
+use crate::database::cell::Cell;
+use crate::database::link::{Link, LinkError};
+use crate::database::schema::{Schema, Table};
+use crate::database::shape::{self, Field, Shape};
+use crate::export::manifest::{Content, ExportFile, ExportManifest, ExportPlan, Parent, Series};
+use crate::export::rows::Rows;
+use crate::export::spool::{Finished, Layout, Spool, SpoolError, line_of};
+use crate::ids::{ContentHash, Identity};
+use crate::observe::server::SourceError;
+use crate::repository::{Repository, RepositoryError, paths};
+
+/// A step ends when its rows as text are longer.
+const STEP_BYTES: u64 = 64 << 20;
+/// The configuration as a table.
+pub const CONFIGURATION: &str = "sidecar_configuration";
+/// The column by whose date rows are filed, where a table has it.
+const TIME: &str = "timestamp";
+
+/// What can go wrong with an export.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    #[error("the database has no table `{table}`; it has {known}")]
+    NoTable { table: String, known: String },
+    #[error("`{table}` is private and only the database's owner may read it; give the owner's token with --token-file")]
+    Private { table: String },
+    #[error("`{table}` cannot be exported: {reason}")]
+    NotExportable { table: String, reason: String },
+    #[error("`{table}` has no unique column of type u64 and is no table that only grows; leave it out of export.append_only")]
+    NoSequence { table: String },
+    #[error(
+        "the columns of `{table}` changed in a way that its files cannot be read as one table ({reason}); give \
+         --new-series to begin anew beside what was exported"
+    )]
+    SchemaChanged { table: String, reason: String },
+    #[error("the columns of `{table}` changed while it was exported, by a publish most likely; export it again")]
+    ChangedMeanwhile { table: String },
+    #[error("`{table}` is larger than one answer of the server and has no unique column of type u64 to read it in ranges")]
+    TooLarge { table: String },
+    #[error("a row of `{table}` is not understood: {reason}; was the module published a moment ago? Export it again")]
+    Row { table: String, reason: String },
+    #[error("`{table}` was exported up to {exported} already; --since is for a first export")]
+    NotFirst { table: String, exported: u64 },
+    #[error("{object} is not what was written ({reason}); nothing was trimmed; run the export again")]
+    ReadBack { object: String, reason: String },
+    #[error("trim the event log: {0}")]
+    Trim(String),
+    #[error("a worker failed: {0}")]
+    Worker(String),
+}
+
+impl ExportError {
+    /// Would another try be in vain?
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Link(error) => error.is_permanent(),
+            Self::Repository(error) => error.is_permanent(),
+            Self::ChangedMeanwhile { .. } | Self::Row { .. } => false,
+            _ => true,
+        }
+    }
+}
+
+/// What to export, and how.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExportOptions {
+    /// Tables by name; every table that may be read when there are none.
+    pub tables: Vec<String>,
+    /// Configuration files too.
+    pub configuration: bool,
+    pub formats: Vec<Format>,
+    /// Begin a new series where columns changed.
+    pub new_series: bool,
+    /// Leave out rows up to this number, in a first export.
+    pub since: Option<u64>,
+}
+
+/// What was exported.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExportReport {
+    pub database: Identity,
+    pub tables: Vec<TableReport>,
+    /// The last event that was removed from the database, when any may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trimmed_through: Option<u64>,
+    pub duration_ms: u64,
+}
+
+/// What was exported of one table.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TableReport {
+    pub table: String,
+    /// The folder that its files are in.
+    pub series: String,
+    pub rows: u64,
+    pub objects: u64,
+    pub bytes: u64,
+    /// The last number of all that was exported so far, of a table that only grows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub through: Option<u64>,
+}
+
+/// An export that is going on.
+pub struct Exporter<'a> {
+    repository: &'a Repository,
+    config: &'a Config,
+    options: ExportOptions,
+    clock: Arc<dyn Clock>,
+    link: Link,
+    database: Identity,
+}
+
+/// Exports from the database that the configuration names. The repository must be open to write, under its lease.
+///
+/// # Errors
+/// When a table cannot be exported; those before it are.
+pub async fn export(
+    repository: &Repository,
+    config: &Config,
+    options: ExportOptions,
+    data_dir: Option<&Path>,
+    clock: Arc<dyn Clock>,
+) -> Result<ExportReport, ExportError> {
+    let took = Stopwatch::start();
+    let name = config.spacetimedb_config.database.as_deref().unwrap_or_default();
+    let link = Link::new(&config.spacetimedb_config, &config.server_config, name)?;
+    let database = link.database().identity().await.map_err(LinkError::from)?;
+    let mut exporter = Exporter { repository, config, options, clock, link, database };
+    let result = exporter.run(data_dir).await;
+    exporter.link.close().await;
+    let (tables, trimmed_through) = result?;
+    let duration_ms = (took.elapsed_seconds() * 1000.0) as u64;
+    Ok(ExportReport { database, tables, trimmed_through, duration_ms })
+}
+
+impl Exporter<'_> {
+    async fn run(&mut self, data_dir: Option<&Path>) -> Result<(Vec<TableReport>, Option<u64>), ExportError> {
+        let schema = self.link.schema().await?;
+        let mut reports = Vec::new();
+        for name in self.chosen(&schema) {
+            let table = self.find(&schema, &name)?.clone();
+            let append_only = self.config.export.append_only.contains(&name);
+            let exported = if append_only { self.append(&table).await } else { self.capture(&table).await };
+            reports.push(match exported {
+                Err(ExportError::Link(LinkError::Query { .. })) if table.private => {
+                    return Err(ExportError::Private { table: name });
+                }
+                exported => exported?,
+            });
+        }
+        if self.options.configuration {
+            reports.push(self.configuration(data_dir).await?);
+        }
+        let trimmed = match self.config.export.trim_after {
+            Some(age) if reports.iter().any(|report| report.table == "event_log") => Some(self.trim(age.0).await?),
+            _ => None,
+        };
+        Ok((reports, trimmed))
+    }
+
+    /// The tables asked for, or all that outlive a connection and may be read.
+    fn chosen(&self, schema: &Schema) -> Vec<String> {
+        if !self.options.tables.is_empty() || self.options.configuration {
+            return self.options.tables.clone();
+        }
+        let lasting = |name: &&str| !matches!(*name, "client_connection" | "import_run" | "sequence_counter");
+        schema.table_names().filter(lasting).map(str::to_owned).collect()
+    }
+
+    fn find<'s>(&self, schema: &'s Schema, name: &str) -> Result<&'s Table, ExportError> {
+        match schema.table(name) {
+            Some(Ok(table)) => Ok(table),
+            Some(Err(reason)) => Err(ExportError::NotExportable { table: name.into(), reason: reason.into() }),
+            None => {
+                let known = schema.table_names().collect::<Vec<_>>().join(", ");
+                Err(ExportError::NoTable { table: name.into(), known })
+            }
+        }
+    }
+
+    /// Exports the rows that came since the last export, step by step.
+    async fn append(&mut self, table: &Table) -> Result<TableReport, ExportError> {
+        let name = table.name.clone();
+        let Some(key) = table.sequence_column() else { return Err(ExportError::NoSequence { table: name }) };
+        let key = key.to_owned();
+        let newest = Series::newest(self.repository, self.database, &name).await?;
+        let (series, mut cursor) = self.place(newest, table).await?;
+        let mut report =
+            TableReport { table: name.clone(), series: series.name(), rows: 0, objects: 0, bytes: 0, through: None };
+        let mut plan = series.plan(self.repository).await?;
+        let mut rows = Rows::between(cursor.after, plan.as_ref().map_or(u64::MAX, |plan| plan.last));
+        loop {
+            let step = self.step(table, &mut rows, &cursor).await?;
+            // A publish in the middle would mix rows of two forms.
+            if self.link.schema().await?.table(&name) != Some(Ok(table)) {
+                return Err(ExportError::ChangedMeanwhile { table: name });
+            }
+            let done = step.rows == 0;
+            if !done || plan.is_some() {
+                let content = Content::Range { key: key.clone(), first: step.first, last: step.last, last_row: step.hash };
+                let redone = plan.is_some();
+                let files = self.commit(&series, table, &cursor, content, step, plan.take()).await?;
+                if let Some(files) = files {
+                    report.rows += files.iter().filter(|file| file.format == files[0].format).map(|f| f.rows).sum::<u64>();
+                    report.objects += files.len() as u64;
+                    report.bytes += files.iter().map(|file| file.bytes).sum::<u64>();
+                    cursor.after = files.iter().map(|file| file.last).max().unwrap_or(cursor.after);
+                    cursor.parent = None;
+                }
+                if redone {
+                    rows = Rows::between(cursor.after, u64::MAX);
+                    continue;
+                }
+            }
+            if done {
+                break;
+            }
+        }
+        report.through = Some(cursor.after);
+        Ok(report)
+    }
+
+    /// Where a table's export goes on: in the newest series behind its last row, or in a new one.
+    async fn place<'t>(&mut self, newest: Series<'t>, table: &Table) -> Result<(Series<'t>, Cursor), ExportError> {
+        let keys = newest.manifests(self.repository).await?;
+        let Some(last_key) = keys.last() else {
+            let after = self.options.since.unwrap_or(0);
+            return Ok((newest, Cursor { after, schema_version: 1, parent: None }));
+        };
+        let last = newest.read(self.repository, last_key).await?;
+        let (_, exported) = last.content.numbers();
+        let Content::Range { last_row, .. } = &last.content else {
+            let reason = "it was captured whole before and is in export.append_only now".to_owned();
+            return self.begin_series(newest, table, reason, None, 0).await;
+        };
+        if self.options.since.is_some() {
+            return Err(ExportError::NotFirst { table: table.name.clone(), exported });
+        }
+        if let Some(parted) = self.parted(newest, &keys, table, &last.columns, exported, *last_row).await? {
+            tracing::warn!(
+                table = table.name,
+                exported,
+                common = parted,
+                "the table was set back, by a restore most likely; its export goes on in a new series"
+            );
+            let parent = Parent { series: newest.number, through: parted };
+            return Ok((newest.next(), Cursor { after: parted, schema_version: 1, parent: Some(parent) }));
+        }
+        if let Err(reason) = shape::extends(&last.columns, &table.columns) {
+            return self.begin_series(newest, table, reason, Some(exported), exported).await;
+        }
+        let schema_version = last.schema_version + u32::from(last.columns != table.columns);
+        Ok((newest, Cursor { after: exported, schema_version, parent: None }))
+    }
+
+    async fn begin_series<'t>(
+        &mut self,
+        newest: Series<'t>,
+        table: &Table,
+        reason: String,
+        through: Option<u64>,
+        after: u64,
+    ) -> Result<(Series<'t>, Cursor), ExportError> {
+        if !self.options.new_series {
+            return Err(ExportError::SchemaChanged { table: table.name.clone(), reason });
+        }
+        let parent = through.map(|through| Parent { series: newest.number, through });
+        Ok((newest.next(), Cursor { after, schema_version: 1, parent }))
+    }
+
+    /// Did the table's history part from what was exported? If so, the last exported row that both have.
+    async fn parted(
+        &mut self,
+        series: Series<'_>,
+        keys: &[object_store::path::Path],
+        table: &Table,
+        columns: &[Field],
+        exported: u64,
+        last_row: ContentHash,
+    ) -> Result<Option<u64>, ExportError> {
+        match self.known(table, columns, exported, last_row).await? {
+            Some(true) => return Ok(None),
+            Some(false) => {}
+            // It is gone. Trimmed, if nothing is left before it.
+            None => match rows::first_after(&mut self.link, table, 0).await? {
+                Some(first) if first < exported => {}
+                _ => return Ok(None),
+            },
+        }
+        for key in keys.iter().rev().skip(1) {
+            let manifest = series.read(self.repository, key).await?;
+            if let Content::Range { last, last_row, .. } = manifest.content
+                && self.known(table, &manifest.columns, last, last_row).await? == Some(true)
+            {
+                return Ok(Some(last));
+            }
+        }
+        Ok(Some(0))
+    }
+
+    /// Is the row with this number the one that was exported? `None` when there is none.
+    async fn known(
+        &mut self,
+        table: &Table,
+        columns: &[Field],
+        number: u64,
+        hash: ContentHash,
+    ) -> Result<Option<bool>, ExportError> {
+        let Some(row) = rows::at(&mut self.link, table, number).await? else { return Ok(None) };
+        let row = crate::database::cell::convert_row(row, &table.columns, columns);
+        Ok(Some(row.is_ok_and(|row| ContentHash::of(&line_of(columns, &row)) == hash)))
+    }
+
+    /// Reads rows into files until there are enough, or none.
+    async fn step(&mut self, table: &Table, rows: &mut Rows, cursor: &Cursor) -> Result<Step, ExportError> {
+        let mut spool = Spool::new(self.layout(&table.columns))?;
+        let time = table.columns.iter().position(|column| column.name == TIME && column.shape == Shape::Timestamp);
+        let today = date_of_micros(self.clock.now().as_microsecond());
+        let (mut first, mut last) = (None, cursor.after);
+        let mut hash = ContentHash::of(&[]);
+        while spool.text_bytes() < STEP_BYTES {
+            let read = rows.next(&mut self.link, table).await?;
+            let (Some((from, _)), Some((to, _))) = (read.first(), read.last()) else { break };
+            first = first.or(Some(*from));
+            last = *to;
+            let columns = table.columns.clone();
+            let writing = tokio::task::spawn_blocking(move || {
+                for (number, row) in read {
+                    let date = time.and_then(|index| date_of(row.get(index)?)).unwrap_or(today);
+                    let line = line_of(&columns, &row);
+                    if number == last {
+                        hash = ContentHash::of(&line);
+                    }
+                    spool.push(date, number, row, &line)?;
+                }
+                Ok::<_, SpoolError>((spool, hash))
+            });
+            (spool, hash) = writing.await.map_err(|error| ExportError::Worker(error.to_string()))??;
+        }
+        Step::of(spool, first.unwrap_or(0), last, hash).await
+    }
+
+    /// Exports a table as it is, unless that is what was exported last.
+    async fn capture(&mut self, table: &Table) -> Result<TableReport, ExportError> {
+        let rows = match table.sequence {
+            Some(_) => {
+                let (mut all, mut reading) = (Vec::new(), Rows::between(0, u64::MAX));
+                loop {
+                    let read = reading.next(&mut self.link, table).await?;
+                    if read.is_empty() {
+                        break all;
+                    }
+                    all.extend(read.into_iter().map(|(_, row)| row));
+                }
+            }
+            None => rows::all(&mut self.link, table).await?,
+        };
+        if self.link.schema().await?.table(&table.name) != Some(Ok(table)) {
+            return Err(ExportError::ChangedMeanwhile { table: table.name.clone() });
+        }
+        self.write_capture(table, rows).await
+    }
+
+    async fn write_capture(&mut self, table: &Table, rows: Vec<Vec<Cell>>) -> Result<TableReport, ExportError> {
+        let newest = Series::newest(self.repository, self.database, &table.name).await?;
+        let mut hasher = blake3::Hasher::new();
+        let lines: Vec<Vec<u8>> = rows.iter().map(|row| line_of(&table.columns, row)).collect();
+        for line in &lines {
+            hasher.update(line);
+        }
+        let hash = ContentHash(*hasher.finalize().as_bytes());
+        let last = match newest.manifests(self.repository).await?.last() {
+            Some(key) => Some(newest.read(self.repository, key).await?),
+            None => None,
+        };
+        let mut series = newest;
+        let mut cursor = Cursor { after: 0, schema_version: 1, parent: None };
+        let mut captured = u64::try_from(self.clock.now().as_microsecond()).unwrap_or_default();
+        if let Some(last) = &last {
+            let (_, before) = last.content.numbers();
+            let grew = matches!(last.content, Content::Range { .. });
+            if grew || shape::extends(&last.columns, &table.columns).is_err() {
+                let differs = shape::extends(&last.columns, &table.columns).err();
+                let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
+                (series, cursor) = self.begin_series(newest, table, reason, None, 0).await?;
+            } else {
+                let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
+                if same && last.columns == table.columns {
+                    let series = series.name();
+                    let report = TableReport { table: table.name.clone(), series, rows: 0, objects: 0, bytes: 0, through: None };
+                    return Ok(report);
+                }
+                cursor.schema_version = last.schema_version + u32::from(last.columns != table.columns);
+                // A clock that was set back must not hide what is newest.
+                captured = captured.max(before + 1);
+            }
+        }
+        let plan = series.plan(self.repository).await?;
+        let (layout, today) = (self.layout(&table.columns), date_of_micros(i64::try_from(captured).unwrap_or_default()));
+        let writing = tokio::task::spawn_blocking(move || {
+            let mut spool = Spool::new(layout)?;
+            for (number, (row, line)) in (0..).zip(rows.into_iter().zip(lines)) {
+                spool.push(today, number, row, &line)?;
+            }
+            Ok::<_, SpoolError>(spool)
+        });
+        let spool = writing.await.map_err(|error| ExportError::Worker(error.to_string()))??;
+        let step = Step::of(spool, captured, captured, hash).await?;
+        let rows = step.rows;
+        let content = Content::Capture { captured, rows: hash };
+        let files = self.commit(&series, table, &cursor, content, step, plan).await?.unwrap_or_default();
+        let bytes = files.iter().map(|file| file.bytes).sum();
+        let objects = files.len() as u64;
+        Ok(TableReport { table: table.name.clone(), series: series.name(), rows, objects, bytes, through: None })
+    }
+
+    /// The sidecar's own configuration, without secrets, and the server's.
+    async fn configuration(&mut self, data_dir: Option<&Path>) -> Result<TableReport, ExportError> {
+        let column = |name: &str| Field { name: name.into(), shape: Shape::String };
+        let text = |text: &str| Cell::Text(text.into());
+        let own = serde_json::to_string_pretty(self.config).map_err(|error| ExportError::Worker(error.to_string()))?;
+        let mut rows = vec![vec![text("inner-universe"), text("configuration.json"), text(&own)]];
+        if let Some(path) = data_dir.map(|dir| dir.join("config.toml"))
+            && let Ok(server) = tokio::fs::read_to_string(&path).await
+        {
+            rows.push(vec![text("spacetimedb"), text("config.toml"), text(&server)]);
+        }
+        let columns = ["program", "name", "content"].map(column).into();
+        let table =
+            Table { name: CONFIGURATION.into(), columns, sequence: None, primary_key: None, private: true };
+        self.write_capture(&table, rows).await
+    }
+
+    /// Plans, writes, and writes the manifest. `None` when a plan turned out to be empty.
+    async fn commit(
+        &mut self,
+        series: &Series<'_>,
+        table: &Table,
+        cursor: &Cursor,
+        content: Content,
+        step: Step,
+        left_over: Option<ExportPlan>,
+    ) -> Result<Option<Vec<ExportFile>>, ExportError> {
+        let mut files = Vec::new();
+        for part in &step.finished {
+            for (format, _) in &part.files {
+                files.push(self.file(series, &content, part, *format));
+            }
+        }
+        let objects: Vec<String> = files.iter().map(|file| file.object.clone()).collect();
+        if let Some(plan) = &left_over {
+            for object in &plan.objects {
+                if !objects.contains(object) {
+                    self.repository.delete(&object.as_str().into()).await?;
+                }
+            }
+            self.repository.delete(&series.plan_key()).await?;
+        }
+        if files.is_empty() && matches!(content, Content::Range { .. }) {
+            return Ok(None);
+        }
+        let (_, last) = content.numbers();
+        self.repository.put_document(&series.plan_key(), &ExportPlan { last, objects }).await?;
+        let paths: Vec<_> = step.finished.iter().flat_map(|part| &part.files).map(|(_, path)| path.clone()).collect();
+        for (file, path) in files.iter_mut().zip(&paths) {
+            let bytes = tokio::fs::read(path).await;
+            let bytes = bytes.map_err(|source| SpoolError::File { path: path.display().to_string(), source })?;
+            let bytes = Bytes::from(self.repository.keys.seal(bytes).map_err(RepositoryError::from)?);
+            (file.bytes, file.hash) = (bytes.len() as u64, ContentHash::of(&bytes));
+            self.put(file, bytes).await?;
+        }
+        let manifest = ExportManifest {
+            format: manifest::FORMAT,
+            table: table.name.clone(),
+            rows: step.rows,
+            exported_at: self.clock.now(),
+            schema_version: cursor.schema_version,
+            columns: table.columns.clone(),
+            files,
+            parent: cursor.parent.clone(),
+            content,
+        };
+        self.repository.put_document(&series.manifest_key(&manifest.content), &manifest).await?;
+        self.repository.delete(&series.plan_key()).await?;
+        Ok(Some(manifest.files))
+    }
+
+    /// Writes a file, over what a broken export may have left under its name.
+    async fn put(&self, file: &ExportFile, bytes: Bytes) -> Result<(), ExportError> {
+        let key = file.object.as_str().into();
+        match self.repository.put(&key, bytes.clone()).await {
+            Err(RepositoryError::Conflict { .. }) => {
+                self.repository.delete(&key).await?;
+                Ok(self.repository.put(&key, bytes).await?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn file(&self, series: &Series<'_>, content: &Content, part: &Finished, format: Format) -> ExportFile {
+        let mut folders = format!("date={}", part.date);
+        if let Content::Capture { captured, .. } = content {
+            folders += &format!("/captured={captured:020}");
+        }
+        let sealed = if self.repository.keys.seals() { ".age" } else { "" };
+        let name = format!("{:020}-{:020}.{}{sealed}", part.first, part.last, format.suffix());
+        let key = paths::export_file(&self.database, format.name(), &series.name(), &folders, &name);
+        ExportFile {
+            object: key.to_string(),
+            format,
+            date: part.date,
+            first: part.first,
+            last: part.last,
+            rows: part.rows,
+            bytes: 0,
+            hash: ContentHash::of(&[]),
+        }
+    }
+
+    fn layout(&self, columns: &[Field]) -> Layout {
+        Layout {
+            columns: columns.to_vec(),
+            formats: self.options.formats.clone(),
+            rows_per_file: self.config.export.rows_per_file,
+            level: self.config.repository.compression_level,
+        }
+    }
+
+    /// Removes exported events that are older than `age` from the database, once their files were read back. Returns the
+    /// last number that may be gone.
+    async fn trim(&mut self, age: std::time::Duration) -> Result<u64, ExportError> {
+        let series = Series::newest(self.repository, self.database, "event_log").await?;
+        let schema = self.link.schema().await?;
+        let table = self.find(&schema, "event_log")?.clone();
+        let Some(first) = rows::first_after(&mut self.link, &table, 0).await? else { return Ok(0) };
+        let mut through = first - 1;
+        let oldest = self.clock.now() - jiff::SignedDuration::try_from(age).unwrap_or(jiff::SignedDuration::MAX);
+        for key in series.manifests(self.repository).await? {
+            if paths::parse_export_manifest(&key).is_none_or(|(_, last)| last < first) {
+                continue;
+            }
+            let manifest = series.read(self.repository, &key).await?;
+            let (begin, last) = manifest.content.numbers();
+            let young = manifest.files.iter().all(|file| {
+                file.date.to_zoned(TimeZone::UTC).is_ok_and(|midnight| midnight.timestamp() > oldest)
+            });
+            if young || begin > through + 1 {
+                break;
+            }
+            for file in &manifest.files {
+                files::read_back(self.repository, file).await?;
+            }
+            through = last;
+            for step in trim_steps(first, through) {
+                self.call_trim(step, age).await?;
+            }
+        }
+        let left = rows::first_after(&mut self.link, &table, 0).await?;
+        Ok(left.map_or(through, |left| left - 1))
+    }
+
+    async fn call_trim(&mut self, through: u64, age: std::time::Duration) -> Result<(), ExportError> {
+        let mut arguments = through.to_le_bytes().to_vec();
+        arguments.extend(age.as_secs().to_le_bytes());
+        self.link.call("trim_event_log", arguments).await?;
+        self.link.confirm().await?.map_err(ExportError::Trim)
+    }
+}
+
+/// Numbers up to which to trim, one after the other: one call must not hold the database for long.
+fn trim_steps(first: u64, through: u64) -> impl Iterator<Item = u64> {
+    const STEP: u64 = 5_000;
+    (0..).map(move |step: u64| first.saturating_add((step + 1) * STEP - 1)).take_while(move |at| *at < through).chain([through])
+}
+
+/// How far an export is.
+struct Cursor {
+    after: u64,
+    schema_version: u32,
+    parent: Option<Parent>,
+}
+
+/// Files that are ready to be written.
+struct Step {
+    finished: Vec<Finished>,
+    rows: u64,
+    first: u64,
+    last: u64,
+    hash: ContentHash,
+    /// Keeps the files.
+    _spool: Spool,
+}
+
+impl Step {
+    async fn of(mut spool: Spool, first: u64, last: u64, hash: ContentHash) -> Result<Self, ExportError> {
+        let finishing = tokio::task::spawn_blocking(move || spool.finish().map(|finished| (finished, spool)));
+        let (finished, spool) = finishing.await.map_err(|error| ExportError::Worker(error.to_string()))??;
+        Ok(Self { finished, rows: spool.rows(), first, last, hash, _spool: spool })
+    }
+}
+
+fn date_of(cell: &Cell) -> Option<Date> {
+    match cell {
+        Cell::Int(micros) => i64::try_from(*micros).ok().map(date_of_micros),
+        _ => None,
+    }
+}
+
+/// In UTC; what no calendar reaches is filed under its last day.
+fn date_of_micros(micros: i64) -> Date {
+    let time = jiff::Timestamp::from_microsecond(micros).unwrap_or(jiff::Timestamp::MAX);
+    time.to_zoned(TimeZone::UTC).date()
+}
+
+impl From<SourceError> for ExportError {
+    fn from(error: SourceError) -> Self {
+        Self::Link(error.into())
+    }
+}

@@ -1,0 +1,160 @@
+//! What is kept beside exported rows: manifests, by which files count, and plans, by which a broken export is mended.
+
+use jiff::Timestamp;
+use jiff::civil::Date;
+use object_store::path::Path as Key;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Format;
+use crate::database::shape::Field;
+use crate::ids::{ContentHash, Identity};
+use crate::repository::{Repository, RepositoryError, paths};
+
+/// The newest form of manifests that is known here.
+pub const FORMAT: u32 = 1;
+
+/// Files that were exported together. They count once this is written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExportManifest {
+    pub format: u32,
+    pub table: String,
+    pub content: Content,
+    pub rows: u64,
+    pub exported_at: Timestamp,
+    /// Raised by one when columns came in.
+    pub schema_version: u32,
+    pub columns: Vec<Field>,
+    pub files: Vec<ExportFile>,
+    /// The series that this one goes on from, in the first manifest of a series only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
+}
+
+/// Which rows a manifest stands for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Content {
+    /// Every row of a table that only grows, by the numbers in the column `key`, both ends included.
+    Range { key: String, first: u64, last: u64, last_row: ContentHash },
+    /// The whole table as it was, by which it is known again when nothing changed.
+    Capture { captured: u64, rows: ContentHash },
+}
+
+/// One file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExportFile {
+    /// Its name in the repository.
+    pub object: String,
+    pub format: Format,
+    pub date: Date,
+    /// The numbers of its first and last row; of a capture, the rows' places.
+    pub first: u64,
+    pub last: u64,
+    pub rows: u64,
+    pub bytes: u64,
+    /// Of the object's bytes.
+    pub hash: ContentHash,
+}
+
+/// Where a series comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    pub series: u32,
+    /// The last row of the parent that belongs to this history too; 0 for none.
+    pub through: u64,
+}
+
+/// What an export is about to write. Whatever of it is there without a manifest is finished or taken away by the next.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExportPlan {
+    /// The number of the last row, or the time of the capture.
+    pub last: u64,
+    pub objects: Vec<String>,
+}
+
+/// The files of one table that can be read as one; another series begins when histories part or columns change their
+/// type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Series<'a> {
+    pub database: Identity,
+    pub table: &'a str,
+    pub number: u32,
+}
+
+impl<'a> Series<'a> {
+    /// The newest series of a table; the first when there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn newest(repository: &Repository, database: Identity, table: &'a str) -> Result<Self, RepositoryError> {
+        let names = repository.folders(&paths::export_manifests(&database)).await?;
+        let numbers = names.iter().filter_map(|name| parse_series(name)).filter(|(of, _)| *of == table);
+        Ok(Self { database, table, number: numbers.map(|(_, number)| number).max().unwrap_or(1) })
+    }
+
+    pub fn next(&self) -> Self {
+        Self { number: self.number + 1, ..*self }
+    }
+
+    /// The folder's name: the table's, with the series' number after the first.
+    pub fn name(&self) -> String {
+        if self.number == 1 { self.table.to_owned() } else { format!("{}.{}", self.table, self.number) }
+    }
+
+    pub fn manifest_key(&self, content: &Content) -> Key {
+        let (first, last) = content.numbers();
+        paths::export_manifest(&self.database, &self.name(), first, last)
+    }
+
+    pub fn plan_key(&self) -> Key {
+        paths::export_plan(&self.database, &self.name())
+    }
+
+    /// Every manifest's name, in the order of their rows.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn manifests(&self, repository: &Repository) -> Result<Vec<Key>, RepositoryError> {
+        let objects = repository.list(&paths::export_series(&self.database, &self.name())).await?;
+        Ok(objects.into_iter().map(|(key, _)| key).filter(|key| paths::parse_export_manifest(key).is_some()).collect())
+    }
+
+    /// # Errors
+    /// When it is damaged or of a newer form, or the store fails.
+    pub async fn read(&self, repository: &Repository, key: &Key) -> Result<ExportManifest, RepositoryError> {
+        let manifest: ExportManifest = repository.get_document(key).await?;
+        if manifest.format > FORMAT {
+            return Err(RepositoryError::UnknownFormat { found: manifest.format, known: FORMAT });
+        }
+        Ok(manifest)
+    }
+
+    /// What an export that did not end was about to write.
+    ///
+    /// # Errors
+    /// When it is damaged, or the store fails.
+    pub async fn plan(&self, repository: &Repository) -> Result<Option<ExportPlan>, RepositoryError> {
+        match repository.get_document(&self.plan_key()).await {
+            Ok(plan) => Ok(Some(plan)),
+            Err(RepositoryError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The table and the number that a series' folder tells.
+pub fn parse_series(name: &str) -> Option<(&str, u32)> {
+    match name.split_once('.') {
+        Some((table, number)) => Some((table, number.parse().ok()?)),
+        None => Some((name, 1)),
+    }
+}
+
+impl Content {
+    pub fn numbers(&self) -> (u64, u64) {
+        match self {
+            Self::Range { first, last, .. } => (*first, *last),
+            Self::Capture { captured, .. } => (*captured, *captured),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Rows of a live table, in the order of their numbers, a bounded piece at a time.
+
+use bytes::Bytes;
+
+use crate::database::cell::{self, Cell};
+use crate::database::link::{Link, LinkError};
+use crate::database::schema::Table;
+use crate::export::ExportError;
+
+/// What one read should bring.
+const READ_BYTES: usize = 4 << 20;
+const WIDEST: u64 = 20_000;
+
+/// Where the reading of a table is.
+pub struct Rows {
+    after: u64,
+    until: u64,
+    /// Numbers that one read asks for.
+    width: u64,
+    done: bool,
+}
+
+/// Rows with their numbers.
+pub type Numbered = Vec<(u64, Vec<Cell>)>;
+
+impl Rows {
+    /// Those after `after` up to and including `until`.
+    pub fn between(after: u64, until: u64) -> Self {
+        Self { after, until, width: 500, done: after >= until }
+    }
+
+    /// The next rows; none at the end of the table, or when `until` is reached.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, or a row is not understood.
+    pub async fn next(&mut self, link: &mut Link, table: &Table) -> Result<Numbered, ExportError> {
+        while !self.done {
+            let last = self.after.saturating_add(self.width).min(self.until);
+            let key = table.sequence_column().unwrap_or_default();
+            let condition = format!("{key} > {} AND {key} <= {last}", self.after);
+            let rows = match link.query(&format!("SELECT * FROM {} WHERE {condition}", table.name)).await {
+                Ok(rows) => rows,
+                Err(LinkError::TooLarge) if self.width > 1 => {
+                    self.width = (self.width / 8).max(1);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let bytes: usize = rows.iter().map(Bytes::len).sum();
+            let (count, width) = (rows.len() as u64, last - self.after);
+            self.after = last;
+            if last == self.until {
+                self.done = true;
+            } else if count < width {
+                // The end, or a gap.
+                match first_after(link, table, last).await? {
+                    Some(next) => self.after = next - 1,
+                    None => self.done = true,
+                }
+            }
+            if count > 0 {
+                let fitting = READ_BYTES as u64 * count / bytes.max(1) as u64;
+                self.width = fitting.clamp(1, WIDEST).min(self.width * 4);
+                return sorted(rows, table).await;
+            }
+        }
+        Ok(Vec::new())
+    }
+}
+
+/// The number of the first row after `after`. The server knows no order, so the place is halved.
+///
+/// # Errors
+/// When the server cannot be asked, or a row is not understood.
+pub async fn first_after(link: &mut Link, table: &Table, after: u64) -> Result<Option<u64>, ExportError> {
+    let key = table.sequence_column().unwrap_or_default();
+    let (name, mut low) = (&table.name, after);
+    let Some(mut found) = any(link, table, &format!("SELECT * FROM {name} WHERE {key} > {after} LIMIT 1")).await? else {
+        return Ok(None);
+    };
+    while found > low + 1 {
+        let middle = low + (found - low) / 2;
+        let query = format!("SELECT * FROM {name} WHERE {key} > {low} AND {key} <= {middle} LIMIT 1");
+        match any(link, table, &query).await? {
+            Some(number) => found = number,
+            None => low = middle,
+        }
+    }
+    Ok(Some(found))
+}
+
+async fn any(link: &mut Link, table: &Table, query: &str) -> Result<Option<u64>, ExportError> {
+    let rows = link.query(query).await?;
+    Ok(sorted(rows, table).await?.first().map(|(number, _)| *number))
+}
+
+/// The row with a number.
+///
+/// # Errors
+/// When the server cannot be asked, or the row is not understood.
+pub async fn at(link: &mut Link, table: &Table, number: u64) -> Result<Option<Vec<Cell>>, ExportError> {
+    let key = table.sequence_column().unwrap_or_default();
+    let rows = link.query(&format!("SELECT * FROM {} WHERE {key} = {number}", table.name)).await?;
+    Ok(sorted(rows, table).await?.pop().map(|(_, row)| row))
+}
+
+/// Every row of a table that is not read in ranges, in the order of their bytes.
+///
+/// # Errors
+/// When the server cannot be asked, a row is not understood, or the table is too large.
+pub async fn all(link: &mut Link, table: &Table) -> Result<Vec<Vec<Cell>>, ExportError> {
+    let mut rows = match link.query(&format!("SELECT * FROM {}", table.name)).await {
+        Err(LinkError::TooLarge) => return Err(ExportError::TooLarge { table: table.name.clone() }),
+        rows => rows?,
+    };
+    rows.sort();
+    rows.iter().map(|row| decode(table, row)).collect()
+}
+
+async fn sorted(rows: Vec<Bytes>, table: &Table) -> Result<Numbered, ExportError> {
+    let table = table.clone();
+    // Thousands of rows take a moment that others should not have to wait for.
+    let decoding = tokio::task::spawn_blocking(move || {
+        let index = table.sequence.unwrap_or_default();
+        let numbered = |row: &Bytes| {
+            let row = decode(&table, row)?;
+            Ok((row.get(index).and_then(Cell::as_u64).unwrap_or_default(), row))
+        };
+        let mut rows: Numbered = rows.iter().map(numbered).collect::<Result<_, ExportError>>()?;
+        rows.sort_by_key(|(number, _)| *number);
+        Ok(rows)
+    });
+    decoding.await.map_err(|error| ExportError::Worker(error.to_string()))?
+}
+
+fn decode(table: &Table, row: &[u8]) -> Result<Vec<Cell>, ExportError> {
+    cell::decode_row(&table.columns, row)
+        .map_err(|error| ExportError::Row { table: table.name.clone(), reason: error.to_string() })
+}
