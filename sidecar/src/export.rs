@@ -313,7 +313,7 @@ impl Exporter<'_> {
             Some(true) => return Ok(None),
             Some(false) => {}
             // It is gone. Trimmed, if nothing is left before it.
-            None => match rows::first_after(&mut self.link, table, 0).await? {
+            None => match rows::first_after(&self.link, table, 0).await? {
                 Some(first) if first < exported => {}
                 _ => return Ok(None),
             },
@@ -563,7 +563,7 @@ impl Exporter<'_> {
         let series = Series::newest(self.repository, self.database, "event_log").await?;
         let schema = self.link.schema().await?;
         let table = self.find(&schema, "event_log")?.clone();
-        let Some(first) = rows::first_after(&mut self.link, &table, 0).await? else { return Ok(0) };
+        let Some(first) = rows::first_after(&self.link, &table, 0).await? else { return Ok(0) };
         let mut through = first - 1;
         let oldest = self.clock.now() - jiff::SignedDuration::try_from(age).unwrap_or(jiff::SignedDuration::MAX);
         for key in series.manifests(self.repository).await? {
@@ -586,7 +586,7 @@ impl Exporter<'_> {
                 self.call_trim(step, age).await?;
             }
         }
-        let left = rows::first_after(&mut self.link, &table, 0).await?;
+        let left = rows::first_after(&self.link, &table, 0).await?;
         Ok(left.map_or(through, |left| left - 1))
     }
 

@@ -79,7 +79,8 @@ impl Link {
         Ok(Schema::parse(&json).map_err(SourceError::Answer)?)
     }
 
-    /// The rows that a statement selects, each in binary form, in no order.
+    /// The rows that a statement selects, each in binary form, in no order. Statements are of the form of subscriptions:
+    /// whole rows, no LIMIT.
     ///
     /// # Errors
     /// When the server refuses the statement or cannot be asked.
@@ -100,16 +101,6 @@ impl Link {
             }
             return Ok(answer.tables.iter().flat_map(|table| &table.rows).collect());
         }
-    }
-
-    /// How many rows fulfil a condition.
-    ///
-    /// # Errors
-    /// As [`Self::query`].
-    pub async fn count(&mut self, table: &str, condition: &str) -> Result<u64, LinkError> {
-        let rows = self.query(&format!("SELECT COUNT(*) AS n FROM {table} {condition}")).await?;
-        let count = rows.first().and_then(|row| bsatn::from_slice::<u64>(row).ok());
-        Ok(count.ok_or_else(|| SourceError::Answer("a count is no number".into()))?)
     }
 
     /// Sends a call without waiting for it; [`Self::confirm`] does. Calls are done in the order they were sent in.

@@ -68,30 +68,13 @@ impl Rows {
     }
 }
 
-/// The number of the first row after `after`. The server knows no order, so the place is halved.
+/// The number of the first row after `after`.
 ///
 /// # Errors
-/// When the server cannot be asked, or a row is not understood.
-pub async fn first_after(link: &mut Link, table: &Table, after: u64) -> Result<Option<u64>, ExportError> {
+/// When the server cannot be asked.
+pub async fn first_after(link: &Link, table: &Table, after: u64) -> Result<Option<u64>, ExportError> {
     let key = table.sequence_column().unwrap_or_default();
-    let (name, mut low) = (&table.name, after);
-    let Some(mut found) = any(link, table, &format!("SELECT * FROM {name} WHERE {key} > {after} LIMIT 1")).await? else {
-        return Ok(None);
-    };
-    while found > low + 1 {
-        let middle = low + (found - low) / 2;
-        let query = format!("SELECT * FROM {name} WHERE {key} > {low} AND {key} <= {middle} LIMIT 1");
-        match any(link, table, &query).await? {
-            Some(number) => found = number,
-            None => low = middle,
-        }
-    }
-    Ok(Some(found))
-}
-
-async fn any(link: &mut Link, table: &Table, query: &str) -> Result<Option<u64>, ExportError> {
-    let rows = link.query(query).await?;
-    Ok(sorted(rows, table).await?.first().map(|(number, _)| *number))
+    Ok(link.database().first_number_after(&table.name, key, after).await?)
 }
 
 /// The row with a number.

@@ -9,6 +9,7 @@ use spacetimedb_sdk::__codegen::{self as __sdk, __lib, __sats, __ws};
 pub mod add_member_reducer;
 pub mod admin_table;
 pub mod admin_type;
+pub mod begin_import_reducer;
 pub mod client_connected_reducer;
 pub mod client_connection_table;
 pub mod client_connection_type;
@@ -29,12 +30,17 @@ pub mod event_log_type;
 pub mod field_type;
 pub mod get_system_status_reducer;
 pub mod grant_admin_reducer;
+pub mod import_admins_reducer;
 pub mod import_config_reducer;
 pub mod import_entities_reducer;
 pub mod import_events_reducer;
+pub mod import_members_reducer;
 pub mod import_metrics_reducer;
 pub mod import_relations_reducer;
+pub mod import_run_table;
+pub mod import_run_type;
 pub mod import_state_versions_reducer;
+pub mod import_status_reducer;
 pub mod member_table;
 pub mod member_type;
 pub mod metric_table;
@@ -63,56 +69,62 @@ pub mod update_entity_reducer;
 pub mod update_relation_reducer;
 pub mod value_type;
 
-pub use add_member_reducer::{AddMemberCallbackId, add_member, set_flags_for_add_member};
+pub use add_member_reducer::{add_member, set_flags_for_add_member, AddMemberCallbackId};
 pub use admin_table::*;
 pub use admin_type::Admin;
-pub use client_connected_reducer::{ClientConnectedCallbackId, client_connected, set_flags_for_client_connected};
+pub use begin_import_reducer::{begin_import, set_flags_for_begin_import, BeginImportCallbackId};
+pub use client_connected_reducer::{client_connected, set_flags_for_client_connected, ClientConnectedCallbackId};
 pub use client_connection_table::*;
 pub use client_connection_type::ClientConnection;
 pub use client_disconnected_reducer::{
-    ClientDisconnectedCallbackId, client_disconnected, set_flags_for_client_disconnected,
+    client_disconnected, set_flags_for_client_disconnected, ClientDisconnectedCallbackId,
 };
 pub use config_table::*;
 pub use config_type::Config;
 pub use connection_status_type::ConnectionStatus;
-pub use create_entity_reducer::{CreateEntityCallbackId, create_entity, set_flags_for_create_entity};
-pub use create_relation_reducer::{CreateRelationCallbackId, create_relation, set_flags_for_create_relation};
-pub use delete_config_reducer::{DeleteConfigCallbackId, delete_config, set_flags_for_delete_config};
-pub use delete_entity_reducer::{DeleteEntityCallbackId, delete_entity, set_flags_for_delete_entity};
-pub use delete_relation_reducer::{DeleteRelationCallbackId, delete_relation, set_flags_for_delete_relation};
+pub use create_entity_reducer::{create_entity, set_flags_for_create_entity, CreateEntityCallbackId};
+pub use create_relation_reducer::{create_relation, set_flags_for_create_relation, CreateRelationCallbackId};
+pub use delete_config_reducer::{delete_config, set_flags_for_delete_config, DeleteConfigCallbackId};
+pub use delete_entity_reducer::{delete_entity, set_flags_for_delete_entity, DeleteEntityCallbackId};
+pub use delete_relation_reducer::{delete_relation, set_flags_for_delete_relation, DeleteRelationCallbackId};
 pub use entity_table::*;
 pub use entity_type::Entity;
 pub use event_data_type::EventData;
 pub use event_log_table::*;
 pub use event_log_type::EventLog;
 pub use field_type::Field;
-pub use get_system_status_reducer::{GetSystemStatusCallbackId, get_system_status, set_flags_for_get_system_status};
-pub use grant_admin_reducer::{GrantAdminCallbackId, grant_admin, set_flags_for_grant_admin};
-pub use import_config_reducer::{ImportConfigCallbackId, import_config, set_flags_for_import_config};
-pub use import_entities_reducer::{ImportEntitiesCallbackId, import_entities, set_flags_for_import_entities};
-pub use import_events_reducer::{ImportEventsCallbackId, import_events, set_flags_for_import_events};
-pub use import_metrics_reducer::{ImportMetricsCallbackId, import_metrics, set_flags_for_import_metrics};
-pub use import_relations_reducer::{ImportRelationsCallbackId, import_relations, set_flags_for_import_relations};
+pub use get_system_status_reducer::{get_system_status, set_flags_for_get_system_status, GetSystemStatusCallbackId};
+pub use grant_admin_reducer::{grant_admin, set_flags_for_grant_admin, GrantAdminCallbackId};
+pub use import_admins_reducer::{import_admins, set_flags_for_import_admins, ImportAdminsCallbackId};
+pub use import_config_reducer::{import_config, set_flags_for_import_config, ImportConfigCallbackId};
+pub use import_entities_reducer::{import_entities, set_flags_for_import_entities, ImportEntitiesCallbackId};
+pub use import_events_reducer::{import_events, set_flags_for_import_events, ImportEventsCallbackId};
+pub use import_members_reducer::{import_members, set_flags_for_import_members, ImportMembersCallbackId};
+pub use import_metrics_reducer::{import_metrics, set_flags_for_import_metrics, ImportMetricsCallbackId};
+pub use import_relations_reducer::{import_relations, set_flags_for_import_relations, ImportRelationsCallbackId};
+pub use import_run_table::*;
+pub use import_run_type::ImportRun;
 pub use import_state_versions_reducer::{
-    ImportStateVersionsCallbackId, import_state_versions, set_flags_for_import_state_versions,
+    import_state_versions, set_flags_for_import_state_versions, ImportStateVersionsCallbackId,
 };
+pub use import_status_reducer::{import_status, set_flags_for_import_status, ImportStatusCallbackId};
 pub use member_table::*;
 pub use member_type::Member;
 pub use metric_table::*;
 pub use metric_type::Metric;
 pub use operation_type::Operation;
-pub use record_event_reducer::{RecordEventCallbackId, record_event, set_flags_for_record_event};
-pub use record_metric_reducer::{RecordMetricCallbackId, record_metric, set_flags_for_record_metric};
+pub use record_event_reducer::{record_event, set_flags_for_record_event, RecordEventCallbackId};
+pub use record_metric_reducer::{record_metric, set_flags_for_record_metric, RecordMetricCallbackId};
 pub use relation_table::*;
 pub use relation_type::Relation;
-pub use remove_member_reducer::{RemoveMemberCallbackId, remove_member, set_flags_for_remove_member};
+pub use remove_member_reducer::{remove_member, set_flags_for_remove_member, RemoveMemberCallbackId};
 pub use restore_state_version_reducer::{
-    RestoreStateVersionCallbackId, restore_state_version, set_flags_for_restore_state_version,
+    restore_state_version, set_flags_for_restore_state_version, RestoreStateVersionCallbackId,
 };
-pub use revoke_admin_reducer::{RevokeAdminCallbackId, revoke_admin, set_flags_for_revoke_admin};
+pub use revoke_admin_reducer::{revoke_admin, set_flags_for_revoke_admin, RevokeAdminCallbackId};
 pub use sequence_counter_table::*;
 pub use sequence_counter_type::SequenceCounter;
-pub use set_config_reducer::{SetConfigCallbackId, set_config, set_flags_for_set_config};
+pub use set_config_reducer::{set_config, set_flags_for_set_config, SetConfigCallbackId};
 pub use state_version_table::*;
 pub use state_version_type::StateVersion;
 pub use subject_change_type::SubjectChange;
@@ -120,10 +132,10 @@ pub use subject_kind_type::SubjectKind;
 pub use system_state_type::SystemState;
 pub use system_status_table::*;
 pub use system_status_type::SystemStatus;
-pub use trim_event_log_reducer::{TrimEventLogCallbackId, set_flags_for_trim_event_log, trim_event_log};
-pub use trim_metrics_reducer::{TrimMetricsCallbackId, set_flags_for_trim_metrics, trim_metrics};
-pub use update_entity_reducer::{UpdateEntityCallbackId, set_flags_for_update_entity, update_entity};
-pub use update_relation_reducer::{UpdateRelationCallbackId, set_flags_for_update_relation, update_relation};
+pub use trim_event_log_reducer::{set_flags_for_trim_event_log, trim_event_log, TrimEventLogCallbackId};
+pub use trim_metrics_reducer::{set_flags_for_trim_metrics, trim_metrics, TrimMetricsCallbackId};
+pub use update_entity_reducer::{set_flags_for_update_entity, update_entity, UpdateEntityCallbackId};
+pub use update_relation_reducer::{set_flags_for_update_relation, update_relation, UpdateRelationCallbackId};
 pub use value_type::Value;
 
 #[derive(Clone, PartialEq, Debug)]
@@ -135,6 +147,7 @@ pub use value_type::Value;
 
 pub enum Reducer {
     AddMember { identity: __sdk::Identity, label: String },
+    BeginImport { source: String },
     ClientConnected,
     ClientDisconnected,
     CreateEntity { entity_id: String, entity_type: String, data: String },
@@ -144,12 +157,15 @@ pub enum Reducer {
     DeleteRelation { relation_id: String },
     GetSystemStatus,
     GrantAdmin { identity: __sdk::Identity },
+    ImportAdmins { admins: Vec<Admin> },
     ImportConfig { settings: Vec<Config> },
     ImportEntities { entities: Vec<Entity> },
     ImportEvents { events: Vec<EventLog> },
+    ImportMembers { members: Vec<Member> },
     ImportMetrics { metrics: Vec<Metric> },
     ImportRelations { relations: Vec<Relation> },
     ImportStateVersions { versions: Vec<StateVersion> },
+    ImportStatus { statuses: Vec<SystemStatus> },
     RecordEvent { event_type: String, source: Option<String>, correlation_id: Option<String>, data: EventData },
     RecordMetric { name: String, value: f64, unit: String, labels: Vec<Field> },
     RemoveMember { identity: __sdk::Identity },
@@ -170,6 +186,7 @@ impl __sdk::Reducer for Reducer {
     fn reducer_name(&self) -> &'static str {
         match self {
             Reducer::AddMember { .. } => "add_member",
+            Reducer::BeginImport { .. } => "begin_import",
             Reducer::ClientConnected => "client_connected",
             Reducer::ClientDisconnected => "client_disconnected",
             Reducer::CreateEntity { .. } => "create_entity",
@@ -179,12 +196,15 @@ impl __sdk::Reducer for Reducer {
             Reducer::DeleteRelation { .. } => "delete_relation",
             Reducer::GetSystemStatus => "get_system_status",
             Reducer::GrantAdmin { .. } => "grant_admin",
+            Reducer::ImportAdmins { .. } => "import_admins",
             Reducer::ImportConfig { .. } => "import_config",
             Reducer::ImportEntities { .. } => "import_entities",
             Reducer::ImportEvents { .. } => "import_events",
+            Reducer::ImportMembers { .. } => "import_members",
             Reducer::ImportMetrics { .. } => "import_metrics",
             Reducer::ImportRelations { .. } => "import_relations",
             Reducer::ImportStateVersions { .. } => "import_state_versions",
+            Reducer::ImportStatus { .. } => "import_status",
             Reducer::RecordEvent { .. } => "record_event",
             Reducer::RecordMetric { .. } => "record_metric",
             Reducer::RemoveMember { .. } => "remove_member",
@@ -204,6 +224,10 @@ impl TryFrom<__ws::ReducerCallInfo<__ws::BsatnFormat>> for Reducer {
         match &value.reducer_name[..] {
             "add_member" => {
                 Ok(__sdk::parse_reducer_args::<add_member_reducer::AddMemberArgs>("add_member", &value.args)?.into())
+            }
+            "begin_import" => {
+                Ok(__sdk::parse_reducer_args::<begin_import_reducer::BeginImportArgs>("begin_import", &value.args)?
+                    .into())
             }
             "client_connected" => Ok(__sdk::parse_reducer_args::<client_connected_reducer::ClientConnectedArgs>(
                 "client_connected",
@@ -244,6 +268,10 @@ impl TryFrom<__ws::ReducerCallInfo<__ws::BsatnFormat>> for Reducer {
             "grant_admin" => {
                 Ok(__sdk::parse_reducer_args::<grant_admin_reducer::GrantAdminArgs>("grant_admin", &value.args)?.into())
             }
+            "import_admins" => {
+                Ok(__sdk::parse_reducer_args::<import_admins_reducer::ImportAdminsArgs>("import_admins", &value.args)?
+                    .into())
+            }
             "import_config" => {
                 Ok(__sdk::parse_reducer_args::<import_config_reducer::ImportConfigArgs>("import_config", &value.args)?
                     .into())
@@ -257,6 +285,11 @@ impl TryFrom<__ws::ReducerCallInfo<__ws::BsatnFormat>> for Reducer {
                 Ok(__sdk::parse_reducer_args::<import_events_reducer::ImportEventsArgs>("import_events", &value.args)?
                     .into())
             }
+            "import_members" => Ok(__sdk::parse_reducer_args::<import_members_reducer::ImportMembersArgs>(
+                "import_members",
+                &value.args,
+            )?
+            .into()),
             "import_metrics" => Ok(__sdk::parse_reducer_args::<import_metrics_reducer::ImportMetricsArgs>(
                 "import_metrics",
                 &value.args,
@@ -271,6 +304,10 @@ impl TryFrom<__ws::ReducerCallInfo<__ws::BsatnFormat>> for Reducer {
                 import_state_versions_reducer::ImportStateVersionsArgs,
             >("import_state_versions", &value.args)?
             .into()),
+            "import_status" => {
+                Ok(__sdk::parse_reducer_args::<import_status_reducer::ImportStatusArgs>("import_status", &value.args)?
+                    .into())
+            }
             "record_event" => {
                 Ok(__sdk::parse_reducer_args::<record_event_reducer::RecordEventArgs>("record_event", &value.args)?
                     .into())
@@ -326,6 +363,7 @@ pub struct DbUpdate {
     config: __sdk::TableUpdate<Config>,
     entity: __sdk::TableUpdate<Entity>,
     event_log: __sdk::TableUpdate<EventLog>,
+    import_run: __sdk::TableUpdate<ImportRun>,
     member: __sdk::TableUpdate<Member>,
     metric: __sdk::TableUpdate<Metric>,
     relation: __sdk::TableUpdate<Relation>,
@@ -347,6 +385,7 @@ impl TryFrom<__ws::DatabaseUpdate<__ws::BsatnFormat>> for DbUpdate {
                 "config" => db_update.config.append(config_table::parse_table_update(table_update)?),
                 "entity" => db_update.entity.append(entity_table::parse_table_update(table_update)?),
                 "event_log" => db_update.event_log.append(event_log_table::parse_table_update(table_update)?),
+                "import_run" => db_update.import_run.append(import_run_table::parse_table_update(table_update)?),
                 "member" => db_update.member.append(member_table::parse_table_update(table_update)?),
                 "metric" => db_update.metric.append(metric_table::parse_table_update(table_update)?),
                 "relation" => db_update.relation.append(relation_table::parse_table_update(table_update)?),
@@ -386,6 +425,9 @@ impl __sdk::DbUpdate for DbUpdate {
             cache.apply_diff_to_table::<Entity>("entity", &self.entity).with_updates_by_pk(|row| &row.entity_id);
         diff.event_log =
             cache.apply_diff_to_table::<EventLog>("event_log", &self.event_log).with_updates_by_pk(|row| &row.sequence);
+        diff.import_run = cache
+            .apply_diff_to_table::<ImportRun>("import_run", &self.import_run)
+            .with_updates_by_pk(|row| &row.source);
         diff.member =
             cache.apply_diff_to_table::<Member>("member", &self.member).with_updates_by_pk(|row| &row.identity);
         diff.metric =
@@ -416,6 +458,7 @@ pub struct AppliedDiff<'r> {
     config: __sdk::TableAppliedDiff<'r, Config>,
     entity: __sdk::TableAppliedDiff<'r, Entity>,
     event_log: __sdk::TableAppliedDiff<'r, EventLog>,
+    import_run: __sdk::TableAppliedDiff<'r, ImportRun>,
     member: __sdk::TableAppliedDiff<'r, Member>,
     metric: __sdk::TableAppliedDiff<'r, Metric>,
     relation: __sdk::TableAppliedDiff<'r, Relation>,
@@ -435,6 +478,7 @@ impl<'r> __sdk::AppliedDiff<'r> for AppliedDiff<'r> {
         callbacks.invoke_table_row_callbacks::<Config>("config", &self.config, event);
         callbacks.invoke_table_row_callbacks::<Entity>("entity", &self.entity, event);
         callbacks.invoke_table_row_callbacks::<EventLog>("event_log", &self.event_log, event);
+        callbacks.invoke_table_row_callbacks::<ImportRun>("import_run", &self.import_run, event);
         callbacks.invoke_table_row_callbacks::<Member>("member", &self.member, event);
         callbacks.invoke_table_row_callbacks::<Metric>("metric", &self.metric, event);
         callbacks.invoke_table_row_callbacks::<Relation>("relation", &self.relation, event);
@@ -683,21 +727,21 @@ impl __sdk::SubscriptionHandle for SubscriptionHandle {
 /// either a [`DbConnection`] or an [`EventContext`] and operate on either.
 pub trait RemoteDbContext:
     __sdk::DbContext<
-        DbView = RemoteTables,
-        Reducers = RemoteReducers,
-        SetReducerFlags = SetReducerFlags,
-        SubscriptionBuilder = __sdk::SubscriptionBuilder<RemoteModule>,
-    >
+    DbView = RemoteTables,
+    Reducers = RemoteReducers,
+    SetReducerFlags = SetReducerFlags,
+    SubscriptionBuilder = __sdk::SubscriptionBuilder<RemoteModule>,
+>
 {
 }
 impl<
-    Ctx: __sdk::DbContext<
+        Ctx: __sdk::DbContext<
             DbView = RemoteTables,
             Reducers = RemoteReducers,
             SetReducerFlags = SetReducerFlags,
             SubscriptionBuilder = __sdk::SubscriptionBuilder<RemoteModule>,
         >,
-> RemoteDbContext for Ctx
+    > RemoteDbContext for Ctx
 {
 }
 
@@ -1021,6 +1065,7 @@ impl __sdk::SpacetimeModule for RemoteModule {
         config_table::register_table(client_cache);
         entity_table::register_table(client_cache);
         event_log_table::register_table(client_cache);
+        import_run_table::register_table(client_cache);
         member_table::register_table(client_cache);
         metric_table::register_table(client_cache);
         relation_table::register_table(client_cache);

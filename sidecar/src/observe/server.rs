@@ -94,22 +94,43 @@ impl Database {
         Ok(self.select(&format!("{} = {sequence}", R::KEY)).await?.pop())
     }
 
-    /// The sequence of the first row after `after`. The server knows no order, so the place is halved.
+    /// The sequence of the first row after `after`.
     ///
     /// # Errors
     /// When the server cannot be asked.
     pub async fn first_after<R: Sequenced>(&self, after: u64) -> Result<Option<u64>, SourceError> {
-        let key = R::KEY;
-        let Some(any) = self.select::<R>(&format!("{key} > {after} LIMIT 1")).await?.pop() else { return Ok(None) };
-        let (mut low, mut found) = (after, any.sequence());
+        self.first_number_after(R::TABLE, R::KEY, after).await
+    }
+
+    /// The first number after `after` in a column. The server knows no order, so the place is halved.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn first_number_after(&self, table: &str, key: &str, after: u64) -> Result<Option<u64>, SourceError> {
+        let select = format!("SELECT {key} FROM {table} WHERE {key} >");
+        let Some(mut found) = self.number(format!("{select} {after} LIMIT 1")).await? else { return Ok(None) };
+        let mut low = after;
         while found > low + 1 {
             let middle = low + (found - low) / 2;
-            match self.select::<R>(&format!("{key} > {low} AND {key} <= {middle} LIMIT 1")).await?.pop() {
-                Some(row) => found = row.sequence(),
+            match self.number(format!("{select} {low} AND {key} <= {middle} LIMIT 1")).await? {
+                Some(number) => found = number,
                 None => low = middle,
             }
         }
         Ok(Some(found))
+    }
+
+    /// How many rows a table has.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn count(&self, table: &str) -> Result<u64, SourceError> {
+        Ok(self.number(format!("SELECT COUNT(*) AS n FROM {table}")).await?.unwrap_or(0))
+    }
+
+    async fn number(&self, statement: String) -> Result<Option<u64>, SourceError> {
+        let rows: Vec<(u64,)> = parse(&self.sql(statement).await?)?;
+        Ok(rows.first().map(|(number,)| *number))
     }
 
     async fn select<R: Sequenced>(&self, condition: &str) -> Result<Vec<R>, SourceError> {
