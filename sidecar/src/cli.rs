@@ -11,6 +11,8 @@ mod failure;
 mod key;
 mod output;
 mod progress;
+#[cfg(feature = "client")]
+mod replay;
 mod restore;
 mod run;
 mod status;
@@ -84,6 +86,9 @@ enum Command {
     /// Export tables as files for query engines, and to be replayed
     #[cfg(feature = "client")]
     Export(export::ExportArgs),
+    /// Load exported tables into a module, or bring one entity back to an earlier version
+    #[cfg(feature = "client")]
+    Replay(replay::ReplayArgs),
     /// What is archived, and how far it lags behind the log
     Status(status::StatusArgs),
     /// Check, describe and show the configuration
@@ -152,6 +157,8 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
         Command::Status(args) => status::run(&context, args).await,
         #[cfg(feature = "client")]
         Command::Export(args) => export::run(&context, args).await,
+        #[cfg(feature = "client")]
+        Command::Replay(args) => replay::run(&context, args).await,
         Command::Config { .. } => Ok(ExitStatus::Ok),
         Command::Key { command } => key::run(&context, command),
     }

@@ -7,11 +7,12 @@
 //! Invariants: a manifest names only what is durable; files of one series read as one table; when histories part (a
 //! restore) or a column changes its type, a new series begins and the old one stays.
 
+pub mod archive;
 pub mod columnar;
 pub mod files;
 pub mod manifest;
 pub mod ndjson;
-mod rows;
+pub(crate) mod rows;
 pub mod spool;
 
 use std::path::Path;
@@ -111,7 +112,7 @@ pub struct ExportOptions {
 pub struct ExportReport {
     pub database: Identity,
     pub tables: Vec<TableReport>,
-    /// The last event that was removed from the database, when any may be.
+    /// The last event that was removed from the database, when any was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trimmed_through: Option<u64>,
     pub duration_ms: u64,
@@ -183,7 +184,7 @@ impl Exporter<'_> {
             reports.push(self.configuration(data_dir).await?);
         }
         let trimmed = match self.config.export.trim_after {
-            Some(age) if reports.iter().any(|report| report.table == "event_log") => Some(self.trim(age.0).await?),
+            Some(age) if reports.iter().any(|report| report.table == "event_log") => self.trim(age.0).await?,
             _ => None,
         };
         Ok((reports, trimmed))
@@ -219,9 +220,9 @@ impl Exporter<'_> {
         let mut report =
             TableReport { table: name.clone(), series: series.name(), rows: 0, objects: 0, bytes: 0, through: None };
         let mut plan = series.plan(self.repository).await?;
-        let mut rows = Rows::between(cursor.after, plan.as_ref().map_or(u64::MAX, |plan| plan.last));
+        let mut rows = cursor.rows(plan.as_ref().map_or(u64::MAX, |plan| plan.last));
         loop {
-            let step = self.step(table, &mut rows, &cursor).await?;
+            let step = self.step(table, &mut rows).await?;
             // A publish in the middle would mix rows of two forms.
             if self.link.schema().await?.table(&name) != Some(Ok(table)) {
                 return Err(ExportError::ChangedMeanwhile { table: name });
@@ -235,11 +236,11 @@ impl Exporter<'_> {
                     report.rows += files.iter().filter(|file| file.format == files[0].format).map(|f| f.rows).sum::<u64>();
                     report.objects += files.len() as u64;
                     report.bytes += files.iter().map(|file| file.bytes).sum::<u64>();
-                    cursor.after = files.iter().map(|file| file.last).max().unwrap_or(cursor.after);
+                    cursor.last = files.iter().map(|file| file.last).max().or(cursor.last);
                     cursor.parent = None;
                 }
                 if redone {
-                    rows = Rows::between(cursor.after, u64::MAX);
+                    rows = cursor.rows(u64::MAX);
                     continue;
                 }
             }
@@ -247,7 +248,7 @@ impl Exporter<'_> {
                 break;
             }
         }
-        report.through = Some(cursor.after);
+        report.through = cursor.last;
         Ok(report)
     }
 
@@ -255,14 +256,13 @@ impl Exporter<'_> {
     async fn place<'t>(&mut self, newest: Series<'t>, table: &Table) -> Result<(Series<'t>, Cursor), ExportError> {
         let keys = newest.manifests(self.repository).await?;
         let Some(last_key) = keys.last() else {
-            let after = self.options.since.unwrap_or(0);
-            return Ok((newest, Cursor { after, schema_version: 1, parent: None }));
+            return Ok((newest, Cursor::first(self.options.since, None)));
         };
         let last = newest.read(self.repository, last_key).await?;
         let (_, exported) = last.content.numbers();
         let Content::Range { last_row, .. } = &last.content else {
             let reason = "it was captured whole before and is in export.append_only now".to_owned();
-            return self.begin_series(newest, table, reason, None, 0).await;
+            return self.begin_series(newest, table, reason, None);
         };
         if self.options.since.is_some() {
             return Err(ExportError::NotFirst { table: table.name.clone(), exported });
@@ -271,35 +271,35 @@ impl Exporter<'_> {
             tracing::warn!(
                 table = table.name,
                 exported,
-                common = parted,
+                common = ?parted,
                 "the table was set back, by a restore most likely; its export goes on in a new series"
             );
             let parent = Parent { series: newest.number, through: parted };
-            return Ok((newest.next(), Cursor { after: parted, schema_version: 1, parent: Some(parent) }));
+            return Ok((newest.next(), Cursor::first(parted, Some(parent))));
         }
         if let Err(reason) = shape::extends(&last.columns, &table.columns) {
-            return self.begin_series(newest, table, reason, Some(exported), exported).await;
+            return self.begin_series(newest, table, reason, Some(exported));
         }
         let schema_version = last.schema_version + u32::from(last.columns != table.columns);
-        Ok((newest, Cursor { after: exported, schema_version, parent: None }))
+        Ok((newest, Cursor { last: Some(exported), schema_version, parent: None }))
     }
 
-    async fn begin_series<'t>(
-        &mut self,
+    /// The series after `newest`, if one was asked for; `through` is the last row that both share.
+    fn begin_series<'t>(
+        &self,
         newest: Series<'t>,
         table: &Table,
         reason: String,
         through: Option<u64>,
-        after: u64,
     ) -> Result<(Series<'t>, Cursor), ExportError> {
         if !self.options.new_series {
             return Err(ExportError::SchemaChanged { table: table.name.clone(), reason });
         }
-        let parent = through.map(|through| Parent { series: newest.number, through });
-        Ok((newest.next(), Cursor { after, schema_version: 1, parent }))
+        let parent = through.map(|_| Parent { series: newest.number, through });
+        Ok((newest.next(), Cursor::first(through, parent)))
     }
 
-    /// Did the table's history part from what was exported? If so, the last exported row that both have.
+    /// Did the table's history part from what was exported? If so, the last exported row that both have, if any.
     async fn parted(
         &mut self,
         series: Series<'_>,
@@ -308,12 +308,12 @@ impl Exporter<'_> {
         columns: &[Field],
         exported: u64,
         last_row: ContentHash,
-    ) -> Result<Option<u64>, ExportError> {
+    ) -> Result<Option<Option<u64>>, ExportError> {
         match self.known(table, columns, exported, last_row).await? {
             Some(true) => return Ok(None),
             Some(false) => {}
             // It is gone. Trimmed, if nothing is left before it.
-            None => match rows::first_after(&self.link, table, 0).await? {
+            None => match rows::first_from(&self.link, table, 0).await? {
                 Some(first) if first < exported => {}
                 _ => return Ok(None),
             },
@@ -323,10 +323,10 @@ impl Exporter<'_> {
             if let Content::Range { last, last_row, .. } = manifest.content
                 && self.known(table, &manifest.columns, last, last_row).await? == Some(true)
             {
-                return Ok(Some(last));
+                return Ok(Some(Some(last)));
             }
         }
-        Ok(Some(0))
+        Ok(Some(None))
     }
 
     /// Is the row with this number the one that was exported? `None` when there is none.
@@ -343,11 +343,11 @@ impl Exporter<'_> {
     }
 
     /// Reads rows into files until there are enough, or none.
-    async fn step(&mut self, table: &Table, rows: &mut Rows, cursor: &Cursor) -> Result<Step, ExportError> {
+    async fn step(&mut self, table: &Table, rows: &mut Rows) -> Result<Step, ExportError> {
         let mut spool = Spool::new(self.layout(&table.columns))?;
         let time = table.columns.iter().position(|column| column.name == TIME && column.shape == Shape::Timestamp);
         let today = date_of_micros(self.clock.now().as_microsecond());
-        let (mut first, mut last) = (None, cursor.after);
+        let (mut first, mut last) = (None, 0);
         let mut hash = ContentHash::of(&[]);
         while spool.text_bytes() < STEP_BYTES {
             let read = rows.next(&mut self.link, table).await?;
@@ -405,7 +405,7 @@ impl Exporter<'_> {
             None => None,
         };
         let mut series = newest;
-        let mut cursor = Cursor { after: 0, schema_version: 1, parent: None };
+        let mut cursor = Cursor::first(None, None);
         let mut captured = u64::try_from(self.clock.now().as_microsecond()).unwrap_or_default();
         if let Some(last) = &last {
             let (_, before) = last.content.numbers();
@@ -413,7 +413,7 @@ impl Exporter<'_> {
             if grew || shape::extends(&last.columns, &table.columns).is_err() {
                 let differs = shape::extends(&last.columns, &table.columns).err();
                 let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
-                (series, cursor) = self.begin_series(newest, table, reason, None, 0).await?;
+                (series, cursor) = self.begin_series(newest, table, reason, None)?;
             } else {
                 let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
                 if same && last.columns == table.columns {
@@ -558,13 +558,13 @@ impl Exporter<'_> {
     }
 
     /// Removes exported events that are older than `age` from the database, once their files were read back. Returns the
-    /// last number that may be gone.
-    async fn trim(&mut self, age: std::time::Duration) -> Result<u64, ExportError> {
+    /// last number that is gone.
+    async fn trim(&mut self, age: std::time::Duration) -> Result<Option<u64>, ExportError> {
         let series = Series::newest(self.repository, self.database, "event_log").await?;
         let schema = self.link.schema().await?;
         let table = self.find(&schema, "event_log")?.clone();
-        let Some(first) = rows::first_after(&self.link, &table, 0).await? else { return Ok(0) };
-        let mut through = first - 1;
+        let Some(first) = rows::first_from(&self.link, &table, 0).await? else { return Ok(None) };
+        let mut covered = first;
         let oldest = self.clock.now() - jiff::SignedDuration::try_from(age).unwrap_or(jiff::SignedDuration::MAX);
         for key in series.manifests(self.repository).await? {
             if paths::parse_export_manifest(&key).is_none_or(|(_, last)| last < first) {
@@ -575,19 +575,19 @@ impl Exporter<'_> {
             let young = manifest.files.iter().all(|file| {
                 file.date.to_zoned(TimeZone::UTC).is_ok_and(|midnight| midnight.timestamp() > oldest)
             });
-            if young || begin > through + 1 {
+            if young || begin > covered {
                 break;
             }
             for file in &manifest.files {
                 files::read_back(self.repository, file).await?;
             }
-            through = last;
-            for step in trim_steps(first, through) {
+            for step in trim_steps(covered, last) {
                 self.call_trim(step, age).await?;
             }
+            covered = last.saturating_add(1);
         }
-        let left = rows::first_after(&self.link, &table, 0).await?;
-        Ok(left.map_or(through, |left| left - 1))
+        let left = rows::first_from(&self.link, &table, 0).await?;
+        Ok(left.map_or(Some(covered), Some).and_then(|left| left.checked_sub(1)).filter(|last| *last >= first))
     }
 
     async fn call_trim(&mut self, through: u64, age: std::time::Duration) -> Result<(), ExportError> {
@@ -606,9 +606,26 @@ fn trim_steps(first: u64, through: u64) -> impl Iterator<Item = u64> {
 
 /// How far an export is.
 struct Cursor {
-    after: u64,
+    /// The last row that was exported.
+    last: Option<u64>,
     schema_version: u32,
     parent: Option<Parent>,
+}
+
+impl Cursor {
+    /// At the start of a series.
+    fn first(last: Option<u64>, parent: Option<Parent>) -> Self {
+        Self { last, schema_version: 1, parent }
+    }
+
+    /// The rows behind it, up to `until`.
+    fn rows(&self, until: u64) -> Rows {
+        match self.last {
+            None => Rows::between(0, until),
+            Some(u64::MAX) => Rows::between(u64::MAX, 0),
+            Some(last) => Rows::between(last + 1, until),
+        }
+    }
 }
 
 /// Files that are ready to be written.

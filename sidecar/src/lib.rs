@@ -23,6 +23,8 @@ pub mod ids;
 pub mod module_bindings;
 pub mod observe;
 pub mod progress;
+#[cfg(feature = "client")]
+pub mod replay;
 pub mod repository;
 pub mod restore;
 pub mod status;

@@ -7,7 +7,9 @@ use crate::daemon::DaemonError;
 use crate::daemon::supervisor::SupervisorError;
 use crate::datadir::DataDirError;
 #[cfg(feature = "client")]
-use crate::export::ExportError;
+use crate::export::{ExportError, archive::ArchiveError};
+#[cfg(feature = "client")]
+use crate::replay::ReplayError;
 use crate::repository::RepositoryError;
 use crate::repository::crypto::CryptoError;
 use crate::repository::instance::InstanceError;
@@ -142,6 +144,21 @@ impl From<ExportError> for Failure {
             | ExportError::NoSequence { .. }
             | ExportError::NotFirst { .. } => ExitStatus::Usage,
             ExportError::SchemaChanged { .. } => ExitStatus::Refused,
+            _ => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
+#[cfg(feature = "client")]
+impl From<ReplayError> for Failure {
+    fn from(error: ReplayError) -> Self {
+        let status = match &error {
+            ReplayError::Archive(ArchiveError::Repository(error)) => of_repository(error),
+            ReplayError::Archive(ArchiveError::Nothing(_)) | ReplayError::NotExported { .. } => {
+                ExitStatus::NothingToRestore
+            }
+            ReplayError::Archive(ArchiveError::Several(_)) | ReplayError::NoReducer { .. } => ExitStatus::Usage,
             _ => ExitStatus::Failed,
         };
         Self::new(status, error)

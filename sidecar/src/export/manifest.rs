@@ -60,8 +60,8 @@ pub struct ExportFile {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parent {
     pub series: u32,
-    /// The last row of the parent that belongs to this history too; 0 for none.
-    pub through: u64,
+    /// The last row of the parent that belongs to this history too.
+    pub through: Option<u64>,
 }
 
 /// What an export is about to write. Whatever of it is there without a manifest is finished or taken away by the next.

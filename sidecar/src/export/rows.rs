@@ -13,8 +13,8 @@ const WIDEST: u64 = 20_000;
 
 /// Where the reading of a table is.
 pub struct Rows {
-    after: u64,
-    until: u64,
+    next: u64,
+    last: u64,
     /// Numbers that one read asks for.
     width: u64,
     done: bool,
@@ -24,20 +24,20 @@ pub struct Rows {
 pub type Numbered = Vec<(u64, Vec<Cell>)>;
 
 impl Rows {
-    /// Those after `after` up to and including `until`.
-    pub fn between(after: u64, until: u64) -> Self {
-        Self { after, until, width: 500, done: after >= until }
+    /// Those from `first` to `last`, both ends included.
+    pub fn between(first: u64, last: u64) -> Self {
+        Self { next: first, last, width: 500, done: first > last }
     }
 
-    /// The next rows; none at the end of the table, or when `until` is reached.
+    /// The next rows; none at the end of the table, or of the range.
     ///
     /// # Errors
     /// When the server cannot be asked, or a row is not understood.
     pub async fn next(&mut self, link: &mut Link, table: &Table) -> Result<Numbered, ExportError> {
         while !self.done {
-            let last = self.after.saturating_add(self.width).min(self.until);
+            let last = self.next.saturating_add(self.width - 1).min(self.last);
             let key = table.sequence_column().unwrap_or_default();
-            let condition = format!("{key} > {} AND {key} <= {last}", self.after);
+            let condition = format!("{key} >= {} AND {key} <= {last}", self.next);
             let rows = match link.query(&format!("SELECT * FROM {} WHERE {condition}", table.name)).await {
                 Ok(rows) => rows,
                 Err(LinkError::TooLarge) if self.width > 1 => {
@@ -47,14 +47,16 @@ impl Rows {
                 Err(error) => return Err(error.into()),
             };
             let bytes: usize = rows.iter().map(Bytes::len).sum();
-            let (count, width) = (rows.len() as u64, last - self.after);
-            self.after = last;
-            if last == self.until {
+            let (count, complete) = (rows.len() as u64, rows.len() as u64 > last - self.next);
+            if last == self.last {
                 self.done = true;
-            } else if count < width {
+            } else {
+                self.next = last + 1;
+            }
+            if !self.done && !complete {
                 // The end, or a gap.
-                match first_after(link, table, last).await? {
-                    Some(next) => self.after = next - 1,
+                match first_from(link, table, self.next).await? {
+                    Some(next) => self.next = next,
                     None => self.done = true,
                 }
             }
@@ -68,13 +70,13 @@ impl Rows {
     }
 }
 
-/// The number of the first row after `after`.
+/// The lowest number of a row that is at least `from`.
 ///
 /// # Errors
 /// When the server cannot be asked.
-pub async fn first_after(link: &Link, table: &Table, after: u64) -> Result<Option<u64>, ExportError> {
+pub async fn first_from(link: &Link, table: &Table, from: u64) -> Result<Option<u64>, ExportError> {
     let key = table.sequence_column().unwrap_or_default();
-    Ok(link.database().first_number_after(&table.name, key, after).await?)
+    Ok(link.database().first_number(&table.name, key, from).await?)
 }
 
 /// The row with a number.

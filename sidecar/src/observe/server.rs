@@ -99,22 +99,25 @@ impl Database {
     /// # Errors
     /// When the server cannot be asked.
     pub async fn first_after<R: Sequenced>(&self, after: u64) -> Result<Option<u64>, SourceError> {
-        self.first_number_after(R::TABLE, R::KEY, after).await
+        match after.checked_add(1) {
+            Some(from) => self.first_number(R::TABLE, R::KEY, from).await,
+            None => Ok(None),
+        }
     }
 
-    /// The first number after `after` in a column. The server knows no order, so the place is halved.
+    /// The lowest number in a column that is at least `from`. The server knows no order, so the place is halved.
     ///
     /// # Errors
     /// When the server cannot be asked.
-    pub async fn first_number_after(&self, table: &str, key: &str, after: u64) -> Result<Option<u64>, SourceError> {
-        let select = format!("SELECT {key} FROM {table} WHERE {key} >");
-        let Some(mut found) = self.number(format!("{select} {after} LIMIT 1")).await? else { return Ok(None) };
-        let mut low = after;
-        while found > low + 1 {
+    pub async fn first_number(&self, table: &str, key: &str, from: u64) -> Result<Option<u64>, SourceError> {
+        let select = format!("SELECT {key} FROM {table} WHERE {key} >=");
+        let Some(mut found) = self.number(format!("{select} {from} LIMIT 1")).await? else { return Ok(None) };
+        let mut low = from;
+        while found > low {
             let middle = low + (found - low) / 2;
             match self.number(format!("{select} {low} AND {key} <= {middle} LIMIT 1")).await? {
                 Some(number) => found = number,
-                None => low = middle,
+                None => low = middle + 1,
             }
         }
         Ok(Some(found))
