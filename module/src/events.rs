@@ -22,6 +22,8 @@ pub fn record(ctx: &ReducerContext, event_type: &str, source: Option<String>, co
         source,
         timestamp: ctx.timestamp,
         data,
+        #[cfg(feature = "next")]
+        severity: None,
     });
 }
 

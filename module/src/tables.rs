@@ -30,6 +30,8 @@ pub struct EventLog {
     /// Ties the events of one operation together; all events of one reducer call share it unless the caller gave one.
     pub correlation_id: String,
     pub data: EventData,
+    #[cfg(feature = "next")]
+    pub severity: Option<String>,
 }
 
 #[table(name = entity, public)]

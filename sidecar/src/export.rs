@@ -58,7 +58,9 @@ pub enum ExportError {
     Private { table: String },
     #[error("`{table}` cannot be exported: {reason}")]
     NotExportable { table: String, reason: String },
-    #[error("`{table}` has no unique column of type u64 and is no table that only grows; leave it out of export.append_only")]
+    #[error(
+        "`{table}` has no unique column of type u64 and is no table that only grows; leave it out of export.append_only"
+    )]
     NoSequence { table: String },
     #[error(
         "the columns of `{table}` changed in a way that its files cannot be read as one table ({reason}); give \
@@ -67,7 +69,9 @@ pub enum ExportError {
     SchemaChanged { table: String, reason: String },
     #[error("the columns of `{table}` changed while it was exported, by a publish most likely; export it again")]
     ChangedMeanwhile { table: String },
-    #[error("`{table}` is larger than one answer of the server and has no unique column of type u64 to read it in ranges")]
+    #[error(
+        "`{table}` is larger than one answer of the server and has no unique column of type u64 to read it in ranges"
+    )]
     TooLarge { table: String },
     #[error("a row of `{table}` is not understood: {reason}; was the module published a moment ago? Export it again")]
     Row { table: String, reason: String },
@@ -229,11 +233,13 @@ impl Exporter<'_> {
             }
             let done = step.rows == 0;
             if !done || plan.is_some() {
-                let content = Content::Range { key: key.clone(), first: step.first, last: step.last, last_row: step.hash };
+                let content =
+                    Content::Range { key: key.clone(), first: step.first, last: step.last, last_row: step.hash };
                 let redone = plan.is_some();
                 let files = self.commit(&series, table, &cursor, content, step, plan.take()).await?;
                 if let Some(files) = files {
-                    report.rows += files.iter().filter(|file| file.format == files[0].format).map(|f| f.rows).sum::<u64>();
+                    report.rows +=
+                        files.iter().filter(|file| file.format == files[0].format).map(|f| f.rows).sum::<u64>();
                     report.objects += files.len() as u64;
                     report.bytes += files.iter().map(|file| file.bytes).sum::<u64>();
                     cursor.last = files.iter().map(|file| file.last).max().or(cursor.last);
@@ -418,7 +424,8 @@ impl Exporter<'_> {
                 let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
                 if same && last.columns == table.columns {
                     let series = series.name();
-                    let report = TableReport { table: table.name.clone(), series, rows: 0, objects: 0, bytes: 0, through: None };
+                    let report =
+                        TableReport { table: table.name.clone(), series, rows: 0, objects: 0, bytes: 0, through: None };
                     return Ok(report);
                 }
                 cursor.schema_version = last.schema_version + u32::from(last.columns != table.columns);
@@ -427,7 +434,8 @@ impl Exporter<'_> {
             }
         }
         let plan = series.plan(self.repository).await?;
-        let (layout, today) = (self.layout(&table.columns), date_of_micros(i64::try_from(captured).unwrap_or_default()));
+        let (layout, today) =
+            (self.layout(&table.columns), date_of_micros(i64::try_from(captured).unwrap_or_default()));
         let writing = tokio::task::spawn_blocking(move || {
             let mut spool = Spool::new(layout)?;
             for (number, (row, line)) in (0..).zip(rows.into_iter().zip(lines)) {
@@ -457,8 +465,7 @@ impl Exporter<'_> {
             rows.push(vec![text("spacetimedb"), text("config.toml"), text(&server)]);
         }
         let columns = ["program", "name", "content"].map(column).into();
-        let table =
-            Table { name: CONFIGURATION.into(), columns, sequence: None, primary_key: None, private: true };
+        let table = Table { name: CONFIGURATION.into(), columns, sequence: None, primary_key: None, private: true };
         self.write_capture(&table, rows).await
     }
 
@@ -572,9 +579,10 @@ impl Exporter<'_> {
             }
             let manifest = series.read(self.repository, &key).await?;
             let (begin, last) = manifest.content.numbers();
-            let young = manifest.files.iter().all(|file| {
-                file.date.to_zoned(TimeZone::UTC).is_ok_and(|midnight| midnight.timestamp() > oldest)
-            });
+            let young = manifest
+                .files
+                .iter()
+                .all(|file| file.date.to_zoned(TimeZone::UTC).is_ok_and(|midnight| midnight.timestamp() > oldest));
             if young || begin > covered {
                 break;
             }
@@ -601,7 +609,10 @@ impl Exporter<'_> {
 /// Numbers up to which to trim, one after the other: one call must not hold the database for long.
 fn trim_steps(first: u64, through: u64) -> impl Iterator<Item = u64> {
     const STEP: u64 = 5_000;
-    (0..).map(move |step: u64| first.saturating_add((step + 1) * STEP - 1)).take_while(move |at| *at < through).chain([through])
+    (0..)
+        .map(move |step: u64| first.saturating_add((step + 1) * STEP - 1))
+        .take_while(move |at| *at < through)
+        .chain([through])
 }
 
 /// How far an export is.

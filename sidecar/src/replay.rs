@@ -41,7 +41,9 @@ pub enum ReplayError {
     Target(#[from] ExportError),
     #[error("nothing of `{table}` was exported; there are exports of {known}")]
     NotExported { table: String, known: String },
-    #[error("the module has no reducer `{reducer}` that takes rows of `{table}`; publish a module that has, or leave the table out")]
+    #[error(
+        "the module has no reducer `{reducer}` that takes rows of `{table}`; publish a module that has, or leave the table out"
+    )]
     NoReducer { table: String, reducer: String },
     #[error("`{table}` of the module does not take what was exported: {reason}")]
     Columns { table: String, reason: String },
@@ -205,7 +207,9 @@ impl<'a> Replayer<'a> {
                 }
                 return Err(ReplayError::NoReducer { table: name, reducer });
             };
-            let takes = crate::database::shape::Shape::List(Box::new(crate::database::shape::Shape::Struct(table.columns.clone())));
+            let takes = crate::database::shape::Shape::List(Box::new(crate::database::shape::Shape::Struct(
+                table.columns.clone(),
+            )));
             if parameters.len() != 1 || parameters[0].shape != takes {
                 return Err(ReplayError::NoReducer { table: name, reducer });
             }
@@ -271,10 +275,9 @@ impl<'a> Replayer<'a> {
         for part in self.archive.parts("state_version").await? {
             let mut pieces = self.archive.read(&part).await?;
             while let Some(mut piece) = pieces.next().await? {
-                states.take(&mut piece, &pieces.columns, until).map_err(|reason| ReplayError::Columns {
-                    table: "state_version".into(),
-                    reason,
-                })?;
+                states
+                    .take(&mut piece, &pieces.columns, until)
+                    .map_err(|reason| ReplayError::Columns { table: "state_version".into(), reason })?;
                 import.rows(&mut self.link, piece, &pieces.columns, &mut report).await?;
             }
         }

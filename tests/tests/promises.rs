@@ -15,6 +15,8 @@ mod daemon;
 mod dashboards;
 #[path = "promises/events.rs"]
 mod events;
+#[path = "promises/exports.rs"]
+mod exports;
 #[path = "promises/fixture.rs"]
 mod fixture;
 #[path = "promises/instance.rs"]

@@ -9,6 +9,9 @@ use crate::{observers, server, stores, wasm};
 /// Fuzzes the HTTP interface from its OpenAPI document.
 const SCHEMATHESIS: &str = "4.32.5";
 
+/// Reads exported files as users do.
+const DUCKDB: &str = "2.0.0";
+
 /// What the tests run against.
 pub struct Prepared {
     pub server: PathBuf,
@@ -59,6 +62,9 @@ pub fn test(arguments: &[String]) -> Result<()> {
         command.env("INNER_UNIVERSE_MOTO", moto);
     }
     command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
+    if let Some(duckdb) = stores::from_pypi("duckdb", "duckdb", DUCKDB, "python3")? {
+        command.env("INNER_UNIVERSE_DUCKDB", duckdb);
+    }
     if all {
         command.env("INNER_UNIVERSE_TEST_ALL", "1").env("INNER_UNIVERSE_GARAGE", stores::garage()?);
         command.env("INNER_UNIVERSE_OTELITE", observers::otelite()?);

@@ -25,6 +25,7 @@ pub fn build_all() -> Result<PathBuf> {
     let toolchain = toolchain()?;
     let modules = [
         ("module", "inner_universe_module"),
+        ("tests/next-module", "inner_universe_module_next"),
         ("tests/workload-module", "workload_module"),
         ("tests/workload-module/v2", "workload_module_v2"),
     ];

@@ -109,7 +109,10 @@ impl Cell {
         fn write<T: spacetimedb_sats::ser::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) -> Result<(), String> {
             bsatn::to_writer(out, value).map_err(|error| error.to_string())
         }
-        fn int<T: TryFrom<i128> + spacetimedb_sats::ser::Serialize>(out: &mut Vec<u8>, value: i128) -> Result<(), String> {
+        fn int<T: TryFrom<i128> + spacetimedb_sats::ser::Serialize>(
+            out: &mut Vec<u8>,
+            value: i128,
+        ) -> Result<(), String> {
             write(out, &T::try_from(value).map_err(|_| format!("{value} does not fit its column"))?)
         }
         match (shape, self) {
@@ -175,7 +178,9 @@ impl Cell {
             (Self::List(cells), Shape::List(from), Shape::List(to)) => {
                 Ok(Self::List(cells.into_iter().map(|cell| cell.convert(from, to)).collect::<Result<_, _>>()?))
             }
-            (Self::Struct(cells), Shape::Struct(from), Shape::Struct(to)) => convert_row(cells, from, to).map(Self::Struct),
+            (Self::Struct(cells), Shape::Struct(from), Shape::Struct(to)) => {
+                convert_row(cells, from, to).map(Self::Struct)
+            }
             (Self::Enum(tag), Shape::Enum(from), Shape::Enum(to)) => {
                 let name = from.get(usize::from(tag)).ok_or_else(|| format!("there is no variant {tag}"))?;
                 let found = to.iter().position(|to| to == name).and_then(|tag| u8::try_from(tag).ok());

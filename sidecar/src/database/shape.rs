@@ -161,7 +161,9 @@ pub fn extends(before: &[Field], after: &[Field]) -> Result<(), String> {
 
 fn extends_shape(before: &Shape, after: &Shape) -> Result<(), String> {
     match (before, after) {
-        (Shape::Struct(before), Shape::Struct(after)) | (Shape::Sum(before), Shape::Sum(after)) => extends(before, after),
+        (Shape::Struct(before), Shape::Struct(after)) | (Shape::Sum(before), Shape::Sum(after)) => {
+            extends(before, after)
+        }
         (Shape::Option(before), Shape::Option(after)) | (Shape::List(before), Shape::List(after)) => {
             extends_shape(before, after)
         }

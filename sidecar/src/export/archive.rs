@@ -204,9 +204,8 @@ fn give(
     through: u64,
     sender: &mpsc::Sender<Result<Vec<Vec<Cell>>, ArchiveError>>,
 ) -> bool {
-    let belongs = |row: &Vec<Cell>| {
-        number.and_then(|index| row.get(index)?.as_u64()).is_none_or(|number| number <= through)
-    };
+    let belongs =
+        |row: &Vec<Cell>| number.and_then(|index| row.get(index)?.as_u64()).is_none_or(|number| number <= through);
     let read = files::rows(&file, columns, bytes, |mut rows| {
         rows.retain(belongs);
         sender.blocking_send(Ok(rows)).map_err(|_| String::new())

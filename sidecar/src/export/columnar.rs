@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use arrow_array::builder::{BinaryBuilder, StringBuilder};
 use arrow_array::cast::AsArray as _;
-use arrow_array::types::{
-    Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType,
-};
+use arrow_array::types::{Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType};
 use arrow_array::{
     Array, ArrayRef, BooleanArray, Decimal128Array, Float32Array, Float64Array, Int32Array, Int64Array, ListArray,
     RecordBatch, StructArray, TimestampMicrosecondArray,
@@ -72,8 +70,14 @@ fn data_type(shape: &Shape) -> DataType {
         Shape::List(of) => DataType::List(Arc::new(arrow_field("element", of))),
         Shape::Struct(parts) => DataType::Struct(struct_fields(parts)),
         Shape::Sum(variants) => DataType::Struct(sum_fields(variants)),
-        Shape::I128 | Shape::U128 | Shape::I256 | Shape::U256 | Shape::String | Shape::Identity
-        | Shape::ConnectionId | Shape::Enum(_) => DataType::Utf8,
+        Shape::I128
+        | Shape::U128
+        | Shape::I256
+        | Shape::U256
+        | Shape::String
+        | Shape::Identity
+        | Shape::ConnectionId
+        | Shape::Enum(_) => DataType::Utf8,
     }
 }
 
@@ -214,8 +218,14 @@ fn array(shape: &Shape, cells: &[Option<&Cell>]) -> Result<ArrayRef, ArrowError>
             }
             Arc::new(StructArray::try_new(sum_fields(variants), arrays, Some(validity(cells)))?)
         }
-        Shape::I128 | Shape::U128 | Shape::I256 | Shape::U256 | Shape::String | Shape::Identity
-        | Shape::ConnectionId | Shape::Enum(_) => {
+        Shape::I128
+        | Shape::U128
+        | Shape::I256
+        | Shape::U256
+        | Shape::String
+        | Shape::Identity
+        | Shape::ConnectionId
+        | Shape::Enum(_) => {
             let mut values = StringBuilder::new();
             for cell in cells {
                 match cell {

@@ -1,7 +1,7 @@
 //! Rows as lines of JSON. FORMAT.md says how each type is written.
 
-use spacetimedb_sats::{i256, u256};
 use serde_json::Value as Json;
+use spacetimedb_sats::{i256, u256};
 
 use crate::database::cell::Cell;
 use crate::database::shape::{Field, Shape, tag_of};

@@ -56,8 +56,8 @@ impl Rows {
             if !self.done && !complete {
                 // The end, or a gap.
                 match first_from(link, table, self.next).await? {
-                    Some(next) => self.next = next,
-                    None => self.done = true,
+                    Some(next) if next <= self.last => self.next = next,
+                    _ => self.done = true,
                 }
             }
             if count > 0 {

@@ -171,7 +171,8 @@ impl Spool {
                         .set_compression(Compression::ZSTD(ZstdLevel::try_new(self.layout.level)?))
                         .set_created_by(format!("inner-universe {}", env!("CARGO_PKG_VERSION")))
                         .build();
-                    open.columns = Some((path, ArrowWriter::try_new(file, Arc::clone(&self.schema), Some(properties))?));
+                    open.columns =
+                        Some((path, ArrowWriter::try_new(file, Arc::clone(&self.schema), Some(properties))?));
                 }
             }
         }

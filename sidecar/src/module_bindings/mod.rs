@@ -69,62 +69,62 @@ pub mod update_entity_reducer;
 pub mod update_relation_reducer;
 pub mod value_type;
 
-pub use add_member_reducer::{add_member, set_flags_for_add_member, AddMemberCallbackId};
+pub use add_member_reducer::{AddMemberCallbackId, add_member, set_flags_for_add_member};
 pub use admin_table::*;
 pub use admin_type::Admin;
-pub use begin_import_reducer::{begin_import, set_flags_for_begin_import, BeginImportCallbackId};
-pub use client_connected_reducer::{client_connected, set_flags_for_client_connected, ClientConnectedCallbackId};
+pub use begin_import_reducer::{BeginImportCallbackId, begin_import, set_flags_for_begin_import};
+pub use client_connected_reducer::{ClientConnectedCallbackId, client_connected, set_flags_for_client_connected};
 pub use client_connection_table::*;
 pub use client_connection_type::ClientConnection;
 pub use client_disconnected_reducer::{
-    client_disconnected, set_flags_for_client_disconnected, ClientDisconnectedCallbackId,
+    ClientDisconnectedCallbackId, client_disconnected, set_flags_for_client_disconnected,
 };
 pub use config_table::*;
 pub use config_type::Config;
 pub use connection_status_type::ConnectionStatus;
-pub use create_entity_reducer::{create_entity, set_flags_for_create_entity, CreateEntityCallbackId};
-pub use create_relation_reducer::{create_relation, set_flags_for_create_relation, CreateRelationCallbackId};
-pub use delete_config_reducer::{delete_config, set_flags_for_delete_config, DeleteConfigCallbackId};
-pub use delete_entity_reducer::{delete_entity, set_flags_for_delete_entity, DeleteEntityCallbackId};
-pub use delete_relation_reducer::{delete_relation, set_flags_for_delete_relation, DeleteRelationCallbackId};
+pub use create_entity_reducer::{CreateEntityCallbackId, create_entity, set_flags_for_create_entity};
+pub use create_relation_reducer::{CreateRelationCallbackId, create_relation, set_flags_for_create_relation};
+pub use delete_config_reducer::{DeleteConfigCallbackId, delete_config, set_flags_for_delete_config};
+pub use delete_entity_reducer::{DeleteEntityCallbackId, delete_entity, set_flags_for_delete_entity};
+pub use delete_relation_reducer::{DeleteRelationCallbackId, delete_relation, set_flags_for_delete_relation};
 pub use entity_table::*;
 pub use entity_type::Entity;
 pub use event_data_type::EventData;
 pub use event_log_table::*;
 pub use event_log_type::EventLog;
 pub use field_type::Field;
-pub use get_system_status_reducer::{get_system_status, set_flags_for_get_system_status, GetSystemStatusCallbackId};
-pub use grant_admin_reducer::{grant_admin, set_flags_for_grant_admin, GrantAdminCallbackId};
-pub use import_admins_reducer::{import_admins, set_flags_for_import_admins, ImportAdminsCallbackId};
-pub use import_config_reducer::{import_config, set_flags_for_import_config, ImportConfigCallbackId};
-pub use import_entities_reducer::{import_entities, set_flags_for_import_entities, ImportEntitiesCallbackId};
-pub use import_events_reducer::{import_events, set_flags_for_import_events, ImportEventsCallbackId};
-pub use import_members_reducer::{import_members, set_flags_for_import_members, ImportMembersCallbackId};
-pub use import_metrics_reducer::{import_metrics, set_flags_for_import_metrics, ImportMetricsCallbackId};
-pub use import_relations_reducer::{import_relations, set_flags_for_import_relations, ImportRelationsCallbackId};
+pub use get_system_status_reducer::{GetSystemStatusCallbackId, get_system_status, set_flags_for_get_system_status};
+pub use grant_admin_reducer::{GrantAdminCallbackId, grant_admin, set_flags_for_grant_admin};
+pub use import_admins_reducer::{ImportAdminsCallbackId, import_admins, set_flags_for_import_admins};
+pub use import_config_reducer::{ImportConfigCallbackId, import_config, set_flags_for_import_config};
+pub use import_entities_reducer::{ImportEntitiesCallbackId, import_entities, set_flags_for_import_entities};
+pub use import_events_reducer::{ImportEventsCallbackId, import_events, set_flags_for_import_events};
+pub use import_members_reducer::{ImportMembersCallbackId, import_members, set_flags_for_import_members};
+pub use import_metrics_reducer::{ImportMetricsCallbackId, import_metrics, set_flags_for_import_metrics};
+pub use import_relations_reducer::{ImportRelationsCallbackId, import_relations, set_flags_for_import_relations};
 pub use import_run_table::*;
 pub use import_run_type::ImportRun;
 pub use import_state_versions_reducer::{
-    import_state_versions, set_flags_for_import_state_versions, ImportStateVersionsCallbackId,
+    ImportStateVersionsCallbackId, import_state_versions, set_flags_for_import_state_versions,
 };
-pub use import_status_reducer::{import_status, set_flags_for_import_status, ImportStatusCallbackId};
+pub use import_status_reducer::{ImportStatusCallbackId, import_status, set_flags_for_import_status};
 pub use member_table::*;
 pub use member_type::Member;
 pub use metric_table::*;
 pub use metric_type::Metric;
 pub use operation_type::Operation;
-pub use record_event_reducer::{record_event, set_flags_for_record_event, RecordEventCallbackId};
-pub use record_metric_reducer::{record_metric, set_flags_for_record_metric, RecordMetricCallbackId};
+pub use record_event_reducer::{RecordEventCallbackId, record_event, set_flags_for_record_event};
+pub use record_metric_reducer::{RecordMetricCallbackId, record_metric, set_flags_for_record_metric};
 pub use relation_table::*;
 pub use relation_type::Relation;
-pub use remove_member_reducer::{remove_member, set_flags_for_remove_member, RemoveMemberCallbackId};
+pub use remove_member_reducer::{RemoveMemberCallbackId, remove_member, set_flags_for_remove_member};
 pub use restore_state_version_reducer::{
-    restore_state_version, set_flags_for_restore_state_version, RestoreStateVersionCallbackId,
+    RestoreStateVersionCallbackId, restore_state_version, set_flags_for_restore_state_version,
 };
-pub use revoke_admin_reducer::{revoke_admin, set_flags_for_revoke_admin, RevokeAdminCallbackId};
+pub use revoke_admin_reducer::{RevokeAdminCallbackId, revoke_admin, set_flags_for_revoke_admin};
 pub use sequence_counter_table::*;
 pub use sequence_counter_type::SequenceCounter;
-pub use set_config_reducer::{set_config, set_flags_for_set_config, SetConfigCallbackId};
+pub use set_config_reducer::{SetConfigCallbackId, set_config, set_flags_for_set_config};
 pub use state_version_table::*;
 pub use state_version_type::StateVersion;
 pub use subject_change_type::SubjectChange;
@@ -132,10 +132,10 @@ pub use subject_kind_type::SubjectKind;
 pub use system_state_type::SystemState;
 pub use system_status_table::*;
 pub use system_status_type::SystemStatus;
-pub use trim_event_log_reducer::{set_flags_for_trim_event_log, trim_event_log, TrimEventLogCallbackId};
-pub use trim_metrics_reducer::{set_flags_for_trim_metrics, trim_metrics, TrimMetricsCallbackId};
-pub use update_entity_reducer::{set_flags_for_update_entity, update_entity, UpdateEntityCallbackId};
-pub use update_relation_reducer::{set_flags_for_update_relation, update_relation, UpdateRelationCallbackId};
+pub use trim_event_log_reducer::{TrimEventLogCallbackId, set_flags_for_trim_event_log, trim_event_log};
+pub use trim_metrics_reducer::{TrimMetricsCallbackId, set_flags_for_trim_metrics, trim_metrics};
+pub use update_entity_reducer::{UpdateEntityCallbackId, set_flags_for_update_entity, update_entity};
+pub use update_relation_reducer::{UpdateRelationCallbackId, set_flags_for_update_relation, update_relation};
 pub use value_type::Value;
 
 #[derive(Clone, PartialEq, Debug)]
@@ -727,21 +727,21 @@ impl __sdk::SubscriptionHandle for SubscriptionHandle {
 /// either a [`DbConnection`] or an [`EventContext`] and operate on either.
 pub trait RemoteDbContext:
     __sdk::DbContext<
-    DbView = RemoteTables,
-    Reducers = RemoteReducers,
-    SetReducerFlags = SetReducerFlags,
-    SubscriptionBuilder = __sdk::SubscriptionBuilder<RemoteModule>,
->
+        DbView = RemoteTables,
+        Reducers = RemoteReducers,
+        SetReducerFlags = SetReducerFlags,
+        SubscriptionBuilder = __sdk::SubscriptionBuilder<RemoteModule>,
+    >
 {
 }
 impl<
-        Ctx: __sdk::DbContext<
+    Ctx: __sdk::DbContext<
             DbView = RemoteTables,
             Reducers = RemoteReducers,
             SetReducerFlags = SetReducerFlags,
             SubscriptionBuilder = __sdk::SubscriptionBuilder<RemoteModule>,
         >,
-    > RemoteDbContext for Ctx
+> RemoteDbContext for Ctx
 {
 }
 

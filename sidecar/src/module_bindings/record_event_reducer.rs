@@ -61,8 +61,8 @@ pub trait record_event {
     fn on_record_event(
         &self,
         callback: impl FnMut(&super::ReducerEventContext, &String, &Option<String>, &Option<String>, &EventData)
-            + Send
-            + 'static,
+        + Send
+        + 'static,
     ) -> RecordEventCallbackId;
     /// Cancel a callback previously registered by [`Self::on_record_event`],
     /// causing it not to run in the future.
@@ -82,8 +82,8 @@ impl record_event for super::RemoteReducers {
     fn on_record_event(
         &self,
         mut callback: impl FnMut(&super::ReducerEventContext, &String, &Option<String>, &Option<String>, &EventData)
-            + Send
-            + 'static,
+        + Send
+        + 'static,
     ) -> RecordEventCallbackId {
         RecordEventCallbackId(self.imp.on_reducer(
             "record_event",

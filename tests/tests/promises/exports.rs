@@ -1,0 +1,431 @@
+//! Exports and replay: every row once in both formats whatever is killed, and back into a module as it was.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use harness::client::{Client, none};
+use harness::daemon::Daemon;
+use harness::server::Server;
+use harness::sidecar::{Sidecar, path};
+use harness::tools;
+use serde_json::{Value, json};
+
+const BUNDLED: &[&str] =
+    &["config", "event_log", "entity", "relation", "state_version", "admin", "member", "metric", "system_status"];
+
+/// A server with a database, and a sidecar that knows its token.
+struct Scene {
+    scratch: tempfile::TempDir,
+    server: Server,
+    owner: Client,
+    sidecar: Sidecar,
+    identity: String,
+}
+
+impl Scene {
+    async fn new(name: &str, module: &str) -> Self {
+        let scratch = tempfile::tempdir().expect("a temporary directory");
+        let server = Server::start(&scratch.path().join("data"), &scratch.path().join("keys")).await;
+        let owner = server.client().await;
+        let identity = owner.publish(name, tools::wasm(module)).await;
+        let token = scratch.path().join("token");
+        std::fs::write(&token, &owner.token).expect("write the token");
+        let settings = [
+            ("SPACETIMEDB_CONFIG__URL", server.url.as_str()),
+            ("SPACETIMEDB_CONFIG__DATABASE", name),
+            ("SPACETIMEDB_CONFIG__TOKEN_FILE", path(&token)),
+            ("SPACETIMEDB_CONFIG__DB_PATH", path(&server.data_dir)),
+        ];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        let sidecar = Sidecar::at(&scratch.path().join("repository")).configured(settings);
+        Self { scratch, server, owner, sidecar, identity }
+    }
+
+    /// Where the files of a table lie.
+    fn files(&self, format: &str, table: &str) -> PathBuf {
+        self.scratch.path().join(format!("repository/databases/{}/exports/{format}/{table}", self.identity))
+    }
+
+    fn export(&self, arguments: &[&str]) -> Value {
+        self.sidecar.run([&["export"], arguments].concat()).ok()
+    }
+
+    fn replay(&self, arguments: &[&str]) -> Value {
+        self.sidecar.run([&["replay"], arguments].concat()).ok()
+    }
+
+    async fn call(&self, reducer: &str, arguments: Value) {
+        let called = self.owner.call("iu", reducer, arguments).await;
+        called.unwrap_or_else(|error| panic!("{reducer}: {error}"));
+    }
+
+    /// Some of everything that the bundled module holds.
+    async fn live(&self) {
+        for (id, kind) in [("sun", "star"), ("earth", "planet"), ("moon", "moon")] {
+            self.call("create_entity", json!([id, kind, "{\"n\": 1}"])).await;
+        }
+        self.call("create_relation", json!(["orbit", "earth", "sun", "orbits", "{}"])).await;
+        self.call("update_entity", json!(["earth", "{\"n\": 2}"])).await;
+        self.call("delete_entity", json!(["moon"])).await;
+        self.call("add_member", json!([{"__identity__": format!("0x{}", self.owner.identity)}, "me"])).await;
+        self.call("set_config", json!(["timeout_ms", "1234"])).await;
+        self.call("record_metric", json!(["load", 0.5, "1", []])).await;
+        let data =
+            json!({"Custom": [{"name": "n", "value": {"UInt": u64::MAX}}, {"name": "f", "value": {"Float": 0.1}}]});
+        self.call("record_event", json!(["ORDER_PLACED", none(), none(), data])).await;
+        self.call("get_system_status", json!([])).await;
+    }
+}
+
+/// Rows of the files by DuckDB, which reads them as any user would; `None` where DuckDB is not.
+fn duckdb(query: &str) -> Option<Vec<Vec<Value>>> {
+    let python = std::env::var_os("INNER_UNIVERSE_DUCKDB").filter(|path| !path.is_empty())?;
+    let script = "import duckdb, json, sys; print(json.dumps(duckdb.sql(sys.argv[1]).fetchall(), default=str))";
+    let output = Command::new(python).args(["-c", script, query]).output().expect("run DuckDB");
+    assert!(output.status.success(), "{query}: {}", String::from_utf8_lossy(&output.stderr));
+    Some(serde_json::from_slice(&output.stdout).expect("rows"))
+}
+
+/// How each format is read; the queries of README.
+fn tables(scene: &Scene, table: &str) -> [String; 2] {
+    let (parquet, ndjson) = (scene.files("parquet", table), scene.files("ndjson", table));
+    [
+        format!("read_parquet('{}/*/*.parquet', hive_partitioning = true, union_by_name = true)", parquet.display()),
+        format!("read_json('{}/*/*.ndjson.zst', hive_partitioning = true, union_by_name = true)", ndjson.display()),
+    ]
+}
+
+/// Loads events numbered from `first`, many at a time.
+async fn load_events(owner: &Client, first: u64, count: u64) {
+    for begin in (first..first + count).step_by(1000) {
+        let event = |sequence: u64| {
+            json!([sequence, format!("00000000-0000-8000-8000-{sequence:012x}"), "LOADED", none(),
+                [1_700_000_000_000_000i64 + sequence as i64 * 1_000_000], "c", {"Text": "x".repeat(100)}])
+        };
+        let events: Vec<_> = (begin..(begin + 1000).min(first + count)).map(event).collect();
+        owner.call("iu", "import_events", json!([events])).await.expect("import events");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_event_is_exported_once_in_both_formats_while_more_arrive_and_the_export_is_killed() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    let (loaded, kills) = if tools::all() { (1_000_000, 50) } else { (20_000, 8) };
+    load_events(&scene.owner, 2, loaded).await;
+    // More arrive all the while.
+    let owner = scene.owner.clone();
+    let arriving = tokio::spawn(async move {
+        let mut arrived = 0u64;
+        loop {
+            let event = json!(["ARRIVED", none(), none(), {"Empty": []}]);
+            if owner.call("iu", "record_event", event).await.is_err() {
+                return arrived;
+            }
+            arrived += 1;
+        }
+    });
+    let seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let mut random = seed;
+    for kill in 0..kills {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let longest = if tools::all() { 4_000 } else { 600 };
+        let mut command = scene.sidecar.command();
+        // The one before was killed with its lease in hand.
+        command.args(["export", "event-log", "--force"]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().expect("start an export");
+        tokio::time::sleep(Duration::from_millis((random >> 33) % longest)).await;
+        let _ = child.kill();
+        let _ = child.wait();
+        println!("kill {kill}");
+    }
+    let peak = peak_memory(&scene, &["export", "event-log", "--force"]);
+    assert!(peak <= 96 << 20, "{peak} bytes were resident");
+    arriving.abort();
+    let _ = arriving.await;
+    let report = scene.export(&["event-log"]);
+    let through = report["tables"][0]["through"].as_u64().expect("a number");
+    assert!(through > loaded, "{report}");
+    let again = scene.export(&["event-log"]);
+    assert_eq!((&again["tables"][0]["rows"], &again["tables"][0]["objects"]), (&json!(0), &json!(0)));
+    for table in tables(&scene, "event_log") {
+        let counts = "count(*)::BIGINT, count(DISTINCT sequence)::BIGINT, min(sequence)::BIGINT, max(sequence)::BIGINT";
+        let Some(rows) = duckdb(&format!("SELECT {counts}, count(DISTINCT event_id)::BIGINT FROM {table}")) else {
+            println!("skipped: no DuckDB here");
+            break;
+        };
+        assert_eq!(rows, [[through, through, 1, through, through].map(Value::from)], "{table}");
+        let misfiled =
+            format!("SELECT count(*)::BIGINT FROM {table} WHERE (timestamp AT TIME ZONE 'UTC')::DATE <> date");
+        assert_eq!(duckdb(&misfiled), Some(vec![vec![json!(0)]]), "{table}");
+    }
+    // Nothing is left of broken exports.
+    let plans = scene.scratch.path().join(format!("repository/databases/{}/exports/plans", scene.identity));
+    assert_eq!(std::fs::read_dir(plans).map_or(0, Iterator::count), 0);
+}
+
+/// Runs the binary and tells how much memory it had at most.
+fn peak_memory(scene: &Scene, arguments: &[&str]) -> u64 {
+    let mut child = scene.sidecar.command().args(arguments).stdout(Stdio::null()).spawn().expect("start an export");
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().expect("its state").is_none() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = peak.max(kib.unwrap_or(0) << 10);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().expect("its end").success());
+    assert!(peak > 0, "it ended before it was looked at");
+    peak
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_into_a_newer_module_brings_back_every_table_and_twice_changes_nothing() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    scene.live().await;
+    let report = scene.export(&["all"]);
+    assert_eq!(report["database"], scene.identity);
+    let before = scene.owner.rows("iu", BUNDLED).await;
+    scene.owner.delete("iu").await;
+    scene.owner.publish("iu", tools::wasm("inner_universe_module_next")).await;
+
+    let plan = scene.replay(&["--dry-run"]);
+    let events = |report: &Value| report["tables"].as_array().expect("tables")[6].clone();
+    assert_eq!(events(&plan)["applied"], events(&plan)["read"], "{plan}");
+    assert!(scene.owner.sql("iu", "select * from entity").await.is_empty(), "a dry run changes nothing");
+
+    let report = scene.replay(&[]);
+    let sum = |report: &Value, what: &str| -> u64 {
+        report["tables"].as_array().expect("tables").iter().map(|table| table[what].as_u64().expect("a number")).sum()
+    };
+    assert_eq!((sum(&report, "applied"), sum(&report, "skipped")), (sum(&report, "read"), 0), "{report}");
+    assert_eq!(sum(&plan, "applied"), sum(&report, "applied"));
+    let after = shared(scene.owner.rows("iu", BUNDLED).await);
+    assert_eq!(after, before);
+
+    let again = scene.replay(&["--from", &scene.identity]);
+    assert_eq!((sum(&again, "applied"), sum(&again, "refused")), (0, 0), "{again}");
+    assert_eq!(shared(scene.owner.rows("iu", BUNDLED).await), before);
+    // New events go on behind the imported ones.
+    let last = scene.owner.sql("iu", "select * from event_log").await.len() as u64;
+    scene.call("create_entity", json!(["mars", "planet", "{}"])).await;
+    let new = scene.owner.sql("iu", &format!("select * from event_log where sequence = {}", last + 1)).await;
+    assert_eq!(new[0][2], "ENTITY_CREATED");
+}
+
+/// Without the column that only the newer module has.
+fn shared(mut rows: harness::client::Rows) -> harness::client::Rows {
+    for row in rows.get_mut("event_log").into_iter().flatten() {
+        let mut columns: Vec<Value> = serde_json::from_str(row).expect("a row");
+        assert_eq!(columns.pop(), Some(json!([1, []])), "the new column is empty");
+        *row = Value::from(columns).to_string();
+    }
+    rows
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_is_killed_is_completed_by_another() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    let count = if tools::all() { 200_000 } else { 10_000 };
+    load_events(&scene.owner, 2, count).await;
+    scene.export(&["event-log"]);
+    let before = scene.owner.rows("iu", &["event_log"]).await;
+    scene.owner.delete("iu").await;
+    scene.owner.publish("iu", tools::wasm("inner_universe_module")).await;
+    let mut broken_off = 0;
+    for wait in [40u64, 80, 120, 160, 200] {
+        let mut command = scene.sidecar.command();
+        let mut child = command.arg("replay").stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a replay");
+        tokio::time::sleep(Duration::from_millis(wait)).await;
+        let _ = child.kill();
+        let _ = child.wait();
+        let there =
+            scene.owner.sql("iu", "select count(*) as n from event_log").await[0][0].as_u64().expect("a number");
+        broken_off += u64::from(there > 1 && there <= count);
+    }
+    println!("{broken_off} replays were killed at work");
+    let report = scene.replay(&[]);
+    let table = &report["tables"][0];
+    let done = table["applied"].as_u64().expect("a number") + table["skipped"].as_u64().expect("a number");
+    assert_eq!((done, &table["refused"]), (count + 1, &json!(0)), "{report}");
+    assert_eq!(scene.owner.rows("iu", &["event_log"]).await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn values_of_every_type_survive_export_and_replay_in_both_formats() {
+    let scene = Scene::new("types", "workload_module").await;
+    scene.owner.call("types", "take_samples", json!([])).await.expect("take samples");
+    let before = scene.owner.rows("types", &["sample"]).await;
+    scene.export(&["table", "sample"]);
+    if let Some(rows) = duckdb(&format!(
+        "SELECT id::VARCHAR, uwide, colour, shape.tag FROM read_parquet('{}/*/*/*.parquet') ORDER BY id",
+        scene.files("parquet", "sample").display()
+    )) {
+        let last = [json!(u64::MAX.to_string()), json!(u128::MAX.to_string()), json!("Red"), json!("Coloured")];
+        assert_eq!(rows[2], last);
+    }
+    for format in ["parquet", "ndjson"] {
+        scene.owner.delete("types").await;
+        scene.owner.publish("types", tools::wasm("workload_module")).await;
+        let report = scene.replay(&["--table", "sample", "--format", format, "--from", &scene.identity]);
+        assert_eq!(report["tables"][0]["applied"], 3, "{format}: {report}");
+        assert_eq!(scene.owner.rows("types", &["sample"]).await, before, "{format}");
+        let again = scene.replay(&["--table", "sample", "--format", format, "--from", &scene.identity]);
+        assert_eq!(again["tables"][0]["skipped"], 3, "exactly what was exported is there: {again}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exported_events_are_trimmed_only_when_told_and_stay_in_the_export() {
+    let mut scene = Scene::new("iu", "inner_universe_module").await;
+    load_events(&scene.owner, 2, 12_000).await;
+    scene.export(&["event-log"]);
+    let count = "select count(*) as n from event_log";
+    assert_eq!(scene.owner.sql("iu", count).await[0][0], 12_001, "off by default");
+    let before = scene.owner.rows("iu", &["event_log"]).await;
+
+    let keep = scene.sidecar.clone();
+    let trimming = |age: &str| {
+        let mut settings = vec![("EXPORT__TRIM_AFTER".to_owned(), age.to_owned())];
+        settings.extend([
+            ("SPACETIMEDB_CONFIG__URL".to_owned(), scene.server.url.clone()),
+            ("SPACETIMEDB_CONFIG__DATABASE".to_owned(), "iu".to_owned()),
+            ("SPACETIMEDB_CONFIG__TOKEN_FILE".to_owned(), path(&scene.scratch.path().join("token")).to_owned()),
+        ]);
+        keep.clone().configured(settings)
+    };
+    // Everything loaded is of 2023, what the module wrote itself is of now: its start comes first, and holds the rest.
+    let report = trimming("1h").run(["export", "event-log"]).ok();
+    assert_eq!(report["trimmed_through"], Value::Null);
+    let report = trimming("0s").run(["export", "event-log"]).ok();
+    assert_eq!(report["trimmed_through"], 12_001, "{report}");
+    assert_eq!(scene.owner.sql("iu", count).await[0][0], 0);
+    scene.call("create_entity", json!(["late", "star", "{}"])).await;
+    let report = trimming("1h").run(["export", "event-log"]).ok();
+    assert_eq!((&report["tables"][0]["rows"], &report["tables"][0]["series"]), (&json!(1), &json!("event_log")));
+    assert_eq!(scene.owner.sql("iu", count).await[0][0], 1);
+
+    scene.sidecar = keep;
+    let report = scene.replay(&["--table", "event_log"]);
+    assert_eq!(
+        (&report["tables"][0]["applied"], &report["tables"][0]["skipped"]),
+        (&json!(12_001), &json!(1)),
+        "{report}"
+    );
+    let mut after = scene.owner.rows("iu", &["event_log"]).await;
+    after.get_mut("event_log").expect("events").retain(|row| !row.starts_with("[12002,"));
+    assert_eq!(after, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_comes_back_at_a_version_or_a_time_and_one_entity_from_the_archive() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    scene.live().await;
+    scene.export(&["state-versions"]);
+    // An entity whose versions the module no longer has.
+    scene.owner.sql("iu", "DELETE FROM state_version WHERE subject_id = 'earth'").await;
+    scene.call("update_entity", json!(["earth", "{\"n\": 3}"])).await;
+    let restored = scene.replay(&["--version-id", "2"]);
+    assert_eq!((&restored["version_id"], &restored["imported"]), (&json!(2), &json!(true)));
+    let earth = scene.owner.sql("iu", "select * from entity where entity_id = 'earth'").await;
+    assert_eq!(earth[0][2], "{\"n\": 1}");
+    let message = scene.sidecar.run(["replay", "--version-id", "999"]).fails_with(1);
+    assert!(message.contains("999"), "{message}");
+
+    scene.owner.delete("iu").await;
+    scene.owner.publish("iu", tools::wasm("inner_universe_module")).await;
+    // Version 3 made the moon; 6 is its end.
+    scene.replay(&["--to", "version:3"]);
+    let names = |rows: Vec<Value>| {
+        let mut names: Vec<_> = rows.iter().map(|row| row[0].as_str().expect("a name").to_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(scene.owner.sql("iu", "select * from entity").await), ["earth", "moon", "sun"]);
+    assert!(scene.owner.sql("iu", "select * from relation").await.is_empty());
+    assert_eq!(scene.owner.sql("iu", "select * from state_version").await.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_exported_or_replayed_is_one_clear_error() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    scene.live().await;
+    let message = scene.sidecar.run(["export", "table", "nowhere"]).fails_with(2);
+    assert!(message.contains("`nowhere`") && message.contains("event_log"), "{message}");
+    let stranger = scene.server.client().await;
+    let token = scene.scratch.path().join("stranger");
+    std::fs::write(&token, &stranger.token).expect("write a token");
+    scene.call("add_member", json!([{"__identity__": format!("0x{}", stranger.identity)}, "a stranger"])).await;
+    let message = scene.sidecar.run(["export", "table", "member", "--token-file", path(&token)]).fails_with(2);
+    assert!(message.contains("`member` is private") && message.contains("--token-file"), "{message}");
+    let message = scene.sidecar.run(["replay"]).fails_with(4);
+    assert!(message.contains("no exports"), "{message}");
+
+    scene.export(&["event-log"]);
+    let damage = |format: &str| {
+        let file = first_file(&scene.files(format, "event_log"));
+        let mut bytes = std::fs::read(&file).expect("a file");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(file, bytes).expect("damage it");
+    };
+    damage("ndjson");
+    let run = scene.sidecar.run(["replay", "--dry-run"]);
+    assert_eq!(run.code, 0, "the other format holds the same rows: {}", run.stderr);
+    assert!(run.stderr.contains("another format"), "{}", run.stderr);
+    damage("parquet");
+    let message = scene.sidecar.run(["-q", "replay", "--dry-run"]).fails_with(1);
+    assert!(message.contains("exports/parquet/event_log") && message.contains("damaged"), "{message}");
+}
+
+fn first_file(dir: &Path) -> PathBuf {
+    let mut entries: Vec<_> =
+        std::fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").path()).collect();
+    entries.sort();
+    let first = entries.swap_remove(0);
+    if first.is_dir() { first_file(&first) } else { first }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_daemon_exports_on_schedule_and_for_commands_and_a_restored_database_gets_a_series_of_its_own() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    scene.live().await;
+    let data = scene.server.data_dir.clone();
+    let schedule = [("SCHEDULE__EXPORT", "* * * * * *"), ("TELEMETRY__STATUS_INTERVAL", "0s")];
+    let mut daemon = Daemon::start(&scene.sidecar, &data, &schedule, &[]);
+    daemon.wait("an export", |status| {
+        status.schedules.iter().any(|task| task.name == "export" && task.last_ok == Some(true))
+    });
+    let report = scene.export(&["event-log"]);
+    assert_eq!(report["tables"][0]["rows"], 0, "the schedule had it: {report}");
+    let exported = report["tables"][0]["through"].as_u64().expect("a number");
+    scene.server.written().await;
+    scene.sidecar.run(["backup", "create", "--label", "then"]).ok();
+    scene.call("create_entity", json!(["lost", "star", "{}"])).await;
+    let then = scene.owner.rows("iu", &["event_log"]).await;
+    let report = scene.export(&["event-log"]);
+    assert_eq!(report["tables"][0]["through"], exported + 1);
+    assert_eq!(daemon.stop(), 0);
+
+    // Back to before that event, and on with another in its place.
+    let port = scene.server.url.rsplit(':').next().expect("a port").parse().expect("a number");
+    let Scene { scratch, server, owner, sidecar, identity } = scene;
+    let keys = server.key_dir.clone();
+    server.stop();
+    sidecar.run(["restore", "--data-dir", path(&data), "--to", "label:then", "--force"]).ok();
+    let server = Server::start_at(&data, &keys, port).await;
+    let scene = Scene { scratch, server, owner, sidecar, identity };
+    scene.call("create_entity", json!(["found", "star", "{}"])).await;
+    let now = scene.owner.rows("iu", &["event_log"]).await;
+    assert_ne!(then, now);
+    let run = scene.sidecar.run(["export", "event-log"]);
+    assert_eq!((run.code, &run.json["tables"][0]["series"]), (0, &json!("event_log.2")), "{}", run.stderr);
+    assert!(run.stderr.contains("set back"), "{}", run.stderr);
+    scene.owner.delete("iu").await;
+    scene.owner.publish("iu", tools::wasm("inner_universe_module")).await;
+    scene.replay(&["--table", "event_log", "--from", &scene.identity]);
+    assert_eq!(scene.owner.rows("iu", &["event_log"]).await, now);
+}
