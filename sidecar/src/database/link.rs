@@ -56,6 +56,8 @@ pub struct Link {
     next: u32,
     /// Calls that were sent and not answered.
     pending: VecDeque<u32>,
+    /// Answers to calls that came while something else was waited for.
+    answered: VecDeque<(u32, Result<(), String>)>,
 }
 
 impl Link {
@@ -64,7 +66,7 @@ impl Link {
     pub fn new(config: &SpacetimedbConfig, server: &ServerConfig, name: &str) -> Result<Self, LinkError> {
         let database = Database::new(config, server, name)?;
         let timeout = Duration::from_millis(server.timeout_ms);
-        Ok(Self { database, socket: None, timeout, next: 0, pending: VecDeque::new() })
+        Ok(Self { database, socket: None, timeout, next: 0, pending: VecDeque::new(), answered: VecDeque::new() })
     }
 
     /// What the server is asked without a connection.
@@ -92,7 +94,14 @@ impl Link {
         });
         self.send(message).await?;
         loop {
-            let ServerMessage::OneOffQueryResponse(answer) = self.receive().await? else { continue };
+            let answer = match self.receive().await? {
+                ServerMessage::OneOffQueryResponse(answer) => answer,
+                ServerMessage::TransactionUpdate(update) => {
+                    self.answered.push_back(outcome(update));
+                    continue;
+                }
+                _ => continue,
+            };
             if *answer.message_id != id.to_le_bytes() {
                 continue;
             }
@@ -120,11 +129,6 @@ impl Link {
         Ok(())
     }
 
-    /// Calls that were not confirmed yet.
-    pub fn pending(&self) -> usize {
-        self.pending.len()
-    }
-
     /// Waits for the oldest call that was not confirmed. The inner result is the reducer's own.
     ///
     /// # Errors
@@ -132,16 +136,17 @@ impl Link {
     pub async fn confirm(&mut self) -> Result<Result<(), String>, LinkError> {
         let Some(expected) = self.pending.front().copied() else { return Ok(Ok(())) };
         loop {
-            let ServerMessage::TransactionUpdate(update) = self.receive().await? else { continue };
-            if update.reducer_call.request_id != expected {
-                continue;
+            let (id, outcome) = match self.answered.pop_front() {
+                Some(answered) => answered,
+                None => match self.receive().await? {
+                    ServerMessage::TransactionUpdate(update) => outcome(update),
+                    _ => continue,
+                },
+            };
+            if id == expected {
+                self.pending.pop_front();
+                return Ok(outcome);
             }
-            self.pending.pop_front();
-            return Ok(match update.status {
-                protocol::UpdateStatus::Committed(_) => Ok(()),
-                protocol::UpdateStatus::Failed(said) => Err(said.into()),
-                protocol::UpdateStatus::OutOfEnergy => Err("the database is out of energy".into()),
-            });
         }
     }
 
@@ -168,6 +173,7 @@ impl Link {
 
     async fn open(&mut self) -> Result<Socket, LinkError> {
         self.pending.clear();
+        self.answered.clear();
         let (url, name) = (&self.database.url, &self.database.name);
         let unreachable = |reason: String| SourceError::Unreachable { url: url.clone(), reason };
         let address = url.replacen("http", "ws", 1);
@@ -240,6 +246,15 @@ impl Link {
         self.socket = None;
         LinkError::Timeout(self.timeout)
     }
+}
+
+fn outcome(update: protocol::TransactionUpdate<protocol::BsatnFormat>) -> (u32, Result<(), String>) {
+    let outcome = match update.status {
+        protocol::UpdateStatus::Committed(_) => Ok(()),
+        protocol::UpdateStatus::Failed(said) => Err(said.into()),
+        protocol::UpdateStatus::OutOfEnergy => Err("the database is out of energy".into()),
+    };
+    (update.reducer_call.request_id, outcome)
 }
 
 fn parse(bytes: &[u8]) -> Result<ServerMessage, SourceError> {
