@@ -408,6 +408,11 @@ async fn the_daemon_exports_on_schedule_and_for_commands_and_a_restored_database
     let then = scene.owner.rows("iu", &["event_log"]).await;
     let report = scene.export(&["event-log"]);
     assert_eq!(report["tables"][0]["through"], exported + 1);
+    let metrics = format!("{}/metrics", daemon.wait_http());
+    let metrics = harness::client::http().get(metrics).send().await.expect("an answer").text().await.expect("metrics");
+    let told = |start: &str, value: &str| metrics.lines().any(|line| line.starts_with(start) && line.ends_with(value));
+    assert!(metrics.contains("inner_universe_exports_total{outcome=\"ok\""), "{metrics}");
+    assert!(told("inner_universe_export_rows_total{table=\"event_log\"", &format!(" {}", exported + 1)), "{metrics}");
     assert_eq!(daemon.stop(), 0);
 
     // Back to before that event, and on with another in its place.
