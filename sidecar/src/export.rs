@@ -29,6 +29,7 @@ use crate::database::cell::Cell;
 use crate::database::link::{Link, LinkError};
 use crate::database::schema::{Schema, Table};
 use crate::database::shape::{self, Field, Shape};
+use crate::export::archive::{Archive, ArchiveError};
 use crate::export::manifest::{Content, ExportFile, ExportManifest, ExportPlan, Parent, Series};
 use crate::export::rows::Rows;
 use crate::export::spool::{Finished, Layout, Spool, SpoolError, line_of};
@@ -81,6 +82,8 @@ pub enum ExportError {
     ReadBack { object: String, reason: String },
     #[error("trim the event log: {0}")]
     Trim(String),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
     #[error("a worker failed: {0}")]
     Worker(String),
 }
@@ -268,7 +271,7 @@ impl Exporter<'_> {
         let (_, exported) = last.content.numbers();
         let Content::Range { last_row, .. } = &last.content else {
             let reason = "it was captured whole before and is in export.append_only now".to_owned();
-            return self.begin_series(newest, table, reason, None);
+            return self.begin_series(newest, table, reason, None).await;
         };
         if self.options.since.is_some() {
             return Err(ExportError::NotFirst { table: table.name.clone(), exported });
@@ -280,18 +283,21 @@ impl Exporter<'_> {
                 common = ?parted,
                 "the table was set back, by a restore most likely; its export goes on in a new series"
             );
+            if let Some(plan) = newest.plan(self.repository).await? {
+                newest.abandon(self.repository, &plan).await?;
+            }
             let parent = Parent { series: newest.number, through: parted };
             return Ok((newest.next(), Cursor::first(parted, Some(parent))));
         }
         if let Err(reason) = shape::extends(&last.columns, &table.columns) {
-            return self.begin_series(newest, table, reason, Some(exported));
+            return self.begin_series(newest, table, reason, Some(exported)).await;
         }
         let schema_version = last.schema_version + u32::from(last.columns != table.columns);
         Ok((newest, Cursor { last: Some(exported), schema_version, parent: None }))
     }
 
     /// The series after `newest`, if one was asked for; `through` is the last row that both share.
-    fn begin_series<'t>(
+    async fn begin_series<'t>(
         &self,
         newest: Series<'t>,
         table: &Table,
@@ -300,6 +306,9 @@ impl Exporter<'_> {
     ) -> Result<(Series<'t>, Cursor), ExportError> {
         if !self.options.new_series {
             return Err(ExportError::SchemaChanged { table: table.name.clone(), reason });
+        }
+        if let Some(plan) = newest.plan(self.repository).await? {
+            newest.abandon(self.repository, &plan).await?;
         }
         let parent = through.map(|_| Parent { series: newest.number, through });
         Ok((newest.next(), Cursor::first(through, parent)))
@@ -332,7 +341,9 @@ impl Exporter<'_> {
                 return Ok(Some(Some(last)));
             }
         }
-        Ok(Some(None))
+        // Rows from before the first were trimmed before histories parted, and so belong to both.
+        let first = rows::first_from(&self.link, table, 0).await?;
+        Ok(Some(first.and_then(|first| first.checked_sub(1))))
     }
 
     /// Is the row with this number the one that was exported? `None` when there is none.
@@ -400,6 +411,9 @@ impl Exporter<'_> {
 
     async fn write_capture(&mut self, table: &Table, rows: Vec<Vec<Cell>>) -> Result<TableReport, ExportError> {
         let newest = Series::newest(self.repository, self.database, &table.name).await?;
+        if let Some(plan) = newest.plan(self.repository).await? {
+            newest.abandon(self.repository, &plan).await?;
+        }
         let mut hasher = blake3::Hasher::new();
         let lines: Vec<Vec<u8>> = rows.iter().map(|row| line_of(&table.columns, row)).collect();
         for line in &lines {
@@ -419,7 +433,7 @@ impl Exporter<'_> {
             if grew || shape::extends(&last.columns, &table.columns).is_err() {
                 let differs = shape::extends(&last.columns, &table.columns).err();
                 let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
-                (series, cursor) = self.begin_series(newest, table, reason, None)?;
+                (series, cursor) = self.begin_series(newest, table, reason, None).await?;
             } else {
                 let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
                 if same && last.columns == table.columns {
@@ -433,7 +447,6 @@ impl Exporter<'_> {
                 captured = captured.max(before + 1);
             }
         }
-        let plan = series.plan(self.repository).await?;
         let (layout, today) =
             (self.layout(&table.columns), date_of_micros(i64::try_from(captured).unwrap_or_default()));
         let writing = tokio::task::spawn_blocking(move || {
@@ -447,7 +460,7 @@ impl Exporter<'_> {
         let step = Step::of(spool, captured, captured, hash).await?;
         let rows = step.rows;
         let content = Content::Capture { captured, rows: hash };
-        let files = self.commit(&series, table, &cursor, content, step, plan).await?.unwrap_or_default();
+        let files = self.commit(&series, table, &cursor, content, step, None).await?.unwrap_or_default();
         let bytes = files.iter().map(|file| file.bytes).sum();
         let objects = files.len() as u64;
         Ok(TableReport { table: table.name.clone(), series: series.name(), rows, objects, bytes, through: None })
@@ -487,12 +500,7 @@ impl Exporter<'_> {
         }
         let objects: Vec<String> = files.iter().map(|file| file.object.clone()).collect();
         if let Some(plan) = &left_over {
-            for object in &plan.objects {
-                if !objects.contains(object) {
-                    self.repository.delete(&object.as_str().into()).await?;
-                }
-            }
-            self.repository.delete(&series.plan_key()).await?;
+            series.abandon(self.repository, plan).await?;
         }
         if files.is_empty() && matches!(content, Content::Range { .. }) {
             return Ok(None);
@@ -567,18 +575,21 @@ impl Exporter<'_> {
     /// Removes exported events that are older than `age` from the database, once their files were read back. Returns the
     /// last number that is gone.
     async fn trim(&mut self, age: std::time::Duration) -> Result<Option<u64>, ExportError> {
-        let series = Series::newest(self.repository, self.database, "event_log").await?;
+        let archive = Archive::open(self.repository, Some(self.database), None).await?;
         let schema = self.link.schema().await?;
         let table = self.find(&schema, "event_log")?.clone();
         let Some(first) = rows::first_from(&self.link, &table, 0).await? else { return Ok(None) };
         let mut covered = first;
-        let oldest = self.clock.now() - jiff::SignedDuration::try_from(age).unwrap_or(jiff::SignedDuration::MAX);
-        for key in series.manifests(self.repository).await? {
-            if paths::parse_export_manifest(&key).is_none_or(|(_, last)| last < first) {
+        let age_of = jiff::SignedDuration::try_from(age).unwrap_or(jiff::SignedDuration::MAX);
+        let oldest = self.clock.now().checked_sub(age_of).unwrap_or(jiff::Timestamp::MIN);
+        for part in archive.parts("event_log").await? {
+            if paths::parse_export_manifest(&part.key).is_none_or(|(_, last)| last.min(part.through) < first) {
                 continue;
             }
-            let manifest = series.read(self.repository, &key).await?;
+            let series = Series { database: self.database, table: "event_log", number: part.series };
+            let manifest = series.read(self.repository, &part.key).await?;
             let (begin, last) = manifest.content.numbers();
+            let last = last.min(part.through);
             let young = manifest
                 .files
                 .iter()

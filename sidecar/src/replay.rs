@@ -169,7 +169,10 @@ impl<'a> Replayer<'a> {
 
     async fn run(&mut self) -> Result<Vec<TableReplay>, ReplayError> {
         let ways = self.ways().await?;
-        self.begin().await?;
+        // What is imported must not have the place of the module's own first events; nothing else is a reason to clear them.
+        if ways.iter().any(|way| way.table.name == "event_log") {
+            self.begin().await?;
+        }
         if let Some(until) = self.options.until {
             return self.states(until, ways).await;
         }
@@ -322,6 +325,10 @@ impl Import<'_> {
                 Err(reason) => report.refuse(name, reason),
             }
         }
+        if self.decider.asks() {
+            // A connection that is opened anew between calls and their answers would lose these.
+            self.sender.finish(link, report).await?;
+        }
         self.decider.look_up(link, table, converted.iter().map(|(_, row)| row.as_slice())).await?;
         for (name, row) in converted {
             match self.decider.decide(table, columns, &row) {
@@ -359,7 +366,7 @@ pub struct Restored {
 /// # Errors
 /// When neither has it, or the module refuses.
 pub async fn restore_version(
-    archive: Option<&Archive>,
+    archive: Result<Archive, ArchiveError>,
     config: &Config,
     version: u64,
 ) -> Result<Restored, ReplayError> {
@@ -372,8 +379,11 @@ pub async fn restore_version(
     let imported = crate::export::rows::at(&mut link, table, version).await?.is_none();
     let refused = |said: String| ReplayError::NotRestored { version, said };
     if imported {
-        let archive = archive.ok_or(ReplayError::NoVersion(version))?;
-        let row = find_version(archive, table, version).await?.ok_or(ReplayError::NoVersion(version))?;
+        let archive = archive.map_err(|error| match error {
+            ArchiveError::Nothing(_) => ReplayError::NoVersion(version),
+            error => error.into(),
+        })?;
+        let row = find_version(&archive, table, version).await?.ok_or(ReplayError::NoVersion(version))?;
         let mut arguments = 1u32.to_le_bytes().to_vec();
         cell::encode_row(&table.columns, &row, &mut arguments).map_err(refused)?;
         link.call("import_state_versions", arguments).await?;

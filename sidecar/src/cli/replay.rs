@@ -62,7 +62,7 @@ pub async fn run(context: &Context<'_>, args: ReplayArgs) -> Result<ExitStatus, 
     let archive = Archive::open(&repository, args.from, args.format).await;
     if let Some(version) = args.version_id {
         // A module that still has the version needs no exports.
-        let restored = replay::restore_version(archive.ok().as_ref(), &config, version).await?;
+        let restored = replay::restore_version(archive, &config, version).await?;
         context.output.result(&restored, |restored| {
             let source = if restored.imported { "the exports" } else { "the module" };
             format!("state version {} was brought back from {source}", restored.version_id)

@@ -134,7 +134,10 @@ impl Link {
     /// # Errors
     /// When the server cannot be asked.
     pub async fn confirm(&mut self) -> Result<Result<(), String>, LinkError> {
-        let Some(expected) = self.pending.front().copied() else { return Ok(Ok(())) };
+        let Some(expected) = self.pending.front().copied() else {
+            let reason = "the connection was lost before the answer to a call came".into();
+            return Err(SourceError::Unreachable { url: self.database.url.clone(), reason }.into());
+        };
         loop {
             let (id, outcome) = match self.answered.pop_front() {
                 Some(answered) => answered,
@@ -143,7 +146,8 @@ impl Link {
                     _ => continue,
                 },
             };
-            if id == expected {
+            // A call that reached no reducer is answered without its number, in its turn.
+            if id == expected || id == 0 {
                 self.pending.pop_front();
                 return Ok(outcome);
             }
@@ -158,7 +162,7 @@ impl Link {
     }
 
     fn number(&mut self) -> u32 {
-        self.next = self.next.wrapping_add(1);
+        self.next = self.next.wrapping_add(1).max(1);
         self.next
     }
 

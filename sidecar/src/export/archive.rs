@@ -44,11 +44,11 @@ pub struct Archive {
 /// One manifest's part of a table.
 #[derive(Debug, Clone)]
 pub struct Part {
-    key: Key,
-    series: u32,
+    pub(super) key: Key,
+    pub(super) series: u32,
     table: String,
     /// Rows behind it belong to another history.
-    through: u64,
+    pub(super) through: u64,
 }
 
 impl Part {
@@ -128,7 +128,7 @@ impl Archive {
             // Numbers of series fall, so this ends.
             let Some(parent) = first.parent.filter(|parent| parent.series < series.number) else { break };
             let Some(common) = parent.through else { break };
-            through = common;
+            through = through.min(common);
             series = Series { number: parent.series, ..series };
         }
         Ok(parts)
@@ -161,10 +161,16 @@ impl Archive {
                     Ok(fetched) => fetched,
                     Err(error) => return drop(sender.send(Err(error)).await),
                 };
-                let (columns, sender) = (manifest.columns.clone(), sender.clone());
-                let reading = tokio::task::spawn_blocking(move || give(fetched, &columns, number, through, &sender));
-                if !reading.await.unwrap_or(false) {
-                    return;
+                let (columns, object) = (manifest.columns.clone(), fetched.0.object.clone());
+                let rows = sender.clone();
+                let reading = tokio::task::spawn_blocking(move || give(fetched, &columns, number, through, &rows));
+                match reading.await {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => {
+                        let reason = error.to_string();
+                        return drop(sender.send(Err(ArchiveError::File { object, reason })).await);
+                    }
                 }
             }
         });

@@ -129,16 +129,34 @@ impl<'a> Series<'a> {
         Ok(manifest)
     }
 
-    /// What an export that did not end was about to write.
+    /// What an export that did not end was about to write. A plan whose manifest is there is done with, and taken away.
     ///
     /// # Errors
     /// When it is damaged, or the store fails.
     pub async fn plan(&self, repository: &Repository) -> Result<Option<ExportPlan>, RepositoryError> {
-        match repository.get_document(&self.plan_key()).await {
-            Ok(plan) => Ok(Some(plan)),
-            Err(RepositoryError::Missing { .. }) => Ok(None),
-            Err(error) => Err(error),
+        let plan: ExportPlan = match repository.get_document(&self.plan_key()).await {
+            Ok(plan) => plan,
+            Err(RepositoryError::Missing { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let keys = self.manifests(repository).await?;
+        let counted = keys.last().and_then(paths::parse_export_manifest).is_some_and(|(_, last)| plan.last <= last);
+        if counted {
+            repository.delete(&self.plan_key()).await?;
+            return Ok(None);
         }
+        Ok(Some(plan))
+    }
+
+    /// Takes away what an export that did not end has left, its files before its plan.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn abandon(&self, repository: &Repository, plan: &ExportPlan) -> Result<(), RepositoryError> {
+        for object in &plan.objects {
+            repository.delete(&object.as_str().into()).await?;
+        }
+        repository.delete(&self.plan_key()).await
     }
 }
 

@@ -48,14 +48,15 @@ impl Rows {
             };
             let bytes: usize = rows.iter().map(Bytes::len).sum();
             let (count, complete) = (rows.len() as u64, rows.len() as u64 > last - self.next);
+            let read = sorted(rows, table).await?;
             if last == self.last {
                 self.done = true;
-            } else {
+            } else if complete {
                 self.next = last + 1;
-            }
-            if !self.done && !complete {
-                // The end, or a gap.
-                match first_from(link, table, self.next).await? {
+            } else {
+                // The end, or a gap. Rows may have come meanwhile: the look begins behind the last row that was read.
+                let from = read.last().map_or(self.next, |(number, _)| number + 1);
+                match first_from(link, table, from).await? {
                     Some(next) if next <= self.last => self.next = next,
                     _ => self.done = true,
                 }
@@ -63,7 +64,7 @@ impl Rows {
             if count > 0 {
                 let fitting = READ_BYTES as u64 * count / bytes.max(1) as u64;
                 self.width = fitting.clamp(1, WIDEST).min(self.width * 4);
-                return sorted(rows, table).await;
+                return Ok(read);
             }
         }
         Ok(Vec::new())

@@ -59,6 +59,11 @@ impl Decider {
         Ok(decider)
     }
 
+    /// Does [`Self::look_up`] ask the module?
+    pub fn asks(&self) -> bool {
+        !self.empty && !self.complete
+    }
+
     /// Reads what the module has in the places of some rows.
     pub async fn look_up<'r>(
         &mut self,
@@ -66,7 +71,7 @@ impl Decider {
         table: &Table,
         rows: impl Iterator<Item = &'r [Cell]>,
     ) -> Result<(), ReplayError> {
-        if self.empty || self.complete {
+        if !self.asks() {
             return Ok(());
         }
         self.here.clear();

@@ -140,8 +140,13 @@ async fn every_event_is_exported_once_in_both_formats_while_more_arrive_and_the_
         let _ = child.wait();
         println!("kill {kill}");
     }
-    let peak = peak_memory(&scene, &["export", "event-log", "--force"]);
+    // All of it in one go, elsewhere.
+    let mut elsewhere = scene.sidecar.clone();
+    elsewhere.repository = format!("file://{}", path(&scene.scratch.path().join("elsewhere")));
+    let peak = peak_memory(&elsewhere, &["export", "event-log"]);
+    println!("{} MiB were resident at most", peak >> 20);
     assert!(peak <= 96 << 20, "{peak} bytes were resident");
+    scene.sidecar.run(["export", "event-log", "--force"]).ok();
     arriving.abort();
     let _ = arriving.await;
     let report = scene.export(&["event-log"]);
@@ -166,8 +171,8 @@ async fn every_event_is_exported_once_in_both_formats_while_more_arrive_and_the_
 }
 
 /// Runs the binary and tells how much memory it had at most.
-fn peak_memory(scene: &Scene, arguments: &[&str]) -> u64 {
-    let mut child = scene.sidecar.command().args(arguments).stdout(Stdio::null()).spawn().expect("start an export");
+fn peak_memory(sidecar: &Sidecar, arguments: &[&str]) -> u64 {
+    let mut child = sidecar.command().args(arguments).stdout(Stdio::null()).spawn().expect("start an export");
     let status = format!("/proc/{}/status", child.id());
     let mut peak = 0;
     while child.try_wait().expect("its state").is_none() {
@@ -276,6 +281,43 @@ async fn values_of_every_type_survive_export_and_replay_in_both_formats() {
         let again = scene.replay(&["--table", "sample", "--format", format, "--from", &scene.identity]);
         assert_eq!(again["tables"][0]["skipped"], 3, "exactly what was exported is there: {again}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_broken_export_left_is_kept_when_it_counts_and_taken_away_when_not() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    scene.live().await;
+    scene.export(&["event-log"]);
+    let exports = scene.scratch.path().join(format!("repository/databases/{}/exports", scene.identity));
+    let manifest = std::fs::read(first_file(&exports.join("manifests/event_log"))).expect("a manifest");
+    let manifest: Value = serde_json::from_slice(&manifest).expect("JSON");
+    let counted: Vec<String> = manifest["files"]
+        .as_array()
+        .expect("files")
+        .iter()
+        .map(|file| file["object"].as_str().expect("a name").into())
+        .collect();
+    let leave_plan = |last: u64, objects: Vec<String>| {
+        let plan = inner_universe::export::manifest::ExportPlan { last, objects };
+        std::fs::create_dir_all(exports.join("plans")).expect("a folder");
+        std::fs::write(exports.join("plans/event_log.json"), inner_universe::repository::document::write(&plan))
+            .expect("write the plan");
+    };
+    let there = |object: &String| scene.scratch.path().join("repository").join(object).is_file();
+    // Killed after the manifest and before the plan was taken away.
+    let last = manifest["content"]["range"]["last"].as_u64().expect("a number");
+    leave_plan(last, counted.clone());
+    assert_eq!(scene.export(&["event-log"])["tables"][0]["rows"], 0);
+    assert!(counted.iter().all(there), "files that count are gone");
+    // Killed before the manifest: what was written of it is not left beside what is written now.
+    scene.call("create_entity", json!(["a", "star", "{}"])).await;
+    scene.call("create_entity", json!(["b", "star", "{}"])).await;
+    let orphan = counted[0].replace(&format!("{last:020}."), &format!("{:020}.", last + 9));
+    std::fs::write(scene.scratch.path().join("repository").join(&orphan), "half of a file").expect("an orphan");
+    leave_plan(last + 1, vec![orphan.clone()]);
+    assert_eq!(scene.export(&["event-log"])["tables"][0]["rows"], 2);
+    assert!(!there(&orphan) && counted.iter().all(there));
+    assert!(!exports.join("plans/event_log.json").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
