@@ -87,6 +87,14 @@ impl Link {
     /// # Errors
     /// When the server refuses the statement or cannot be asked.
     pub async fn query(&mut self, query: &str) -> Result<Vec<Bytes>, LinkError> {
+        match self.ask(query).await {
+            // The server closes a connection that was silent for a minute or two, as while files are uploaded.
+            Err(LinkError::Server(SourceError::Unreachable { .. })) if self.pending.is_empty() => self.ask(query).await,
+            answer => answer,
+        }
+    }
+
+    async fn ask(&mut self, query: &str) -> Result<Vec<Bytes>, LinkError> {
         let id = self.number();
         let message = protocol::ClientMessage::OneOffQuery(protocol::OneOffQuery {
             message_id: id.to_le_bytes().into(),
