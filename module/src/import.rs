@@ -12,15 +12,7 @@ use crate::tables::{
 };
 
 /// What a module records before it has seen any use: its own start and its administration.
-const OWN_EVENTS: &[&str] = &[
-    "SYSTEM_INITIALIZED",
-    "CONFIG_CHANGED",
-    "CONFIG_DELETED",
-    "ADMIN_GRANTED",
-    "ADMIN_REVOKED",
-    "MEMBER_ADDED",
-    "MEMBER_REMOVED",
-];
+const OWN_EVENTS: &[&str] = &include!("own_events.in");
 
 /// Comes before the imports of a replay. A module that has seen no use forgets the events of its own start, whose places
 /// the imported ones take; one that was used, or imported into before, keeps what it has.

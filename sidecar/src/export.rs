@@ -8,8 +8,10 @@
 //! restore) or a column changes its type, a new series begins and the old one stays.
 
 pub mod archive;
+mod capture;
 pub mod columnar;
 pub mod files;
+pub mod history;
 pub mod manifest;
 pub mod ndjson;
 pub(crate) mod rows;
@@ -27,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::{Clock, Stopwatch};
 use crate::config::{Config, Format};
 use crate::database::cell::Cell;
-use crate::database::link::{Link, LinkError};
+use crate::database::link::{LARGEST_ANSWER, Link, LinkError};
 use crate::database::schema::{Schema, Table};
 use crate::database::shape::{self, Field, Shape};
 use crate::export::archive::ArchiveError;
@@ -40,8 +42,6 @@ use crate::repository::{Repository, RepositoryError, paths};
 
 /// A step ends when its rows as text are longer.
 const STEP_BYTES: u64 = 64 << 20;
-/// The configuration as a table.
-pub const CONFIGURATION: &str = "sidecar_configuration";
 /// The column by whose date rows are filed, where a table has it.
 const TIME: &str = "timestamp";
 
@@ -72,7 +72,8 @@ pub enum ExportError {
     #[error("the columns of `{table}` changed while it was exported, by a publish most likely; export it again")]
     ChangedMeanwhile { table: String },
     #[error(
-        "`{table}` is larger than one answer of the server and has no unique column of type u64 to read it in ranges"
+        "`{table}` has more in one piece than an answer of the server may have, {most}: give it a unique column of type u64 or a \
+         primary key of text, by which it is read in ranges", most = crate::config::value::ByteSize(LARGEST_ANSWER as u64)
     )]
     TooLarge { table: String },
     #[error("a row of `{table}` is not understood: {reason}; was the module published a moment ago? Export it again")]
@@ -277,6 +278,13 @@ impl Exporter<'_> {
         if self.options.since.is_some() {
             return Err(ExportError::NotFirst { table: table.name.clone(), exported });
         }
+        if let Err(reason) = shape::extends(&last.columns, &table.columns) {
+            // Rows of other columns are no longer known again: only where the last one still is, or was trimmed, does the new
+            // series go on behind it. Otherwise it begins anew, so that nothing is missing in it.
+            let known = self.known(table, &last.columns, exported, *last_row).await?;
+            let through = (known != Some(false)).then_some(exported);
+            return self.begin_series(newest, table, reason, through).await;
+        }
         if let Some(parted) = self.parted(newest, &keys, table, &last.columns, exported, *last_row).await? {
             tracing::warn!(
                 table = table.name,
@@ -289,9 +297,6 @@ impl Exporter<'_> {
             }
             let parent = Parent { series: newest.number, through: parted };
             return Ok((newest.next(), Cursor::first(parted, Some(parent))));
-        }
-        if let Err(reason) = shape::extends(&last.columns, &table.columns) {
-            return self.begin_series(newest, table, reason, Some(exported)).await;
         }
         let schema_version = last.schema_version + u32::from(last.columns != table.columns);
         Ok((newest, Cursor { last: Some(exported), schema_version, parent: None }))
@@ -387,100 +392,6 @@ impl Exporter<'_> {
             (spool, hash) = writing.await.map_err(|error| ExportError::Worker(error.to_string()))??;
         }
         Step::of(spool, first.unwrap_or(0), last, hash).await
-    }
-
-    /// Exports a table as it is, unless that is what was exported last.
-    async fn capture(&mut self, table: &Table) -> Result<TableReport, ExportError> {
-        let rows = match table.sequence {
-            Some(_) => {
-                let (mut all, mut reading) = (Vec::new(), Rows::between(0, u64::MAX));
-                loop {
-                    let read = reading.next(&mut self.link, table).await?;
-                    if read.is_empty() {
-                        break all;
-                    }
-                    all.extend(read.into_iter().map(|(_, row)| row));
-                }
-            }
-            None => rows::all(&mut self.link, table).await?,
-        };
-        if self.link.schema().await?.table(&table.name) != Some(Ok(table)) {
-            return Err(ExportError::ChangedMeanwhile { table: table.name.clone() });
-        }
-        self.write_capture(table, rows).await
-    }
-
-    async fn write_capture(&mut self, table: &Table, rows: Vec<Vec<Cell>>) -> Result<TableReport, ExportError> {
-        let newest = Series::newest(self.repository, self.database, &table.name).await?;
-        if let Some(plan) = newest.plan(self.repository).await? {
-            newest.abandon(self.repository, &plan).await?;
-        }
-        let mut hasher = blake3::Hasher::new();
-        let lines: Vec<Vec<u8>> = rows.iter().map(|row| line_of(&table.columns, row)).collect();
-        for line in &lines {
-            hasher.update(line);
-        }
-        let hash = ContentHash(*hasher.finalize().as_bytes());
-        let last = match newest.manifests(self.repository).await?.last() {
-            Some(key) => Some(newest.read(self.repository, key).await?),
-            None => None,
-        };
-        let mut series = newest;
-        let mut cursor = Cursor::first(None, None);
-        let mut captured = u64::try_from(self.clock.now().as_microsecond()).unwrap_or_default();
-        if let Some(last) = &last {
-            let (_, before) = last.content.numbers();
-            let grew = matches!(last.content, Content::Range { .. });
-            if grew || shape::extends(&last.columns, &table.columns).is_err() {
-                let differs = shape::extends(&last.columns, &table.columns).err();
-                let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
-                (series, cursor) = self.begin_series(newest, table, reason, None).await?;
-            } else {
-                let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
-                if same && last.columns == table.columns {
-                    let series = series.name();
-                    let report =
-                        TableReport { table: table.name.clone(), series, rows: 0, objects: 0, bytes: 0, through: None };
-                    return Ok(report);
-                }
-                cursor.schema_version = last.schema_version + u32::from(last.columns != table.columns);
-                // A clock that was set back must not hide what is newest.
-                captured = captured.max(before + 1);
-            }
-        }
-        let (layout, today) =
-            (self.layout(&table.columns), date_of_micros(i64::try_from(captured).unwrap_or_default()));
-        let writing = tokio::task::spawn_blocking(move || {
-            let mut spool = Spool::new(layout)?;
-            for (number, (row, line)) in (0..).zip(rows.into_iter().zip(lines)) {
-                spool.push(today, number, row, &line)?;
-            }
-            Ok::<_, SpoolError>(spool)
-        });
-        let spool = writing.await.map_err(|error| ExportError::Worker(error.to_string()))??;
-        let step = Step::of(spool, captured, captured, hash).await?;
-        let rows = step.rows;
-        let content = Content::Capture { captured, rows: hash };
-        let files = self.commit(&series, table, &cursor, content, step, None).await?.unwrap_or_default();
-        let bytes = files.iter().map(|file| file.bytes).sum();
-        let objects = files.len() as u64;
-        Ok(TableReport { table: table.name.clone(), series: series.name(), rows, objects, bytes, through: None })
-    }
-
-    /// The sidecar's own configuration, without secrets, and the server's.
-    async fn configuration(&mut self, data_dir: Option<&Path>) -> Result<TableReport, ExportError> {
-        let column = |name: &str| Field { name: name.into(), shape: Shape::String };
-        let text = |text: &str| Cell::Text(text.into());
-        let own = serde_json::to_string_pretty(self.config).map_err(|error| ExportError::Worker(error.to_string()))?;
-        let mut rows = vec![vec![text("inner-universe"), text("configuration.json"), text(&own)]];
-        if let Some(path) = data_dir.map(|dir| dir.join("config.toml"))
-            && let Ok(server) = tokio::fs::read_to_string(&path).await
-        {
-            rows.push(vec![text("spacetimedb"), text("config.toml"), text(&server)]);
-        }
-        let columns = ["program", "name", "content"].map(column).into();
-        let table = Table { name: CONFIGURATION.into(), columns, sequence: None, primary_key: None, private: true };
-        self.write_capture(&table, rows).await
     }
 
     /// Plans, writes, and writes the manifest. `None` when a plan turned out to be empty.

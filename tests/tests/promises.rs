@@ -15,6 +15,8 @@ mod daemon;
 mod dashboards;
 #[path = "promises/events.rs"]
 mod events;
+#[path = "promises/export_edges.rs"]
+mod export_edges;
 #[path = "promises/exports.rs"]
 mod exports;
 #[path = "promises/fixture.rs"]

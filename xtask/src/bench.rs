@@ -1,7 +1,7 @@
 //! Ratios against what users would pick instead, in one run on one machine.
 
 use crate::run::{Result, cargo, run};
-use crate::{stores, test};
+use crate::{server, stores, test};
 
 pub fn bench(arguments: &[String]) -> Result<()> {
     let mut prepared = test::prepare()?;
@@ -12,12 +12,16 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     let (bin, rest) = match arguments.split_first() {
         Some((name, rest)) if name == "live" => ("live", rest),
         Some((name, rest)) if name == "events" => ("events", rest),
+        Some((name, rest)) if name == "export" => ("export", rest),
         _ => ("bench", arguments),
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
     command.args(rest);
     if bin == "live" {
         command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
+    }
+    if bin == "export" {
+        command.env("INNER_UNIVERSE_SPACETIME_CLI", server::cli()?);
     }
     prepared.give(&mut command);
     run(&mut command)

@@ -21,6 +21,7 @@ cargo xtask test [--all] [FILTER]
 cargo xtask bench [GiB]       ratios against what users would pick instead; writes docs/benchmarks.md
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
 cargo xtask bench events [N]  the event stream beside the SDK alone, N events waiting; writes docs/benchmarks-events.md
+cargo xtask bench export [N]  export and replay of N events beside `spacetime sql` and a script; writes docs/benchmarks-export.md
 cargo xtask bindings          regenerate the client bindings from the module
 cargo xtask fuzz [SECONDS]    run each fuzz target for that long (600 when left out)
 cargo xtask setup             only prepare what the others need

@@ -11,7 +11,9 @@ use crate::cli::{Context, DatabaseArg, while_held};
 use crate::config::{Config, Format};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
+use crate::export::history::{History, Subject, history};
 use crate::export::{self, ExportOptions, ExportReport};
+use crate::ids::Identity;
 use crate::repository::lease::Lease;
 
 #[derive(Debug, Args)]
@@ -42,8 +44,9 @@ pub struct ExportArgs {
 enum What {
     /// Events that came since the last export
     EventLog,
-    /// Versions of entities and relations that came since the last export
-    StateVersions,
+    /// Versions of entities and relations that came since the last export; or, with --entity or --relation, every version
+    /// of one that the module or its exports have
+    StateVersions(StateVersionsArgs),
     /// The module's settings, the sidecar's configuration without secrets, and the server's
     Config,
     /// Tables by name
@@ -55,11 +58,36 @@ enum What {
     All,
 }
 
+#[derive(Debug, Args)]
+struct StateVersionsArgs {
+    /// Tell the history of this entity and export nothing
+    #[arg(long, value_name = "ID", conflicts_with = "relation")]
+    entity: Option<String>,
+    /// Tell the history of this relation and export nothing
+    #[arg(long, value_name = "ID")]
+    relation: Option<String>,
+    /// The identity of the database that was exported, where there are several
+    #[arg(long, value_name = "IDENTITY")]
+    from: Option<Identity>,
+}
+
+impl StateVersionsArgs {
+    fn subject(&self) -> Option<Subject> {
+        let of = |kind, id: &Option<String>| id.clone().map(|id| Subject { kind, id });
+        of("Entity", &self.entity).or_else(|| of("Relation", &self.relation))
+    }
+}
+
 pub async fn run(context: &Context<'_>, args: ExportArgs) -> Result<ExitStatus, Failure> {
     let config = args.database.apply(context.config())?;
+    if let What::StateVersions(of) = &args.what
+        && let Some(subject) = of.subject()
+    {
+        return tell_history(context, &config, of.from, subject).await;
+    }
     let (tables, configuration) = match &args.what {
         What::EventLog => (vec!["event_log".to_owned()], false),
-        What::StateVersions => (vec!["state_version".to_owned()], false),
+        What::StateVersions(_) => (vec!["state_version".to_owned()], false),
         What::Config => (vec!["config".to_owned()], true),
         What::Table { name } => (name.clone(), false),
         What::All => (Vec::new(), false),
@@ -105,6 +133,45 @@ async fn ask_daemon(
         Ok(Some(_) | None) => Ok(None),
         Err(error) => Err(Failure::new(ExitStatus::Failed, format!("the daemon went away while it worked: {error}"))),
     }
+}
+
+async fn tell_history(
+    context: &Context<'_>,
+    config: &Config,
+    from: Option<Identity>,
+    subject: Subject,
+) -> Result<ExitStatus, Failure> {
+    let repository = match &config.repository.url {
+        Some(_) => Some(context.repository().await?),
+        None => None,
+    };
+    let found = history(repository.as_ref(), from, config, subject).await?;
+    if found.versions.is_empty() {
+        let message = format!(
+            "no version of the {} `{}` is in the module or among what was exported",
+            found.subject.to_lowercase(),
+            found.subject_id
+        );
+        return Err(Failure::new(ExitStatus::Failed, message));
+    }
+    context.output.result(&found, describe_history);
+    Ok(ExitStatus::Ok)
+}
+
+fn describe_history(history: &History) -> String {
+    let mut text = format!("{} {}\n", history.subject.to_lowercase(), history.subject_id);
+    for version in &history.versions {
+        let gone = if version.in_module { "" } else { "  (in the exports only)" };
+        text += &format!(
+            "  {:>8} version {:<4} {:8} {}  {}{gone}\n",
+            version.text("version_id"),
+            version.text("version"),
+            version.text("operation"),
+            version.text("timestamp"),
+            version.text("data"),
+        );
+    }
+    text + "to bring one back: inner-universe replay --version-id N, with N from the first column"
 }
 
 fn show(context: &Context<'_>, report: &ExportReport) -> ExitStatus {

@@ -21,6 +21,11 @@ pub struct Table {
 }
 
 impl Table {
+    /// The primary key, where it is text and no unique `u64` is there to read rows in ranges.
+    pub fn text_key(&self) -> Option<usize> {
+        self.primary_key.filter(|key| self.sequence.is_none() && self.columns[*key].shape == Shape::String)
+    }
+
     pub fn sequence_column(&self) -> Option<&str> {
         self.sequence.map(|index| self.columns[index].name.as_str())
     }

@@ -182,3 +182,52 @@ impl Shape {
         serde_json::to_string(self).unwrap_or_default().trim_matches('"').to_owned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field(name: &str, shape: Shape) -> Field {
+        Field { name: name.into(), shape }
+    }
+
+    fn names(names: &[&str]) -> Shape {
+        Shape::Enum(names.iter().map(|name| (*name).to_owned()).collect())
+    }
+
+    #[test]
+    fn columns_parts_and_variants_may_come_in_at_any_place() {
+        let before = [
+            field("id", Shape::U64),
+            field("kind", names(&["A", "B"])),
+            field("place", Shape::Struct(vec![field("x", Shape::F64)])),
+            field("last", Shape::Option(Box::new(Shape::Sum(vec![field("Text", Shape::String)])))),
+        ];
+        let after = [
+            field("new", Shape::Bytes),
+            field("id", Shape::U64),
+            field("kind", names(&["C", "A", "B"])),
+            field("place", Shape::Struct(vec![field("y", Shape::F64), field("x", Shape::F64)])),
+            field(
+                "last",
+                Shape::Option(Box::new(Shape::Sum(vec![field("Text", Shape::String), field("Number", Shape::I8)]))),
+            ),
+        ];
+        assert_eq!(extends(&before, &before), Ok(()));
+        assert_eq!(extends(&before, &after), Ok(()));
+        assert_eq!(extends(&after, &before), Err("`new` is gone".into()));
+    }
+
+    #[test]
+    fn what_changes_its_type_or_goes_is_named() {
+        let before = [field("id", Shape::U64), field("kind", names(&["A", "B"]))];
+        let gone = extends(&before, &[field("id", Shape::U64), field("kind", names(&["A"]))]);
+        assert_eq!(gone, Err("`kind`: the variant `B` is gone".into()));
+        let narrower = extends(&before, &[field("id", Shape::U32), field("kind", names(&["A", "B"]))]);
+        assert!(narrower.is_err_and(|reason| reason.starts_with("`id`: it was ")), "a narrower column");
+        let optional = [field("id", Shape::Option(Box::new(Shape::U64))), field("kind", names(&["A", "B"]))];
+        assert!(extends(&before, &optional).is_err());
+        let deep = |of| [field("list", Shape::List(Box::new(Shape::Struct(vec![field("x", of)]))))];
+        assert!(extends(&deep(Shape::F32), &deep(Shape::F64)).is_err_and(|reason| reason.starts_with("`list`: `x`")));
+    }
+}

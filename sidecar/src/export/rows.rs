@@ -10,6 +10,8 @@ use crate::export::ExportError;
 /// What one read should bring.
 const READ_BYTES: usize = 4 << 20;
 const WIDEST: u64 = 20_000;
+/// Rows that one read of a table with text keys should bring.
+const TEXT_ROWS: usize = 2_000;
 
 /// Where the reading of a table is.
 pub struct Rows {
@@ -90,17 +92,148 @@ pub async fn at(link: &mut Link, table: &Table, number: u64) -> Result<Option<Ve
     Ok(sorted(rows, table).await?.pop().map(|(_, row)| row))
 }
 
+/// Every row of a table, a bounded piece at a time, in an order that depends on the rows alone.
+pub enum Whole {
+    Numbers(Rows),
+    Texts(Texts),
+    /// A table without a key to read it by: all of it in one answer.
+    Once,
+    Done,
+}
+
+impl Whole {
+    /// # Errors
+    /// When the server cannot be asked for the keys.
+    pub async fn of(link: &Link, table: &Table) -> Result<Self, ExportError> {
+        Ok(match (table.sequence, table.text_key()) {
+            (Some(_), _) => Self::Numbers(Rows::between(0, u64::MAX)),
+            (None, Some(_)) => Self::Texts(Texts::all(link, table).await?),
+            (None, None) => Self::Once,
+        })
+    }
+
+    /// The next rows; none at the end.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, a row is not understood, or an answer is too large.
+    pub async fn next(&mut self, link: &mut Link, table: &Table) -> Result<Vec<Vec<Cell>>, ExportError> {
+        match self {
+            Self::Numbers(rows) => Ok(rows.next(link, table).await?.into_iter().map(|(_, row)| row).collect()),
+            Self::Texts(texts) => texts.next(link, table).await,
+            Self::Once => {
+                *self = Self::Done;
+                once(link, table).await
+            }
+            Self::Done => Ok(Vec::new()),
+        }
+    }
+}
+
 /// Every row of a table that is not read in ranges, in the order of their bytes.
-///
-/// # Errors
-/// When the server cannot be asked, a row is not understood, or the table is too large.
-pub async fn all(link: &mut Link, table: &Table) -> Result<Vec<Vec<Cell>>, ExportError> {
+async fn once(link: &mut Link, table: &Table) -> Result<Vec<Vec<Cell>>, ExportError> {
     let mut rows = match link.query(&format!("SELECT * FROM {}", table.name)).await {
         Err(LinkError::TooLarge) => return Err(ExportError::TooLarge { table: table.name.clone() }),
         rows => rows?,
     };
     rows.sort();
     rows.iter().map(|row| decode(table, row)).collect()
+}
+
+/// Rows of a table whose primary key is text, in the order of their keys.
+pub struct Texts {
+    /// What is left to read, the first range last.
+    ranges: Vec<TextRange>,
+}
+
+/// Keys from `low`, by its comparison, up to and including `through`.
+#[derive(Debug, Clone, Default)]
+struct TextRange {
+    low: Option<(&'static str, String)>,
+    through: Option<String>,
+}
+
+impl Texts {
+    /// All of a table. Its keys, and nothing else, are in memory for a moment.
+    async fn all(link: &Link, table: &Table) -> Result<Self, ExportError> {
+        let mut keys = keys(link, table, &TextRange::default()).await?;
+        keys.sort_unstable();
+        let cuts = keys.iter().skip(TEXT_ROWS).step_by(TEXT_ROWS).map(ToString::to_string);
+        let mut ranges = Vec::new();
+        let mut low = None;
+        for through in cuts.map(Some).chain([None]) {
+            ranges.push(TextRange { low: low.take(), through: through.clone() });
+            low = through.map(|through| (">", through));
+        }
+        ranges.reverse();
+        Ok(Self { ranges })
+    }
+
+    /// Those from `first` to `last`, both ends included.
+    pub fn between(first: &str, last: &str) -> Self {
+        Self { ranges: vec![TextRange { low: Some((">=", first.to_owned())), through: Some(last.to_owned()) }] }
+    }
+
+    /// The next rows; none at the end.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, a row is not understood, or one row alone is too large.
+    pub async fn next(&mut self, link: &mut Link, table: &Table) -> Result<Vec<Vec<Cell>>, ExportError> {
+        while let Some(range) = self.ranges.pop() {
+            let condition = range.condition(table);
+            let rows = match link.query(&format!("SELECT * FROM {}{condition}", table.name)).await {
+                Ok(rows) => rows,
+                Err(LinkError::TooLarge) => {
+                    let mut keys = keys(link, table, &range).await?;
+                    keys.sort_unstable();
+                    if keys.len() < 2 {
+                        return Err(ExportError::TooLarge { table: table.name.clone() });
+                    }
+                    let middle = keys.swap_remove((keys.len() - 1) / 2).to_string();
+                    self.ranges.push(TextRange { low: Some((">", middle.clone())), through: range.through });
+                    self.ranges.push(TextRange { low: range.low, through: Some(middle) });
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if rows.is_empty() {
+                continue;
+            }
+            let table = table.clone();
+            let decoding = tokio::task::spawn_blocking(move || {
+                let key = table.text_key().unwrap_or_default();
+                let mut rows = rows.iter().map(|row| decode(&table, row)).collect::<Result<Vec<_>, _>>()?;
+                rows.sort_by(|a, b| text_of(a, key).cmp(&text_of(b, key)));
+                Ok(rows)
+            });
+            return decoding.await.map_err(|error| ExportError::Worker(error.to_string()))?;
+        }
+        Ok(Vec::new())
+    }
+}
+
+impl TextRange {
+    fn condition(&self, table: &Table) -> String {
+        let name = table.text_key().map_or("", |key| table.columns[key].name.as_str());
+        let low = self.low.iter().map(|(sign, text)| (*sign, text));
+        let bounds = low.chain(self.through.iter().map(|text| ("<=", text)));
+        let bounds: Vec<_> =
+            bounds.map(|(sign, text)| format!("{name} {sign} '{}'", text.replace('\'', "''"))).collect();
+        if bounds.is_empty() { String::new() } else { format!(" WHERE {}", bounds.join(" AND ")) }
+    }
+}
+
+async fn keys(link: &Link, table: &Table, range: &TextRange) -> Result<Vec<Box<str>>, ExportError> {
+    let name = table.text_key().map_or("", |key| table.columns[key].name.as_str());
+    let statement = format!("SELECT {name} FROM {}{}", table.name, range.condition(table));
+    Ok(link.database().texts(statement).await?)
+}
+
+/// The text in a column of a row.
+pub fn text_of(row: &[Cell], column: usize) -> Option<&str> {
+    match row.get(column) {
+        Some(Cell::Text(text)) => Some(text),
+        _ => None,
+    }
 }
 
 async fn sorted(rows: Vec<Bytes>, table: &Table) -> Result<Numbered, ExportError> {

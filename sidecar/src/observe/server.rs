@@ -131,6 +131,19 @@ impl Database {
         Ok(self.number(format!("SELECT COUNT(*) AS n FROM {table}")).await?.unwrap_or(0))
     }
 
+    /// The values of a statement that selects one column of text.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn texts(&self, statement: String) -> Result<Vec<Box<str>>, SourceError> {
+        let bytes = self.sql(statement).await?;
+        let parsed = tokio::task::spawn_blocking(move || {
+            let rows: Vec<(Box<str>,)> = parse(&bytes)?;
+            Ok(rows.into_iter().map(|(text,)| text).collect())
+        });
+        parsed.await.map_err(|error| SourceError::Answer(error.to_string()))?
+    }
+
     async fn number(&self, statement: String) -> Result<Option<u64>, SourceError> {
         let rows: Vec<(u64,)> = parse(&self.sql(statement).await?)?;
         Ok(rows.first().map(|(number,)| *number))

@@ -7,7 +7,7 @@ use crate::database::link::Link;
 use crate::database::schema::{Schema, Table};
 use crate::database::shape::Field;
 use crate::export::ndjson;
-use crate::export::rows::{self, Rows};
+use crate::export::rows::{self, Rows, Texts, Whole};
 use crate::replay::ReplayError;
 
 /// Which of two rows in one place wins.
@@ -50,10 +50,9 @@ impl Decider {
         };
         let empty = cleared || count == 0;
         let mut decider = Self { policy, here: BTreeMap::new(), key, empty, complete: false };
-        if !empty && (table.sequence != Some(key)) {
-            for row in rows::all(link, table).await? {
-                decider.add(table, row);
-            }
+        let in_ranges = table.sequence == Some(key) || table.text_key() == Some(key);
+        if !empty && !in_ranges {
+            decider.read(link, table, Whole::of(link, table).await?).await?;
             decider.complete = true;
         }
         Ok(decider)
@@ -76,20 +75,31 @@ impl Decider {
         }
         self.here.clear();
         let key = self.key;
-        let (mut first, mut last) = (u64::MAX, 0);
-        for number in rows.filter_map(|row| row.get(key)?.as_u64()) {
-            (first, last) = (first.min(number), last.max(number));
+        let reading = if table.text_key() == Some(key) {
+            let texts = rows.filter_map(|row| rows::text_of(row, key));
+            let ends = texts.fold(None, |ends, text| match ends {
+                None => Some((text, text)),
+                Some((first, last)) => Some((text.min(first), text.max(last))),
+            });
+            ends.map(|(first, last)| Whole::Texts(Texts::between(first, last)))
+        } else {
+            let numbers = rows.filter_map(|row| row.get(key)?.as_u64());
+            let (first, last) = numbers.fold((u64::MAX, 0), |(first, last), n| (first.min(n), last.max(n)));
+            (first <= last).then(|| Whole::Numbers(Rows::between(first, last)))
+        };
+        match reading {
+            Some(reading) => self.read(link, table, reading).await,
+            None => Ok(()),
         }
-        if first > last {
-            return Ok(());
-        }
-        let mut read = Rows::between(first, last);
+    }
+
+    async fn read(&mut self, link: &mut Link, table: &Table, mut reading: Whole) -> Result<(), ReplayError> {
         loop {
-            let found = read.next(link, table).await?;
+            let found = reading.next(link, table).await?;
             if found.is_empty() {
                 return Ok(());
             }
-            for (_, row) in found {
+            for row in found {
                 self.add(table, row);
             }
         }
@@ -145,15 +155,7 @@ pub fn name_of(columns: &[Field], row: &[Cell]) -> String {
 
 /// Will `begin_import` clear the event log? As the module decides it.
 pub async fn would_clear(link: &mut Link, schema: &Schema) -> Result<bool, ReplayError> {
-    const OWN: &[&str] = &[
-        "SYSTEM_INITIALIZED",
-        "CONFIG_CHANGED",
-        "CONFIG_DELETED",
-        "ADMIN_GRANTED",
-        "ADMIN_REVOKED",
-        "MEMBER_ADDED",
-        "MEMBER_REMOVED",
-    ];
+    const OWN: &[&str] = &include!("../../../module/src/own_events.in");
     for name in ["import_run", "entity", "relation", "state_version", "metric"] {
         if link.database().count(name).await.map_err(crate::database::link::LinkError::from)? > 0 {
             return Ok(false);

@@ -3,9 +3,9 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
+use harness::measure::{Measured, measure, median};
 use harness::sidecar::{Sidecar, path};
 use harness::synthetic::{Synthetic, record};
 use harness::tools;
@@ -62,12 +62,6 @@ fn main() {
     std::fs::write(docs.join("benchmarks.md"), table).expect("write docs/benchmarks.md");
 }
 
-#[derive(Clone, Copy)]
-struct Measured {
-    seconds: f64,
-    peak_mib: f64,
-}
-
 #[derive(Default)]
 struct Series {
     seconds: Vec<f64>,
@@ -106,28 +100,6 @@ impl Series {
         self.peak_mib = self.peak_mib.max(measured.peak_mib);
         self.bytes = bytes;
     }
-}
-
-/// Runs a command to its end; its peak memory is read from the kernel's high-water mark while it runs.
-fn measure(command: &mut Command) -> Measured {
-    let started = Instant::now();
-    let mut child = command.stdout(Stdio::null()).spawn().expect("start");
-    let status_file = format!("/proc/{}/status", child.id());
-    let mut peak = 0.0;
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("wait") {
-            break status;
-        }
-        if let Ok(text) = std::fs::read_to_string(&status_file)
-            && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
-        {
-            let kib: f64 = line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0.0);
-            peak = kib / 1024.0;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    assert!(status.success(), "{command:?} ended with {status}");
-    Measured { seconds: started.elapsed().as_secs_f64(), peak_mib: peak }
 }
 
 fn write_log(synthetic: &Synthetic, bytes: u64) -> u64 {
@@ -182,12 +154,6 @@ fn size(path: &Path) -> u64 {
         return kind.len();
     }
     std::fs::read_dir(path).map_or(0, |entries| entries.flatten().map(|entry| size(&entry.path())).sum())
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 fn table(rows: &[Row], bytes: u64) -> String {

@@ -1,11 +1,13 @@
 //! Exports and replay: every row once in both formats whatever is killed, and back into a module as it was.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use harness::client::{Client, none};
+use harness::client::none;
 use harness::daemon::Daemon;
+use harness::scene::{Scene, duckdb, first_file, load_events};
 use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
 use harness::tools;
@@ -13,79 +15,6 @@ use serde_json::{Value, json};
 
 const BUNDLED: &[&str] =
     &["config", "event_log", "entity", "relation", "state_version", "admin", "member", "metric", "system_status"];
-
-/// A server with a database, and a sidecar that knows its token.
-struct Scene {
-    scratch: tempfile::TempDir,
-    server: Server,
-    owner: Client,
-    sidecar: Sidecar,
-    identity: String,
-}
-
-impl Scene {
-    async fn new(name: &str, module: &str) -> Self {
-        let scratch = tempfile::tempdir().expect("a temporary directory");
-        let server = Server::start(&scratch.path().join("data"), &scratch.path().join("keys")).await;
-        let owner = server.client().await;
-        let identity = owner.publish(name, tools::wasm(module)).await;
-        let token = scratch.path().join("token");
-        std::fs::write(&token, &owner.token).expect("write the token");
-        let settings = [
-            ("SPACETIMEDB_CONFIG__URL", server.url.as_str()),
-            ("SPACETIMEDB_CONFIG__DATABASE", name),
-            ("SPACETIMEDB_CONFIG__TOKEN_FILE", path(&token)),
-            ("SPACETIMEDB_CONFIG__DB_PATH", path(&server.data_dir)),
-        ];
-        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-        let sidecar = Sidecar::at(&scratch.path().join("repository")).configured(settings);
-        Self { scratch, server, owner, sidecar, identity }
-    }
-
-    /// Where the files of a table lie.
-    fn files(&self, format: &str, table: &str) -> PathBuf {
-        self.scratch.path().join(format!("repository/databases/{}/exports/{format}/{table}", self.identity))
-    }
-
-    fn export(&self, arguments: &[&str]) -> Value {
-        self.sidecar.run([&["export"], arguments].concat()).ok()
-    }
-
-    fn replay(&self, arguments: &[&str]) -> Value {
-        self.sidecar.run([&["replay"], arguments].concat()).ok()
-    }
-
-    async fn call(&self, reducer: &str, arguments: Value) {
-        let called = self.owner.call("iu", reducer, arguments).await;
-        called.unwrap_or_else(|error| panic!("{reducer}: {error}"));
-    }
-
-    /// Some of everything that the bundled module holds.
-    async fn live(&self) {
-        for (id, kind) in [("sun", "star"), ("earth", "planet"), ("moon", "moon")] {
-            self.call("create_entity", json!([id, kind, "{\"n\": 1}"])).await;
-        }
-        self.call("create_relation", json!(["orbit", "earth", "sun", "orbits", "{}"])).await;
-        self.call("update_entity", json!(["earth", "{\"n\": 2}"])).await;
-        self.call("delete_entity", json!(["moon"])).await;
-        self.call("add_member", json!([{"__identity__": format!("0x{}", self.owner.identity)}, "me"])).await;
-        self.call("set_config", json!(["timeout_ms", "1234"])).await;
-        self.call("record_metric", json!(["load", 0.5, "1", []])).await;
-        let data =
-            json!({"Custom": [{"name": "n", "value": {"UInt": u64::MAX}}, {"name": "f", "value": {"Float": 0.1}}]});
-        self.call("record_event", json!(["ORDER_PLACED", none(), none(), data])).await;
-        self.call("get_system_status", json!([])).await;
-    }
-}
-
-/// Rows of the files by DuckDB, which reads them as any user would; `None` where DuckDB is not.
-fn duckdb(query: &str) -> Option<Vec<Vec<Value>>> {
-    let python = std::env::var_os("INNER_UNIVERSE_DUCKDB").filter(|path| !path.is_empty())?;
-    let script = "import duckdb, json, sys; print(json.dumps(duckdb.sql(sys.argv[1]).fetchall(), default=str))";
-    let output = Command::new(python).args(["-c", script, query]).output().expect("run DuckDB");
-    assert!(output.status.success(), "{query}: {}", String::from_utf8_lossy(&output.stderr));
-    Some(serde_json::from_slice(&output.stdout).expect("rows"))
-}
 
 /// How each format is read; the queries of README.
 fn tables(scene: &Scene, table: &str) -> [String; 2] {
@@ -96,35 +25,25 @@ fn tables(scene: &Scene, table: &str) -> [String; 2] {
     ]
 }
 
-/// Loads events numbered from `first`, many at a time.
-async fn load_events(owner: &Client, first: u64, count: u64) {
-    for begin in (first..first + count).step_by(1000) {
-        let event = |sequence: u64| {
-            json!([sequence, format!("00000000-0000-8000-8000-{sequence:012x}"), "LOADED", none(),
-                [1_700_000_000_000_000i64 + sequence as i64 * 1_000_000], "c", {"Text": "x".repeat(100)}])
-        };
-        let events: Vec<_> = (begin..(begin + 1000).min(first + count)).map(event).collect();
-        owner.call("iu", "import_events", json!([events])).await.expect("import events");
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_event_is_exported_once_in_both_formats_while_more_arrive_and_the_export_is_killed() {
     let scene = Scene::new("iu", "inner_universe_module").await;
     let (loaded, kills) = if tools::all() { (1_000_000, 50) } else { (20_000, 8) };
     load_events(&scene.owner, 2, loaded).await;
     // More arrive all the while.
-    let owner = scene.owner.clone();
-    let arriving = tokio::spawn(async move {
-        let mut arrived = 0u64;
-        loop {
-            let event = json!(["ARRIVED", none(), none(), {"Empty": []}]);
-            if owner.call("iu", "record_event", event).await.is_err() {
-                return arrived;
-            }
-            arrived += 1;
-        }
-    });
+    let began = std::time::Instant::now();
+    let arrived = Arc::new(AtomicU64::new(0));
+    let arriving: Vec<_> = (0..3)
+        .map(|_| {
+            let (owner, arrived) = (scene.owner.clone(), Arc::clone(&arrived));
+            tokio::spawn(async move {
+                let event = json!(["ARRIVED", none(), none(), {"Empty": []}]);
+                while owner.call("iu", "record_event", event.clone()).await.is_ok() {
+                    arrived.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
     let seed = u64::from(std::process::id());
     println!("seed {seed}");
     let mut random = seed;
@@ -147,8 +66,12 @@ async fn every_event_is_exported_once_in_both_formats_while_more_arrive_and_the_
     println!("{} MiB were resident at most", peak >> 20);
     assert!(peak <= 96 << 20, "{peak} bytes were resident");
     scene.sidecar.run(["export", "event-log", "--force"]).ok();
-    arriving.abort();
-    let _ = arriving.await;
+    let count = arrived.load(Ordering::Relaxed);
+    println!("{count} arrived meanwhile, {:.0} a second", count as f64 / began.elapsed().as_secs_f64());
+    for writer in arriving {
+        writer.abort();
+        let _ = writer.await;
+    }
     let report = scene.export(&["event-log"]);
     let through = report["tables"][0]["through"].as_u64().expect("a number");
     assert!(through > loaded, "{report}");
@@ -322,23 +245,14 @@ async fn what_a_broken_export_left_is_kept_when_it_counts_and_taken_away_when_no
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exported_events_are_trimmed_only_when_told_and_stay_in_the_export() {
-    let mut scene = Scene::new("iu", "inner_universe_module").await;
+    let scene = Scene::new("iu", "inner_universe_module").await;
     load_events(&scene.owner, 2, 12_000).await;
     scene.export(&["event-log"]);
     let count = "select count(*) as n from event_log";
     assert_eq!(scene.owner.sql("iu", count).await[0][0], 12_001, "off by default");
     let before = scene.owner.rows("iu", &["event_log"]).await;
 
-    let keep = scene.sidecar.clone();
-    let trimming = |age: &str| {
-        let mut settings = vec![("EXPORT__TRIM_AFTER".to_owned(), age.to_owned())];
-        settings.extend([
-            ("SPACETIMEDB_CONFIG__URL".to_owned(), scene.server.url.clone()),
-            ("SPACETIMEDB_CONFIG__DATABASE".to_owned(), "iu".to_owned()),
-            ("SPACETIMEDB_CONFIG__TOKEN_FILE".to_owned(), path(&scene.scratch.path().join("token")).to_owned()),
-        ]);
-        keep.clone().configured(settings)
-    };
+    let trimming = |age: &str| scene.sidecar_with("iu", &[("EXPORT__TRIM_AFTER", age)]);
     // Everything loaded is of 2023, what the module wrote itself is of now: its start comes first, and holds the rest.
     let report = trimming("1h").run(["export", "event-log"]).ok();
     assert_eq!(report["trimmed_through"], Value::Null);
@@ -350,7 +264,6 @@ async fn exported_events_are_trimmed_only_when_told_and_stay_in_the_export() {
     assert_eq!((&report["tables"][0]["rows"], &report["tables"][0]["series"]), (&json!(1), &json!("event_log")));
     assert_eq!(scene.owner.sql("iu", count).await[0][0], 1);
 
-    scene.sidecar = keep;
     let report = scene.replay(&["--table", "event_log"]);
     assert_eq!(
         (&report["tables"][0]["applied"], &report["tables"][0]["skipped"]),
@@ -377,6 +290,25 @@ async fn a_state_comes_back_at_a_version_or_a_time_and_one_entity_from_the_archi
     let message = scene.sidecar.run(["replay", "--version-id", "999"]).fails_with(1);
     assert!(message.contains("999"), "{message}");
 
+    // Its history is that of module and exports together.
+    let history = scene.export(&["state-versions", "--entity", "earth"]);
+    let told = |version: &Value| (version["version_id"].clone(), version["operation"].clone(), version["data"].clone());
+    let versions: Vec<_> = history["versions"].as_array().expect("versions").iter().map(told).collect();
+    let expected = [
+        (2, "Create", "{\"n\": 1}"),
+        (5, "Update", "{\"n\": 2}"),
+        (7, "Update", "{\"n\": 3}"),
+        (8, "Restore", "{\"n\": 1}"),
+    ];
+    assert_eq!(versions, expected.map(|(id, operation, data)| (json!(id), json!(operation), json!(data))));
+    let places = |n: usize| (&history["versions"][n]["in_module"], &history["versions"][n]["in_exports"]);
+    assert_eq!([places(0), places(1), places(3)].map(|(here, _)| here), [&json!(true), &json!(false), &json!(true)]);
+    assert_eq!([places(0), places(1), places(3)].map(|(_, there)| there), [&json!(true), &json!(true), &json!(false)]);
+    let orbit = scene.export(&["state-versions", "--relation", "orbit"]);
+    assert_eq!(orbit["versions"].as_array().map(Vec::len), Some(1));
+    let message = scene.sidecar.run(["export", "state-versions", "--entity", "orbit"]).fails_with(1);
+    assert!(message.contains("`orbit`"), "{message}");
+
     scene.owner.delete("iu").await;
     scene.owner.publish("iu", tools::wasm("inner_universe_module")).await;
     // Version 3 made the moon; 6 is its end.
@@ -388,7 +320,18 @@ async fn a_state_comes_back_at_a_version_or_a_time_and_one_entity_from_the_archi
     };
     assert_eq!(names(scene.owner.sql("iu", "select * from entity").await), ["earth", "moon", "sun"]);
     assert!(scene.owner.sql("iu", "select * from relation").await.is_empty());
-    assert_eq!(scene.owner.sql("iu", "select * from state_version").await.len(), 3);
+    let versions = scene.owner.sql("iu", "select * from state_version").await;
+    assert_eq!(versions.len(), 3);
+
+    // The same by the time of version 2, which is included.
+    scene.owner.delete("iu").await;
+    scene.owner.publish("iu", tools::wasm("inner_universe_module")).await;
+    let second = versions.iter().find(|row| row[0] == 2).expect("version 2");
+    let time = second[9][0].as_i64().expect("microseconds");
+    let time = jiff::Timestamp::from_microsecond(time).expect("a time");
+    scene.replay(&["--to", &format!("time:{time}")]);
+    assert_eq!(names(scene.owner.sql("iu", "select * from entity").await), ["earth", "sun"]);
+    assert_eq!(scene.owner.sql("iu", "select * from state_version").await.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -421,14 +364,6 @@ async fn what_cannot_be_exported_or_replayed_is_one_clear_error() {
     damage("parquet");
     let message = scene.sidecar.run(["-q", "replay", "--dry-run"]).fails_with(1);
     assert!(message.contains("exports/parquet/event_log") && message.contains("damaged"), "{message}");
-}
-
-fn first_file(dir: &Path) -> PathBuf {
-    let mut entries: Vec<_> =
-        std::fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").path()).collect();
-    entries.sort();
-    let first = entries.swap_remove(0);
-    if first.is_dir() { first_file(&first) } else { first }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,144 @@
+//! Captures: a table as it is, written whole when it changed; configuration files as a table of their own.
+//!
+//! Invariant: a capture is the whole table of one schema, or it is not written.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use jiff::civil::Date;
+
+use crate::database::cell::Cell;
+use crate::database::schema::Table;
+use crate::database::shape::{self, Field, Shape};
+use crate::export::manifest::{Content, ExportManifest, Series};
+use crate::export::rows::Whole;
+use crate::export::spool::{Spool, SpoolError, line_of};
+use crate::export::{Cursor, ExportError, Exporter, Step, TableReport, date_of_micros};
+use crate::ids::ContentHash;
+
+/// The configuration as a table.
+pub const CONFIGURATION: &str = "sidecar_configuration";
+
+impl Exporter<'_> {
+    /// Exports a table as it is, unless that is what was exported last.
+    pub(super) async fn capture(&mut self, table: &Table) -> Result<TableReport, ExportError> {
+        let mut captured = self.begin_capture(table).await?;
+        let mut reading = Whole::of(&self.link, table).await?;
+        loop {
+            let rows = reading.next(&mut self.link, table).await?;
+            if rows.is_empty() {
+                break;
+            }
+            captured = captured.with(rows).await?;
+        }
+        if self.link.schema().await?.table(&table.name) != Some(Ok(table)) {
+            return Err(ExportError::ChangedMeanwhile { table: table.name.clone() });
+        }
+        self.end_capture(table, captured).await
+    }
+
+    async fn begin_capture(&self, table: &Table) -> Result<Captured, ExportError> {
+        let newest = Series::newest(self.repository, self.database, &table.name).await?;
+        if let Some(plan) = newest.plan(self.repository).await? {
+            newest.abandon(self.repository, &plan).await?;
+        }
+        let last = match newest.manifests(self.repository).await?.last() {
+            Some(key) => Some(newest.read(self.repository, key).await?),
+            None => None,
+        };
+        let now = u64::try_from(self.clock.now().as_microsecond()).unwrap_or_default();
+        // A clock that was set back must not hide what is newest.
+        let before = last.as_ref().map_or(0, |last| last.content.numbers().1);
+        let captured = if last.as_ref().is_some_and(|last| matches!(last.content, Content::Capture { .. })) {
+            now.max(before + 1)
+        } else {
+            now
+        };
+        Ok(Captured {
+            columns: Arc::from(table.columns.as_slice()),
+            date: date_of_micros(i64::try_from(captured).unwrap_or_default()),
+            spool: Spool::new(self.layout(&table.columns))?,
+            hasher: blake3::Hasher::new(),
+            captured,
+            last,
+        })
+    }
+
+    async fn end_capture(&mut self, table: &Table, rows: Captured) -> Result<TableReport, ExportError> {
+        let Captured { spool, hasher, captured, last, .. } = rows;
+        let newest = Series::newest(self.repository, self.database, &table.name).await?;
+        let hash = ContentHash(*hasher.finalize().as_bytes());
+        let mut series = newest;
+        let mut cursor = Cursor::first(None, None);
+        if let Some(last) = &last {
+            let grew = matches!(last.content, Content::Range { .. });
+            if grew || shape::extends(&last.columns, &table.columns).is_err() {
+                let differs = shape::extends(&last.columns, &table.columns).err();
+                let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
+                (series, cursor) = self.begin_series(newest, table, reason, None).await?;
+            } else {
+                let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
+                if same && last.columns == table.columns {
+                    let series = series.name();
+                    let report =
+                        TableReport { table: table.name.clone(), series, rows: 0, objects: 0, bytes: 0, through: None };
+                    return Ok(report);
+                }
+                cursor.schema_version = last.schema_version + u32::from(last.columns != table.columns);
+            }
+        }
+        let step = Step::of(spool, captured, captured, hash).await?;
+        let rows = step.rows;
+        let content = Content::Capture { captured, rows: hash };
+        let files = self.commit(&series, table, &cursor, content, step, None).await?.unwrap_or_default();
+        let bytes = files.iter().map(|file| file.bytes).sum();
+        let objects = files.len() as u64;
+        Ok(TableReport { table: table.name.clone(), series: series.name(), rows, objects, bytes, through: None })
+    }
+
+    /// The sidecar's own configuration, without secrets, and the server's.
+    pub(super) async fn configuration(&mut self, data_dir: Option<&Path>) -> Result<TableReport, ExportError> {
+        let column = |name: &str| Field { name: name.into(), shape: Shape::String };
+        let text = |text: &str| Cell::Text(text.into());
+        let own = serde_json::to_string_pretty(self.config).map_err(|error| ExportError::Worker(error.to_string()))?;
+        let mut rows = vec![vec![text("inner-universe"), text("configuration.json"), text(&own)]];
+        if let Some(path) = data_dir.map(|dir| dir.join("config.toml"))
+            && let Ok(server) = tokio::fs::read_to_string(&path).await
+        {
+            rows.push(vec![text("spacetimedb"), text("config.toml"), text(&server)]);
+        }
+        let columns = ["program", "name", "content"].map(column).into();
+        let table = Table { name: CONFIGURATION.into(), columns, sequence: None, primary_key: None, private: true };
+        let captured = self.begin_capture(&table).await?.with(rows).await?;
+        self.end_capture(&table, captured).await
+    }
+}
+
+/// A capture that is being read: its rows are on disk.
+struct Captured {
+    columns: Arc<[Field]>,
+    date: Date,
+    spool: Spool,
+    /// Over all rows as text.
+    hasher: blake3::Hasher,
+    /// When, in microseconds.
+    captured: u64,
+    /// The table's newest manifest.
+    last: Option<ExportManifest>,
+}
+
+impl Captured {
+    /// Takes further rows.
+    async fn with(mut self, rows: Vec<Vec<Cell>>) -> Result<Self, ExportError> {
+        let writing = tokio::task::spawn_blocking(move || {
+            for row in rows {
+                let line = line_of(&self.columns, &row);
+                self.hasher.update(&line);
+                let number = self.spool.rows();
+                self.spool.push(self.date, number, row, &line)?;
+            }
+            Ok::<_, SpoolError>(self)
+        });
+        Ok(writing.await.map_err(|error| ExportError::Worker(error.to_string()))??)
+    }
+}
