@@ -6,6 +6,10 @@
 mod backup;
 mod config;
 #[cfg(feature = "client")]
+mod deploy;
+#[cfg(feature = "client")]
+mod doctor;
+#[cfg(feature = "client")]
 mod export;
 mod failure;
 mod key;
@@ -15,9 +19,11 @@ mod progress;
 mod replay;
 mod restore;
 mod run;
+mod server;
 mod status;
 mod verify;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,6 +35,7 @@ use crate::cli::output::{LogFormat, Logging, Output};
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
 use crate::config::load::{self, Loaded};
+use crate::daemon::state::StateDir;
 use crate::datadir::DataDir;
 use crate::observe::own::OwnTelemetry;
 use crate::repository::Repository;
@@ -91,6 +98,17 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// What is archived, and how far it lags behind the log
     Status(status::StatusArgs),
+    /// Publish a module with a way back: plan, restore point, publish, initialise, verify
+    #[cfg(feature = "client")]
+    Deploy(deploy::DeployArgs),
+    /// Server mode: start, stop and look at the server in the background
+    Server {
+        #[command(subcommand)]
+        command: server::ServerCommand,
+    },
+    /// Go through the deployment checklist; each line passes, warns or fails with what to do
+    #[cfg(feature = "client")]
+    Doctor(doctor::DoctorArgs),
     /// Check, describe and show the configuration
     Config {
         #[command(subcommand)]
@@ -149,11 +167,14 @@ pub fn main(cli: Cli) -> ExitCode {
 
 async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, Failure> {
     let loaded = cli.globals.load();
+    let words = cli.globals.words();
     if let Command::Config { command } = cli.command {
         return config::run(output, command, loaded);
     }
-    let loaded = loaded.map_err(|error| Failure::usage(format!("the configuration is wrong: {error}")))?;
-    let context = Context { loaded, output, clock: Arc::new(SystemClock) };
+    let mut loaded = loaded.map_err(|error| Failure::usage(format!("the configuration is wrong: {error}")))?;
+    #[cfg(feature = "client")]
+    know_deployment(&mut loaded.config);
+    let context = Context { loaded, output, clock: Arc::new(SystemClock), globals: words };
     match cli.command {
         Command::Run(args) => run::run(&context, args, logging).await,
         Command::Backup { command } => backup::run(&context, command).await,
@@ -164,12 +185,46 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
         Command::Export(args) => export::run(&context, args).await,
         #[cfg(feature = "client")]
         Command::Replay(args) => replay::run(&context, args).await,
+        #[cfg(feature = "client")]
+        Command::Deploy(args) => deploy::run(&context, args).await,
+        Command::Server { command } => server::run(&context, command).await,
+        #[cfg(feature = "client")]
+        Command::Doctor(args) => doctor::run(&context, args).await,
         Command::Config { .. } => Ok(ExitStatus::Ok),
         Command::Key { command } => key::run(&context, command),
     }
 }
 
+/// What `deploy` has published on the data directory, and the identity that it took, where nothing else is named.
+#[cfg(feature = "client")]
+fn know_deployment(config: &mut Config) {
+    let Some(data_dir) = &config.spacetimedb_config.db_path else { return };
+    let dir = StateDir::locate(config, data_dir);
+    let server = &mut config.spacetimedb_config;
+    if server.database.is_none() {
+        server.database = crate::deploy::deployed_name(&dir);
+    }
+    let token = crate::deploy::own_token(&dir);
+    if server.token_file.is_none() && token.is_file() {
+        server.token_file = Some(token);
+    }
+}
+
 impl Globals {
+    /// The same flags for another process, wherever that runs.
+    fn words(&self) -> Vec<OsString> {
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone()).into_os_string();
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(path) = &self.config {
+            words.extend(["--config".into(), absolute(path)]);
+        }
+        if let Some(url) = &self.repository {
+            words.extend(["--repository".into(), url.into()]);
+        }
+        words.extend(self.identity.iter().flat_map(|path| ["--identity".into(), absolute(path)]));
+        words
+    }
+
     /// The file, then the environment, then the flags that stand for keys.
     fn load(&self) -> Result<Loaded, load::ConfigError> {
         let mut flags = Vec::new();
@@ -191,9 +246,15 @@ struct Context<'a> {
     loaded: Loaded,
     output: &'a Output,
     clock: Arc<dyn Clock>,
+    /// The flags that lead another run of this program to the same configuration.
+    globals: Vec<OsString>,
 }
 
 impl Context<'_> {
+    fn words_of_globals(&self) -> Vec<OsString> {
+        self.globals.clone()
+    }
+
     fn config(&self) -> &Config {
         &self.loaded.config
     }
@@ -291,7 +352,7 @@ impl DatabaseArg {
 }
 
 /// The data directory, under either of its names.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 struct DataDirArg {
     /// The server's data directory; spacetimedb_config.db_path when left out
     #[arg(long, alias = "db-path", value_name = "DIR")]

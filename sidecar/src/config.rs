@@ -28,6 +28,7 @@ pub struct Config {
     pub export: ExportConfig,
     pub telemetry: TelemetryConfig,
     pub http: HttpConfig,
+    pub deploy: DeployConfig,
 }
 
 /// The module that `deploy` publishes.
@@ -66,6 +67,10 @@ pub struct SpacetimedbConfig {
     pub restart: Restart,
     /// The longest wait before a restart; waits double from one second.
     pub restart_backoff_max: Period,
+    /// A server that was asked to stop is killed after this long.
+    pub stop_timeout: Period,
+    /// A PEM file of further certificate authorities for the server, where it is reached over https://.
+    pub ca_file: Option<PathBuf>,
 }
 
 impl Default for SpacetimedbConfig {
@@ -82,6 +87,8 @@ impl Default for SpacetimedbConfig {
             key_dir: None,
             restart: Restart::OnFailure,
             restart_backoff_max: Period::seconds(60),
+            stop_timeout: Period::seconds(6),
+            ca_file: None,
         }
     }
 }
@@ -100,7 +107,7 @@ impl SpacetimedbConfig {
 }
 
 /// How much a server logs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     Error,
@@ -108,6 +115,18 @@ pub enum LogLevel {
     Info,
     Debug,
     Trace,
+}
+
+impl LogLevel {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
 }
 
 /// When a server that ended is started again.
@@ -160,6 +179,29 @@ impl Default for FeatureFlags {
             enable_caching: true,
             enable_distribution: false,
         }
+    }
+}
+
+/// What `deploy` sees to besides the module.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeployConfig {
+    /// Identities that are made admins of the bundled module. None is removed.
+    pub admins: Vec<String>,
+    /// Identities that may use the bundled module while server_config.auth_required is on. None is removed.
+    pub members: Vec<String>,
+    /// The longest that the server may take to come up, and each step of the verification.
+    pub timeout: Timeout,
+}
+
+/// A length of time with a default of a minute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Timeout(pub Period);
+
+impl Default for Timeout {
+    fn default() -> Self {
+        Self(Period::seconds(60))
     }
 }
 
@@ -532,11 +574,17 @@ impl Config {
             ("repository.ca_file", &repository.ca_file),
             ("telemetry.otlp_ca_file", &telemetry.otlp_ca_file),
             ("spacetimedb_config.token_file", &self.spacetimedb_config.token_file),
+            ("spacetimedb_config.ca_file", &self.spacetimedb_config.ca_file),
         ] {
             if let Some(path) = file
                 && let Err(error) = std::fs::File::open(path)
             {
                 refuse(key, format!("open {}: {error}", path.display()));
+            }
+        }
+        for (key, identities) in [("deploy.admins", &self.deploy.admins), ("deploy.members", &self.deploy.members)] {
+            if let Some(wrong) = identities.iter().find(|text| text.parse::<crate::ids::Identity>().is_err()) {
+                refuse(key, format!("`{wrong}` is no identity: 64 hexadecimal digits"));
             }
         }
         for recipient in &repository.recipients {

@@ -10,7 +10,6 @@ pub mod health;
 pub mod history;
 pub mod schedule;
 pub mod state;
-pub mod supervisor;
 pub mod survey;
 
 use std::path::PathBuf;
@@ -30,8 +29,9 @@ use crate::config::Config;
 use crate::daemon::followers::Followers;
 use crate::daemon::schedule::ScheduleError;
 use crate::daemon::state::{State, StateDir};
-use crate::daemon::supervisor::{Supervisor, SupervisorError};
 use crate::datadir::{DataDir, DataDirError};
+#[cfg(feature = "client")]
+use crate::deploy::{DeployError, record::DeploymentRecord};
 use crate::durable::FileError;
 #[cfg(feature = "client")]
 use crate::export::{ExportError, ExportOptions, ExportReport};
@@ -47,6 +47,7 @@ use crate::repository::crypto::Keyring;
 use crate::repository::lease::Lease;
 use crate::repository::manifest::{RestorePoint, RestorePointList};
 use crate::repository::{Repository, RepositoryError};
+use crate::standalone::supervisor::{Supervisor, SupervisorError, Switch, Watched};
 use crate::status::{StatusError, StatusReport};
 use crate::verify::VerifyReport;
 
@@ -102,8 +103,9 @@ pub struct DaemonOptions {
     /// Wait for a lease that another holds, rather than end.
     pub wait: bool,
     pub allow_plain_keys: bool,
-    /// The server to start and watch.
+    /// The server to start and watch, and the signal that asks it to end.
     pub server: Vec<std::ffi::OsString>,
+    pub server_stop_signal: rustix::process::Signal,
     pub interface: MakeInterface,
 }
 
@@ -119,7 +121,11 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     let interface = (options.interface)(config, Arc::clone(&clock), Arc::clone(&state), telling);
     let stop_serving = CancellationToken::new();
     let serving = tokio::spawn(Arc::clone(&interface).run(stop_serving.clone()));
-    let supervisor = Supervisor::start(&options, Arc::clone(&clock), Arc::clone(&state), stop.clone())?;
+    let (server, data_dir, signal) = (options.server.clone(), options.data_dir.clone(), options.server_stop_signal);
+    let watched = Watched::new(&options.config, server, data_dir, signal);
+    let telling = Arc::clone(&state);
+    let tell = Arc::new(move |server| telling.server(server));
+    let supervisor = Supervisor::start(watched, Arc::clone(&clock), tell, stop.clone())?;
     let (telemetry_config, instance) = (&options.config.telemetry, state_dir.instance());
     let calls = CallStreams::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
     let module_logs = ModuleLogs::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
@@ -141,8 +147,8 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     });
     let publishing = tokio::spawn(publish(Arc::clone(&state), Arc::clone(&clock)));
     let streams = (Arc::new(calls), Arc::new(module_logs));
-    let server_stopped = supervisor.stopped();
-    let result = follow(&options, &state, streams, Arc::clone(&clock), &stop, server_stopped, interface.as_ref()).await;
+    let server = (supervisor.stopped(), supervisor.switch());
+    let result = follow(&options, &state, streams, Arc::clone(&clock), &stop, server, interface.as_ref()).await;
     stop.cancel();
     let ended = supervisor.end().await;
     state.stopped();
@@ -175,7 +181,7 @@ async fn follow(
     (calls, module_logs): (Arc<CallStreams>, Arc<ModuleLogs>),
     clock: Arc<dyn Clock>,
     stop: &CancellationToken,
-    server_stopped: CancellationToken,
+    (server_stopped, server): (CancellationToken, Option<Switch>),
     interface: &dyn Interface,
 ) -> Result<(), DaemonError> {
     let state_dir = &options.state_dir;
@@ -195,6 +201,7 @@ async fn follow(
         state: Arc::clone(state),
         config: options.config.clone(),
         allow_plain_keys: options.allow_plain_keys,
+        server,
         followers: Followers::default(),
         calls,
         module_logs,
@@ -371,6 +378,8 @@ pub struct Daemon {
     state: Arc<State>,
     config: Config,
     allow_plain_keys: bool,
+    /// Stops and starts the server that is watched, where one is.
+    server: Option<Switch>,
     followers: Followers,
     calls: Arc<CallStreams>,
     module_logs: Arc<ModuleLogs>,
@@ -468,6 +477,29 @@ impl Daemon {
             new_series: false,
             since: None,
         }
+    }
+
+    /// What stops and starts the server that is watched; `None` where none is.
+    pub(super) fn switch(&self) -> Option<&Switch> {
+        self.server.as_ref()
+    }
+
+    /// Keeps a record of a deployment; `false` when the repository at `url` is another one.
+    ///
+    /// # Errors
+    /// When the repository fails.
+    #[cfg(feature = "client")]
+    pub async fn record_deployment(
+        &self,
+        url: &str,
+        record: &DeploymentRecord,
+        programs: &[PathBuf],
+    ) -> Result<bool, DeployError> {
+        if url != self.url {
+            return Ok(false);
+        }
+        crate::deploy::record::keep(&self.repository, record, programs).await?;
+        Ok(true)
     }
 
     /// What `inner-universe status` tells.

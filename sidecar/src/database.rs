@@ -4,6 +4,7 @@
 //! versions. JSON, which the server offers too, writes infinities as null and so loses them.
 
 pub mod cell;
+pub mod control;
 pub mod link;
 pub mod schema;
 pub mod shape;

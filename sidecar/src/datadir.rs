@@ -179,6 +179,10 @@ impl DataDir {
 }
 
 impl ReplicaDir {
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub fn log_path(&self) -> PathBuf {
         self.root.join("clog")
     }

@@ -13,6 +13,10 @@ pub mod daemon;
 #[cfg(feature = "client")]
 pub mod database;
 pub mod datadir;
+#[cfg(feature = "client")]
+pub mod deploy;
+#[cfg(feature = "client")]
+pub mod doctor;
 pub mod durable;
 #[cfg(feature = "client")]
 pub mod export;
@@ -27,5 +31,6 @@ pub mod progress;
 pub mod replay;
 pub mod repository;
 pub mod restore;
+pub mod standalone;
 pub mod status;
 pub mod verify;

@@ -4,8 +4,9 @@ use std::process::ExitCode;
 
 use crate::backup::BackupError;
 use crate::daemon::DaemonError;
-use crate::daemon::supervisor::SupervisorError;
 use crate::datadir::DataDirError;
+#[cfg(feature = "client")]
+use crate::deploy::DeployError;
 #[cfg(feature = "client")]
 use crate::export::{ExportError, archive::ArchiveError};
 #[cfg(feature = "client")]
@@ -14,6 +15,8 @@ use crate::repository::RepositoryError;
 use crate::repository::crypto::CryptoError;
 use crate::repository::instance::InstanceError;
 use crate::restore::RestoreError;
+use crate::standalone::StandaloneError;
+use crate::standalone::supervisor::SupervisorError;
 use crate::status::StatusError;
 
 /// What the process exits with. The numbers are a contract.
@@ -35,10 +38,10 @@ impl ExitStatus {
   0  done
   1  failed
   2  wrong usage or configuration
-  3  findings (verify)
+  3  findings (verify, doctor), rows refused (replay), or a server that is not ready (server status)
   4  nothing to restore
   5  the repository is being written by another sidecar
-  6  refused to overwrite
+  6  refused: it would overwrite something, or break what runs
   7  the store cannot be reached";
 }
 
@@ -114,6 +117,12 @@ impl From<DaemonError> for Failure {
     }
 }
 
+impl From<StandaloneError> for Failure {
+    fn from(error: StandaloneError) -> Self {
+        Self::new(of_standalone(&error), error)
+    }
+}
+
 impl From<RestoreError> for Failure {
     fn from(error: RestoreError) -> Self {
         let status = match &error {
@@ -165,6 +174,28 @@ impl From<ReplayError> for Failure {
     }
 }
 
+#[cfg(feature = "client")]
+impl From<DeployError> for Failure {
+    fn from(error: DeployError) -> Self {
+        let status = match &error {
+            DeployError::NoModule
+            | DeployError::NoModuleDir
+            | DeployError::Module { .. }
+            | DeployError::NotOwner { .. } => ExitStatus::Usage,
+            DeployError::Breaking(_) | DeployError::NeedsData(_) | DeployError::CannotStop => ExitStatus::Refused,
+            DeployError::Busy => ExitStatus::Locked,
+            DeployError::NothingToUndo(_) => ExitStatus::NothingToRestore,
+            DeployError::Standalone(error) => of_standalone(error),
+            DeployError::Repository(error) | DeployError::Backup(BackupError::Repository(error)) => {
+                of_repository(error)
+            }
+            DeployError::DataDir(error) => of_data_dir(error),
+            _ => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
 impl From<StatusError> for Failure {
     fn from(error: StatusError) -> Self {
         let status = match &error {
@@ -173,6 +204,18 @@ impl From<StatusError> for Failure {
             StatusError::Worker(_) => ExitStatus::Failed,
         };
         Self::new(status, error)
+    }
+}
+
+fn of_standalone(error: &StandaloneError) -> ExitStatus {
+    match error {
+        StandaloneError::NotFound(_) | StandaloneError::NoDataDir | StandaloneError::Settings { .. } => {
+            ExitStatus::Usage
+        }
+        StandaloneError::Running { .. } | StandaloneError::PortTaken { .. } | StandaloneError::Foreign { .. } => {
+            ExitStatus::Refused
+        }
+        _ => ExitStatus::Failed,
     }
 }
 

@@ -98,7 +98,7 @@ pub fn start_logging(logging: Logging, own: &OwnTelemetry) {
 
 /// `1.5 GiB`
 pub fn bytes(n: u64) -> String {
-    indicatif::BinaryBytes(n).to_string()
+    crate::config::value::approximate(n)
 }
 
 /// `1.25 s`

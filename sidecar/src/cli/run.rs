@@ -1,19 +1,27 @@
 //! `run`
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::sync::Arc;
 
 use clap::Args;
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{self, Logging};
+use crate::cli::server::ListenArgs;
 use crate::cli::{Context, DataDirArg};
+use crate::config::Config;
 use crate::daemon::state::StateDir;
 use crate::daemon::{self, DaemonError, DaemonOptions, TELEMETRY_LIMIT};
+use crate::datadir::lock::{self, ServerLock};
 use crate::http::Server;
 use crate::observe::own::OwnTelemetry;
+use crate::standalone::command::{Binary, listen_address};
+use crate::standalone::temporary::STOP;
+use crate::standalone::{StandaloneError, settings};
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -28,14 +36,23 @@ pub struct RunArgs {
     /// Exit with code 5 when another sidecar holds the lease, rather than wait for it
     #[arg(long)]
     no_wait: bool,
+    /// Start, watch and stop the server of spacetimedb_config too
+    #[arg(long, conflicts_with = "server")]
+    serve: bool,
+    #[command(flatten)]
+    listen: ListenArgs,
     /// A server to start, watch and stop: everything after `--`
     #[arg(last = true, value_name = "SERVER COMMAND")]
     server: Vec<OsString>,
 }
 
 pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Result<ExitStatus, Failure> {
-    let config = context.config().clone();
+    let config = args.listen.apply(context.config());
     let data_dir = args.data.path(context)?;
+    let (server, server_stop_signal) = match args.serve {
+        true => (server_of(&config, &data_dir)?, STOP),
+        false => (args.server, Signal::TERM),
+    };
     let state_dir = StateDir::open(&config, &data_dir).map_err(DaemonError::from)?;
     let own = OwnTelemetry::start(&config.telemetry, &state_dir.instance()).map_err(DaemonError::from)?;
     output::start_logging(logging, &own);
@@ -56,21 +73,12 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
         force: args.force,
         wait: !args.no_wait,
         allow_plain_keys: args.allow_plain_keys,
-        server: args.server,
+        server,
+        server_stop_signal,
         interface: Server::interface,
     };
     let stop = CancellationToken::new();
-    let listening = |kind| signal(kind).map_err(|error| Failure::new(ExitStatus::Failed, error));
-    let (mut terminate, mut interrupt) = (listening(SignalKind::terminate())?, listening(SignalKind::interrupt())?);
-    let told = stop.clone();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("told to stop");
-        told.cancel();
-    });
+    cancel_when_told(stop.clone())?;
     let result = daemon::run(options, Arc::clone(&context.clock), stop).await;
     if let Err(error) = &result {
         tracing::error!(%error, "ended");
@@ -81,4 +89,31 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
     }
     result?;
     Ok(ExitStatus::Ok)
+}
+
+/// The command that serves as the configuration says, and the server's own settings made ready for it.
+fn server_of(config: &Config, data_dir: &Path) -> Result<Vec<OsString>, Failure> {
+    let binary = Binary::find(config)?;
+    if let ServerLock::Held { pid } =
+        lock::probe_file(&data_dir.join("spacetime.pid")).map_err(StandaloneError::from)?
+    {
+        return Err(StandaloneError::Running { path: data_dir.to_owned(), pid }.into());
+    }
+    settings::set_log_level(data_dir, config.spacetimedb_config.log_level)?;
+    Ok(binary.serve(config, data_dir, &listen_address(config)))
+}
+
+/// Cancels `stop` on a signal that asks this process to end.
+pub fn cancel_when_told(stop: CancellationToken) -> Result<(), Failure> {
+    let listening = |kind| signal(kind).map_err(|error| Failure::new(ExitStatus::Failed, error));
+    let (mut terminate, mut interrupt) = (listening(SignalKind::terminate())?, listening(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("told to stop");
+        stop.cancel();
+    });
+    Ok(())
 }

@@ -70,6 +70,11 @@ impl From<ByteSize> for String {
     }
 }
 
+/// A size for people, `1.5 GiB`.
+pub fn approximate(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Exact, so that what is shown reads back as the same.

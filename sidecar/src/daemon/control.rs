@@ -3,6 +3,8 @@
 //! One JSON document each way, ended by closing the writing side.
 
 use std::path::Path;
+#[cfg(feature = "client")]
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +14,8 @@ use tokio::net::{UnixListener, UnixStream};
 use crate::backup::BackupReport;
 use crate::daemon::state::StateDir;
 use crate::daemon::{Daemon, DaemonError};
+#[cfg(feature = "client")]
+use crate::deploy::record::DeploymentRecord;
 use crate::durable::OnPath;
 #[cfg(feature = "client")]
 use crate::export::{ExportOptions, ExportReport};
@@ -28,6 +32,11 @@ pub enum Request {
     /// An export of `database` into the repository at `url`.
     #[cfg(feature = "client")]
     Export { url: String, server: String, database: Option<String>, options: ExportOptions },
+    /// The server that the daemon watches is to run, or to be stopped until it is to run again.
+    Server { run: bool },
+    /// A record of a deployment, for the repository at `url`.
+    #[cfg(feature = "client")]
+    Deployed { url: String, record: Box<DeploymentRecord>, programs: Vec<PathBuf> },
 }
 
 /// What is answered.
@@ -37,6 +46,7 @@ pub enum Answer {
     Created(BackupReport),
     #[cfg(feature = "client")]
     Exported(ExportReport),
+    Done,
     /// The daemon writes to another repository, or asks another database.
     Elsewhere,
     Failed(String),
@@ -78,6 +88,21 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
                     Ok(report) => Answer::Exported(report),
                     Err(error) => Answer::Failed(error.to_string()),
                 }
+            }
+        }
+        Ok(Request::Server { run }) => match daemon.switch() {
+            Some(switch) => {
+                switch.set(run).await;
+                Answer::Done
+            }
+            None => Answer::Elsewhere,
+        },
+        #[cfg(feature = "client")]
+        Ok(Request::Deployed { url, record, programs }) => {
+            match daemon.record_deployment(&url, &record, &programs).await {
+                Ok(true) => Answer::Done,
+                Ok(false) => Answer::Elsewhere,
+                Err(error) => Answer::Failed(error.to_string()),
             }
         }
         Err(error) => Answer::Failed(format!("the daemon does not understand: {error}; are both of the same release?")),

@@ -18,6 +18,7 @@ use crate::daemon::survey::Survey;
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::observe::metrics::{self, Sample};
+use crate::standalone::supervisor::ServerStatus;
 
 /// `status.json` in the state directory, rewritten every second.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -77,14 +78,6 @@ pub struct ScheduleStatus {
     /// `None` while it runs, and before the first run.
     pub last_ok: Option<bool>,
     pub last_message: Option<String>,
-}
-
-/// The server that `run -- COMMAND` watches.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ServerStatus {
-    pub pid: Option<u32>,
-    pub starts: u64,
-    pub last_exit: Option<String>,
 }
 
 /// The daemon's knowledge of itself.

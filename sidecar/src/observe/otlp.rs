@@ -191,7 +191,7 @@ impl Client {
 }
 
 /// An HTTP client with a deadline and, if given, further certificate authorities.
-pub(super) fn client(timeout: Duration, ca_file: Option<&std::path::Path>) -> Result<reqwest::Client, OtlpError> {
+pub(crate) fn client(timeout: Duration, ca_file: Option<&std::path::Path>) -> Result<reqwest::Client, OtlpError> {
     // `ring` is compiled in for all TLS; a second start in one process keeps the first one's.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = reqwest::Client::builder().timeout(timeout).connect_timeout(timeout.min(Duration::from_secs(5)));

@@ -44,8 +44,9 @@ pub trait Sequenced: Sized + Send + 'static {
 }
 
 /// One database on the server.
+#[derive(Clone)]
 pub struct Database {
-    client: reqwest::Client,
+    pub(crate) client: reqwest::Client,
     pub(crate) url: String,
     pub(crate) name: String,
     pub(crate) token: Option<String>,
@@ -73,7 +74,7 @@ impl Database {
         let token = token(config)?;
         let url = config.server_url();
         let timeout = Duration::from_millis(server.timeout_ms);
-        let client = crate::observe::otlp::client(timeout, None)
+        let client = crate::observe::otlp::client(timeout, config.ca_file.as_deref())
             .map_err(|error| SourceError::Unreachable { url: url.clone(), reason: error.to_string() })?;
         Ok(Self { client, url, name: name.to_owned(), token })
     }
@@ -166,7 +167,7 @@ impl Database {
     /// # Errors
     /// When the server cannot be asked.
     pub async fn all<T: DeserializeOwned>(&self, table: &str) -> Result<Vec<T>, SourceError> {
-        parse(&self.sql(format!("SELECT * FROM {table}")).await?)
+        self.rows(format!("SELECT * FROM {table}")).await
     }
 
     /// The database's identity.
@@ -177,6 +178,62 @@ impl Database {
         let text = self.get("identity").await?;
         let text = String::from_utf8_lossy(&text);
         text.trim().parse().map_err(|_| SourceError::Answer(format!("`{}` is no identity", text.trim())))
+    }
+
+    /// The database's identity; `None` when the server knows no such database.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn find(&self) -> Result<Option<crate::ids::Identity>, SourceError> {
+        #[derive(Deserialize)]
+        struct Info {
+            database_identity: Tagged,
+        }
+        #[derive(Deserialize)]
+        struct Tagged {
+            __identity__: String,
+        }
+        // A name can outlive its database, so the name alone tells nothing.
+        let url = format!("{}/v1/database/{}", self.url, self.name);
+        match self.send(self.client.get(url)).await {
+            Ok(bytes) => {
+                let info: Info =
+                    serde_json::from_slice(&bytes).map_err(|error| SourceError::Answer(error.to_string()))?;
+                let text = info.database_identity.__identity__;
+                let identity = text.trim_start_matches("0x").parse();
+                identity.map(Some).map_err(|_| SourceError::Answer(format!("`{text}` is no identity")))
+            }
+            Err(SourceError::Refused { status: 404, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Does the database answer a query?
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn answers(&self) -> Result<(), SourceError> {
+        // Asked of a table that every database has; who may not read it is answered too.
+        match self.sql("SELECT COUNT(*) AS n FROM st_table".into()).await {
+            Ok(_) | Err(SourceError::Refused { status: 400..=403, .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The server's release, where it tells.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn server_version(&self) -> Result<Option<String>, SourceError> {
+        #[derive(Deserialize)]
+        struct Health {
+            version: Option<String>,
+        }
+        match self.send(self.client.get(format!("{}/v1/health", self.url))).await {
+            Ok(bytes) => Ok(serde_json::from_slice::<Health>(&bytes).ok().and_then(|health| health.version)),
+            Err(SourceError::Refused { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The module's schema, as the server describes it.
@@ -192,7 +249,23 @@ impl Database {
     /// # Errors
     /// When the server cannot be asked, or the reducer refuses.
     pub async fn call(&self, reducer: &str) -> Result<(), SourceError> {
-        self.post(&format!("call/{reducer}"), "[]".into()).await.map(drop)
+        self.call_with(reducer, &serde_json::json!([])).await
+    }
+
+    /// Calls a reducer with arguments in the server's JSON.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, or the reducer refuses.
+    pub async fn call_with(&self, reducer: &str, arguments: &serde_json::Value) -> Result<(), SourceError> {
+        self.post(&format!("call/{reducer}"), arguments.to_string()).await.map(drop)
+    }
+
+    /// The rows of a statement, in the server's JSON.
+    ///
+    /// # Errors
+    /// When the server refuses the statement or cannot be asked.
+    pub async fn rows<T: DeserializeOwned>(&self, statement: String) -> Result<Vec<T>, SourceError> {
+        parse(&self.sql(statement).await?)
     }
 
     async fn sql(&self, statement: String) -> Result<bytes::Bytes, SourceError> {
@@ -215,7 +288,7 @@ impl Database {
         format!("{}/v1/database/{}/{path}", self.url, self.name)
     }
 
-    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<bytes::Bytes, SourceError> {
+    pub(crate) async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<bytes::Bytes, SourceError> {
         let unreachable =
             |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
         if let Some(token) = &self.token {

@@ -81,6 +81,19 @@ pub fn parse_restore_point(key: &Key) -> Option<RestorePointId> {
     key.filename()?.strip_suffix(".json")?.parse().ok()
 }
 
+pub fn deployments() -> Key {
+    Key::from("deployments")
+}
+
+pub fn deployment(id: RestorePointId) -> Key {
+    Key::from(format!("deployments/{id}.json"))
+}
+
+/// A program that was deployed.
+pub fn program(hash: &ContentHash, sealed: bool) -> Key {
+    Key::from(format!("programs/{hash}.wasm.zst{}", if sealed { ".age" } else { "" }))
+}
+
 /// Everything that was exported from a database.
 pub fn exports(database: &Identity) -> Key {
     Key::from(format!("databases/{database}/exports"))

@@ -440,7 +440,7 @@ impl ObjectWriter {
 }
 
 /// Writes commits into segments, leaving out what lies before `from` and after `until`.
-struct SegmentWriter {
+pub(crate) struct SegmentWriter {
     dir: PathBuf,
     from: Offset,
     until: Offset,
@@ -454,11 +454,11 @@ struct SegmentWriter {
 const SYNC_STEP: u64 = 64 << 20;
 
 impl SegmentWriter {
-    fn new(dir: &Path, from: Offset, until: Offset) -> Self {
+    pub(crate) fn new(dir: &Path, from: Offset, until: Offset) -> Self {
         Self { dir: dir.to_owned(), from, until, open: None, unsynced: 0, syncing: None }
     }
 
-    fn write(&mut self, log_version: u8, commits: &[u8]) -> Result<(), FileError> {
+    pub(crate) fn write(&mut self, log_version: u8, commits: &[u8]) -> Result<(), FileError> {
         let (mut start, mut end, mut first) = (0, 0, None);
         while let Frame::Commit(commit) = Frame::parse(log_version, &commits[end..]) {
             if commit.last() > self.until {
@@ -507,7 +507,7 @@ impl SegmentWriter {
     }
 
     /// A log without a segment would be a database without a transaction.
-    fn finish(mut self) -> Result<(), RestoreError> {
+    pub(crate) fn finish(mut self) -> Result<(), RestoreError> {
         let dir = self.dir.clone();
         self.finish_sync(&dir)?;
         match self.open {
@@ -521,7 +521,7 @@ impl SegmentWriter {
 }
 
 /// Everything written so far on the file system of `path` reaches the disk: one call instead of one for each page file.
-fn sync_file_system(path: &Path) -> Result<(), FileError> {
+pub(crate) fn sync_file_system(path: &Path) -> Result<(), FileError> {
     #[cfg(target_os = "linux")]
     {
         let dir = File::open(path).on("open", path)?;

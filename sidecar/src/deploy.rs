@@ -1,0 +1,714 @@
+//! Deployments: a module published with a way back.
+//!
+//! A restore point, the publish, the module's settings, a verification; in deployment mode on a server that is started for
+//! it on loopback, online on the one that runs. Each step is written down before it is taken, so that a run which was broken
+//! off is ended by the next: either done or taken back.
+//!
+//! Invariants: what the server would refuse is refused before anything is changed; a failed step leaves program and rows as
+//! they were right before the publish, and no write that was acknowledged before it is lost; deploying what is deployed
+//! changes nothing.
+
+pub mod configure;
+mod cut;
+mod history;
+pub mod host;
+pub mod journal;
+mod keeper;
+pub mod migration;
+pub mod module;
+mod plan;
+pub mod record;
+mod rollback;
+pub mod verify;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use spacetimedb_lib::db::raw_def::v9::RawModuleDefV9;
+
+use crate::backup::BackupError;
+use crate::clock::{Clock, Stopwatch};
+use crate::config::Config;
+use crate::daemon::state::StateDir;
+use crate::database::control::Preview;
+use crate::database::schema::Schema;
+use crate::datadir::{DataDir, DataDirError};
+use crate::deploy::configure::Changes;
+use crate::deploy::host::Host;
+use crate::deploy::journal::{Journal, Step};
+use crate::deploy::migration::Migration;
+use crate::deploy::module::Module;
+use crate::deploy::record::DeploymentRecord;
+use crate::durable::{self, FileError, OnPath};
+use crate::ids::{ContentHash, Identity, Offset, RestorePointId};
+use crate::observe::server::{Database, SourceError};
+use crate::progress::Progress;
+use crate::repository::RepositoryError;
+use crate::restore::RestoreError;
+use crate::standalone::StandaloneError;
+use crate::standalone::command::Binary;
+
+pub use crate::deploy::history::{History, history, undo};
+pub use crate::deploy::keeper::Keeper;
+pub use crate::deploy::plan::{DeployPlan, plan};
+
+/// The database's name where the configuration gives none.
+pub const DEFAULT_NAME: &str = "inner-universe";
+
+/// What can go wrong with a deployment.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    #[error("no module is named; give --module-path FILE, or set module_config.module_path or build_module")]
+    NoModule,
+    #[error("module_config.build_module is on and no source directory is named; set module_config.module_dir")]
+    NoModuleDir,
+    #[error("the module in {} does not build:\n{reason}", dir.display())]
+    Build { dir: PathBuf, reason: String },
+    #[error("{}: {reason}", path.display())]
+    Module { path: PathBuf, reason: String },
+    #[error("another deployment works on this; wait for it")]
+    Busy,
+    #[error("a server runs on {} and does not answer: {error}", data_dir.display())]
+    Silent { data_dir: PathBuf, error: SourceError },
+    #[error("the server would refuse the module, nothing was changed: {0}")]
+    Breaking(String),
+    #[error("`{name}` belongs to another identity than this token's; give the owner's with --token-file")]
+    NotOwner { name: String },
+    #[error("the deployment does not pass its verification: {0}")]
+    Verification(String),
+    #[error("{reason}; {done}")]
+    RolledBack { reason: String, done: String },
+    #[error("{reason}; and what was changed could not be taken back: {error}; run `inner-universe deploy rollback`")]
+    NotRolledBack { reason: String, error: String },
+    #[error("the program {0} is neither on this machine nor in the repository")]
+    NoProgram(ContentHash),
+    #[error("nothing that was deployed to `{0}` can be taken back: its history holds no earlier program")]
+    NothingToUndo(String),
+    #[error(
+        "the older program does not take the tables that are there ({0}); `deploy rollback --data` takes the rows back too, \
+         to right before the publish"
+    )]
+    NeedsData(String),
+    #[error("rows can be taken back only where the server can be stopped: stop it, and roll back in deployment mode")]
+    CannotStop,
+    #[error("the daemon could not help: {0}")]
+    Daemon(String),
+    #[error("write the token in {}: {source}", path.display())]
+    Token { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Server(#[from] SourceError),
+    #[error(transparent)]
+    Standalone(#[from] StandaloneError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Backup(#[from] BackupError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("a worker failed: {0}")]
+    Worker(String),
+}
+
+/// How a deployment reaches the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// On a server that is started for it, on loopback only.
+    Deployment,
+    /// On the server that runs.
+    Online,
+}
+
+/// How a deployment ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    Deployed,
+    /// All was as it should be already.
+    Unchanged,
+    /// A step failed, and everything is as before.
+    RolledBack,
+    /// A step failed, and what was changed stays: `--no-rollback`.
+    Failed,
+    /// An earlier deployment was taken back.
+    Undone,
+}
+
+/// What a deployment did. Field names are stable.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeployReport {
+    pub deployment: RestorePointId,
+    pub database: Identity,
+    pub name: String,
+    pub mode: Mode,
+    pub outcome: Outcome,
+    pub module: ContentHash,
+    pub previous: Option<ContentHash>,
+    pub migration: Migration,
+    pub changes: Changes,
+    pub restore_point: Option<RestorePointId>,
+    pub steps: Vec<StepReport>,
+    /// What the operator should know although all went well.
+    pub problems: Vec<String>,
+    pub duration_ms: u64,
+}
+
+/// One step that was taken.
+#[derive(Debug, Clone, Serialize)]
+pub struct StepReport {
+    pub step: &'static str,
+    pub message: String,
+    pub duration_ms: u64,
+}
+
+/// Everything that a deployment works with.
+pub struct Setup {
+    pub config: Config,
+    pub name: String,
+    /// `None` for a server on another machine.
+    pub data_dir: Option<PathBuf>,
+    pub state_dir: StateDir,
+    pub keeper: Keeper,
+    /// Take back what a failed step has changed.
+    pub rollback: bool,
+    /// What makes this program watch the server in the background.
+    pub watch: Vec<OsString>,
+    pub clock: Arc<dyn Clock>,
+    pub progress: Arc<dyn Progress>,
+}
+
+impl Setup {
+    fn dir(&self) -> &Path {
+        self.state_dir.path()
+    }
+
+    async fn open_host(&self, announce: impl FnOnce(u16) -> Result<(), StandaloneError>) -> Result<Host, DeployError> {
+        let (data_dir, clock) = (self.data_dir.as_deref(), Arc::clone(&self.clock));
+        Host::open(&self.config, data_dir, &self.state_dir, self.watch.clone(), clock, announce).await
+    }
+
+    /// One at a time.
+    fn lock(&self) -> Result<std::fs::File, DeployError> {
+        let path = self.dir().join("deploy.lock");
+        let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
+        file.try_lock().map_err(|_| DeployError::Busy)?;
+        Ok(file)
+    }
+
+    /// The database, asked with the configured token, or else with an identity of the sidecar's own.
+    async fn database(&self, host: &Host) -> Result<Database, DeployError> {
+        let config = &host.config;
+        let database = Database::new(&config.spacetimedb_config, &config.server_config, &self.name)?;
+        if database.has_token() {
+            return Ok(database);
+        }
+        let path = own_token(self.dir());
+        if let Ok(token) = std::fs::read_to_string(&path) {
+            return Ok(database.with_token(token.trim()));
+        }
+        let made = database.new_identity().await?;
+        keep_token(&path, &made.token)?;
+        tracing::info!(identity = made.identity, file = %path.display(), "an identity of our own was taken");
+        Ok(database.with_token(&made.token))
+    }
+}
+
+/// Where the sidecar's own token is, of an identity that a deployment has taken.
+pub fn own_token(state_dir: &Path) -> PathBuf {
+    state_dir.join("token")
+}
+
+fn keep_token(path: &Path, token: &str) -> Result<(), DeployError> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let write = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(token.as_bytes())?;
+        file.sync_all()
+    };
+    write().map_err(|source| DeployError::Token { path: path.to_owned(), source })
+}
+
+/// Collects what was done.
+struct Steps {
+    progress: Arc<dyn Progress>,
+    done: Vec<StepReport>,
+}
+
+impl Steps {
+    async fn take<T>(
+        &mut self,
+        step: &'static str,
+        work: impl Future<Output = Result<(T, String), DeployError>>,
+    ) -> Result<T, DeployError> {
+        self.progress.phase(step, None);
+        let took = Stopwatch::start();
+        let (value, message) = work.await?;
+        self.done.push(StepReport { step, message, duration_ms: took.elapsed_ms() });
+        Ok(value)
+    }
+}
+
+/// Deploys the module of the configuration.
+///
+/// # Errors
+/// [`DeployError::RolledBack`] when a step failed and everything is as it was before the publish; any other error, and
+/// nothing was changed, or what was changed is told.
+pub async fn deploy(setup: &Setup) -> Result<DeployReport, DeployError> {
+    let took = Stopwatch::start();
+    let _one = setup.lock()?;
+    let mut steps = Steps { progress: Arc::clone(&setup.progress), done: Vec::new() };
+    let module_config = setup.config.module_config.clone();
+    let module = steps
+        .take("build", async {
+            let module = blocking(move || Module::prepare(&module_config)).await??;
+            let how = if setup.config.module_config.build_module { "built" } else { "read" };
+            Ok((module.clone(), format!("{how} {}, {}", module.path.display(), module.hash)))
+        })
+        .await?;
+    setup.keep_program(&module.hash, &module.bytes)?;
+    let mut journal = begin(setup, &module, &mut steps).await?;
+    journal.save(setup.dir())?;
+    let result = run(setup, &module, &mut journal, &mut steps).await;
+    match result {
+        Ok(mut report) => {
+            report.steps = steps.done;
+            report.duration_ms = took.elapsed_ms();
+            Journal::close(setup.dir())?;
+            Ok(report)
+        }
+        Err(error) => {
+            if journal.step == Step::Prepare {
+                Journal::close(setup.dir())?;
+            }
+            Err(error)
+        }
+    }
+}
+
+fn new_journal(setup: &Setup, module: &Module) -> Journal {
+    let now = setup.clock.now();
+    Journal {
+        id: RestorePointId(ulid_at(now)),
+        step: Step::Prepare,
+        started_at: now,
+        mode: Mode::Online,
+        name: setup.name.clone(),
+        server_port: None,
+        had_data_dir: setup.data_dir.as_ref().is_some_and(|dir| DataDir::open(dir).is_ok()),
+        existed: false,
+        identity: None,
+        module: module.hash,
+        previous: None,
+        publishes: true,
+        log_end: None,
+        restore_point: None,
+        settings_before: Vec::new(),
+    }
+}
+
+fn ulid_at(now: jiff::Timestamp) -> ulid::Ulid {
+    ulid::Ulid::from_parts(u64::try_from(now.as_millisecond()).unwrap_or(0), ulid::Ulid::new().random())
+}
+
+/// Ends what an earlier run has left: its server, and its changes, unless they are of the same module and can go on.
+async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> Result<Journal, DeployError> {
+    let Some(left) = Journal::load(setup.dir())? else { return Ok(new_journal(setup, module)) };
+    end_orphan(setup, &left).await?;
+    if left.step == Step::Prepare {
+        // What a server made of an empty place before anything was published is no data.
+        return Ok(Journal { had_data_dir: left.had_data_dir, ..new_journal(setup, module) });
+    }
+    if left.step != Step::RollBack && left.module == module.hash && left.name == setup.name {
+        tracing::warn!(deployment = %left.id, step = ?left.step, "a deployment that was broken off goes on");
+        return Ok(left);
+    }
+    take_back(setup, left, steps).await?;
+    Ok(new_journal(setup, module))
+}
+
+async fn end_orphan(setup: &Setup, left: &Journal) -> Result<(), DeployError> {
+    match (left.server_port, &setup.data_dir) {
+        (Some(port), Some(data_dir)) => host::end_orphan(data_dir, port, setup.clock.as_ref()).await,
+        _ => Ok(()),
+    }
+}
+
+async fn take_back(setup: &Setup, mut left: Journal, steps: &mut Steps) -> Result<(), DeployError> {
+    steps
+        .take("end a deployment that was broken off", async {
+            let done = rollback::roll_back(setup, &mut left, None).await?;
+            tracing::warn!(deployment = %left.id, done, "a deployment that was broken off was taken back");
+            Ok(((), done))
+        })
+        .await?;
+    Ok(Journal::close(setup.dir())?)
+}
+
+async fn run(
+    setup: &Setup,
+    module: &Module,
+    journal: &mut Journal,
+    steps: &mut Steps,
+) -> Result<DeployReport, DeployError> {
+    let dir = setup.dir().to_owned();
+    let mut host = steps
+        .take("server", async {
+            let mut opened = journal.clone();
+            let host = setup
+                .open_host(|port| {
+                    opened.server_port = Some(port);
+                    opened.mode = Mode::Deployment;
+                    Ok(opened.save(&dir)?)
+                })
+                .await?;
+            *journal = opened;
+            let url = host.config.spacetimedb_config.server_url();
+            let message = match host.mode() {
+                Mode::Deployment => format!("deployment mode, at {url}"),
+                Mode::Online => format!("online, at {url}"),
+            };
+            Ok((host, message))
+        })
+        .await?;
+    let outcome = on_host(setup, module, journal, steps, &host).await;
+    match outcome {
+        Ok(report) => {
+            if host.mode() == Mode::Deployment {
+                host.stop().await?;
+            }
+            Ok(report)
+        }
+        Err(error) if journal.step == Step::Prepare => {
+            if host.mode() == Mode::Deployment {
+                host.stop().await?;
+                rollback::leave_no_data_dir(setup, journal)?;
+            }
+            Err(error)
+        }
+        Err(error) => {
+            let reason = error.to_string();
+            if !setup.rollback {
+                let _ = setup.record(journal, Outcome::Failed, &reason, None, &host).await;
+                Journal::close(&dir)?;
+                if host.mode() == Mode::Deployment {
+                    host.stop().await?;
+                }
+                return Err(error);
+            }
+            steps.progress.phase("roll back", None);
+            match rollback::roll_back(setup, journal, Some(&mut host)).await {
+                Ok(done) => {
+                    let recorded = setup.record(journal, Outcome::RolledBack, &reason, None, &host).await;
+                    if let Err(error) = recorded {
+                        tracing::warn!(%error, "the failed deployment is not in the history");
+                    }
+                    Journal::close(&dir)?;
+                    Err(DeployError::RolledBack { reason, done })
+                }
+                Err(error) => Err(DeployError::NotRolledBack { reason, error: error.to_string() }),
+            }
+        }
+    }
+}
+
+/// What is on the server, held against what is to be there.
+struct Found {
+    database: Database,
+    described: Option<RawModuleDefV9>,
+    migration: Migration,
+    /// Shown to the server where its release wants to see that a publish breaks clients knowingly.
+    token: Option<String>,
+    problems: Vec<String>,
+}
+
+async fn on_host(
+    setup: &Setup,
+    module: &Module,
+    journal: &mut Journal,
+    steps: &mut Steps,
+    host: &Host,
+) -> Result<DeployReport, DeployError> {
+    let dir = setup.dir().to_owned();
+    let resumed = journal.step > Step::Prepare;
+    let mut found = steps
+        .take("compare", async {
+            let found = compare(setup, module, journal, host, resumed).await?;
+            let message = found.migration.describe();
+            Ok((found, message))
+        })
+        .await?;
+    let mut changes = match journal.publishes && !resumed {
+        // A new module may know other settings.
+        true => Changes::default(),
+        false => look_at_settings(setup, &found.database).await?,
+    };
+    if !resumed {
+        if !journal.publishes && changes.is_empty() {
+            steps.done.push(StepReport { step: "publish", message: "nothing to change".into(), duration_ms: 0 });
+            return Ok(setup.report(journal, &found, changes, Outcome::Unchanged));
+        }
+        restore_point(setup, journal, steps, &mut found).await?;
+    }
+    if journal.publishes {
+        journal.enter(Step::Publish, &dir)?;
+        let database = &found.database;
+        let identity = steps
+            .take("publish", async {
+                if database.find().await?.is_some() && database.program().await.ok().flatten() == Some(module.hash) {
+                    return Ok((journal.identity, "the module runs already".into()));
+                }
+                let identity = database.publish(module.bytes.clone(), found.token.as_deref()).await?;
+                Ok((Some(identity), format!("{} bytes as {}", module.bytes.len(), setup.name)))
+            })
+            .await?;
+        journal.identity = identity.or(database.find().await?);
+    }
+    journal.enter(Step::Initialise, &dir)?;
+    if journal.publishes {
+        changes = look_at_settings(setup, &found.database).await?;
+        remember(journal, &changes);
+        journal.save(&dir)?;
+    }
+    steps
+        .take("initialise", async {
+            configure::apply(&found.database, &changes).await?;
+            Ok(((), changes.describe()))
+        })
+        .await?;
+    journal.enter(Step::Verify, &dir)?;
+    steps
+        .take("verify", async {
+            let seen = verify::verify(&found.database, &module.hash, found.described.as_ref(), journal.id).await?;
+            Ok(((), seen))
+        })
+        .await?;
+    journal.enter(Step::Record, &dir)?;
+    let offset = setup.publish_offset(journal).await;
+    setup.record(journal, Outcome::Deployed, &found.migration.describe(), offset, host).await?;
+    setup.remember_deployed(journal)?;
+    Ok(setup.report(journal, &found, changes, Outcome::Deployed))
+}
+
+async fn compare(
+    setup: &Setup,
+    module: &Module,
+    journal: &mut Journal,
+    host: &Host,
+    resumed: bool,
+) -> Result<Found, DeployError> {
+    let database = setup.database(host).await?;
+    let mut problems = Vec::new();
+    let identity = database.find().await?;
+    if !resumed {
+        journal.mode = host.mode();
+        journal.identity = identity;
+        journal.existed = identity.is_some();
+    }
+    let described = match Binary::find(&setup.config) {
+        Ok(binary) => {
+            let module = module.clone();
+            Some(blocking(move || module.describe(&binary)).await??)
+        }
+        Err(error) => {
+            problems.push(format!("the module's tables were not compared beforehand: {error}"));
+            None
+        }
+    };
+    let mut found = Found { database, described, migration: Migration::First, token: None, problems };
+    if identity.is_none() {
+        return Ok(found);
+    }
+    let database = &found.database;
+    let running = database.program().await.map_err(|error| match error {
+        SourceError::Refused { .. } => DeployError::NotOwner { name: setup.name.clone() },
+        error => error.into(),
+    })?;
+    if !resumed {
+        journal.previous = running;
+        journal.publishes = running != Some(module.hash);
+    }
+    if !journal.publishes || running == Some(module.hash) {
+        found.migration = Migration::None;
+        return Ok(found);
+    }
+    found.migration = match database.preview(module.bytes.clone()).await? {
+        Preview::Refused { reason } => Migration::Breaking { reasons: vec![reason] },
+        Preview::Migrates { plan, breaks_clients, token } => {
+            if breaks_clients {
+                found.problems.push("clients with older bindings are disconnected and must be generated anew".into());
+                found.token = Some(token);
+            }
+            Migration::Additive { steps: vec![plan] }
+        }
+        Preview::NotServed => match &found.described {
+            Some(new) => {
+                let old = verify::raw(&database.schema().await?).map_err(SourceError::Answer)?;
+                Migration::between(old, new.clone())
+            }
+            None => Migration::Unknown { reason: "no server binary is here to read the module with".into() },
+        },
+    };
+    match &found.migration {
+        Migration::Breaking { reasons } => Err(DeployError::Breaking(reasons.join("; "))),
+        _ => Ok(found),
+    }
+}
+
+async fn look_at_settings(setup: &Setup, database: &Database) -> Result<Changes, DeployError> {
+    let schema = Schema::parse(&database.schema().await?).map_err(SourceError::Answer)?;
+    Ok(configure::changes(database, &schema, &setup.config).await?)
+}
+
+fn remember(journal: &mut Journal, changes: &Changes) {
+    for change in &changes.settings {
+        if !journal.settings_before.iter().any(|(key, _)| *key == change.key) {
+            journal.settings_before.push((change.key.clone(), change.from.clone()));
+        }
+    }
+}
+
+/// The way back: a restore point, the program that runs, the settings, and where the log ends.
+async fn restore_point(
+    setup: &Setup,
+    journal: &mut Journal,
+    steps: &mut Steps,
+    found: &mut Found,
+) -> Result<(), DeployError> {
+    let point = steps
+        .take("restore point", async {
+            if !journal.existed && !journal.had_data_dir {
+                return Ok((None, "nothing was there".into()));
+            }
+            match setup.keeper.restore_point(setup, "pre-deploy").await? {
+                Some(report) => {
+                    found.problems.extend(report.problems.iter().cloned());
+                    Ok((Some(report.restore_point), report.restore_point.to_string()))
+                }
+                None => Ok((None, "no repository is at hand, or nothing is in the database yet".into())),
+            }
+        })
+        .await?;
+    journal.restore_point = point;
+    if !journal.existed {
+        return Ok(());
+    }
+    if let Some(previous) = journal.previous
+        && let Some(bytes) = found.database.program_bytes().await?
+    {
+        setup.keep_program(&previous, &bytes)?;
+    }
+    let settings = look_at_settings(setup, &found.database).await?;
+    remember(journal, &settings);
+    if let Some((_, replica)) = setup.replica(journal).await? {
+        let end = blocking(move || cut::end_of_log(&replica)).await??;
+        // The server answers a moment before it writes: what is looked at begins a little earlier.
+        journal.log_end = Some(Offset(end.0.saturating_sub(1)));
+    }
+    Ok(())
+}
+
+impl Setup {
+    /// The files of the database, where they are at hand.
+    async fn replica(&self, journal: &Journal) -> Result<Option<(DataDir, crate::datadir::ReplicaDir)>, DeployError> {
+        let (Some(root), Some(identity)) = (&self.data_dir, journal.identity) else { return Ok(None) };
+        let data = DataDir::open(root)?;
+        let copy = {
+            let data = data.clone();
+            blocking(move || crate::datadir::control_db::ControlDbCopy::take(&data)).await??
+        };
+        let replica = copy.databases.iter().find(|database| database.identity == identity);
+        let replica = replica.and_then(|database| database.replica).map(|id| data.replica(id));
+        Ok(replica.map(|replica| (data, replica)))
+    }
+
+    fn keep_program(&self, hash: &ContentHash, bytes: &[u8]) -> Result<(), DeployError> {
+        let path = record::local(self.dir(), hash);
+        let folder = durable::parent(&path);
+        std::fs::create_dir_all(&folder).on("create", &folder)?;
+        Ok(durable::replace(&path, bytes)?)
+    }
+
+    async fn publish_offset(&self, journal: &Journal) -> Option<Offset> {
+        let (from, module) = (journal.log_end?, journal.module);
+        let (_, replica) = self.replica(journal).await.ok().flatten()?;
+        blocking(move || cut::find_publish(&replica, from, &module)).await.ok()?.ok()?
+    }
+
+    /// Writes the history, and the programs that it names.
+    async fn record(
+        &self,
+        journal: &Journal,
+        outcome: Outcome,
+        message: &str,
+        publish_offset: Option<Offset>,
+        host: &Host,
+    ) -> Result<(), DeployError> {
+        let Some(database) = journal.identity else { return Ok(()) };
+        let health = crate::standalone::ready::health(&host.config).await.ok();
+        let record = DeploymentRecord {
+            format: 1,
+            id: journal.id,
+            database,
+            name: journal.name.clone(),
+            module: journal.module,
+            previous: journal.previous,
+            mode: journal.mode,
+            outcome,
+            deployed_by: self.database(host).await.ok().and_then(|database| database.token_identity()),
+            started_at: journal.started_at,
+            ended_at: self.clock.now(),
+            restore_point: journal.restore_point,
+            publish_offset,
+            server_version: health.and_then(|health| health.version),
+            tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+            message: message.to_owned(),
+        };
+        let programs = [Some(journal.module), journal.previous].into_iter().flatten();
+        let programs: Vec<_> =
+            programs.map(|hash| record::local(self.dir(), &hash)).filter(|path| path.is_file()).collect();
+        self.keeper.record(self, record, programs).await
+    }
+
+    /// What other verbs on this data directory take for the database where none is named.
+    fn remember_deployed(&self, journal: &Journal) -> Result<(), DeployError> {
+        Ok(durable::replace(&self.dir().join(DEPLOYED), journal.name.as_bytes())?)
+    }
+
+    fn report(&self, journal: &Journal, found: &Found, changes: Changes, outcome: Outcome) -> DeployReport {
+        DeployReport {
+            deployment: journal.id,
+            database: journal.identity.unwrap_or(Identity([0; 32])),
+            name: journal.name.clone(),
+            mode: journal.mode,
+            outcome,
+            module: journal.module,
+            previous: journal.previous,
+            migration: found.migration.clone(),
+            changes,
+            restore_point: journal.restore_point,
+            steps: Vec::new(),
+            problems: found.problems.clone(),
+            duration_ms: 0,
+        }
+    }
+}
+
+/// The name of the database that was deployed, in the state directory.
+const DEPLOYED: &str = "deployed";
+
+/// The database that was deployed to a data directory last.
+pub fn deployed_name(state_dir: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(state_dir.join(DEPLOYED)).ok()?;
+    Some(text.trim().to_owned()).filter(|name| !name.is_empty())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DeployError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| DeployError::Worker(error.to_string()))
+}

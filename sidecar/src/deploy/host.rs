@@ -1,0 +1,178 @@
+//! Where a deployment happens: on a server that runs already, or on one that is started for it on loopback.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::daemon::control::{self, Answer, Request};
+use crate::daemon::state::{self, StateDir};
+use crate::datadir::lock::{self, ServerLock};
+use crate::deploy::{DeployError, Mode};
+use crate::standalone::command::Binary;
+use crate::standalone::temporary::TemporaryServer;
+use crate::standalone::{StandaloneError, background, ready};
+
+/// Between two looks at a process.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// A server, and who can stop it.
+pub struct Host {
+    /// What leads to it.
+    pub config: Config,
+    kind: Kind,
+    clock: Arc<dyn Clock>,
+    data_dir: Option<PathBuf>,
+    state_dir: StateDir,
+    /// What makes this program watch the server in the background.
+    watch: Vec<OsString>,
+}
+
+enum Kind {
+    Temporary(Option<TemporaryServer>),
+    Background,
+    Sidecar,
+    Elsewhere,
+}
+
+impl Host {
+    /// Finds the server of the configuration, or starts one on the data directory. `announce` hears of its port first.
+    ///
+    /// # Errors
+    /// When a server runs and does not answer, or none can be started.
+    pub async fn open(
+        config: &Config,
+        data_dir: Option<&Path>,
+        state_dir: &StateDir,
+        watch: Vec<OsString>,
+        clock: Arc<dyn Clock>,
+        announce: impl FnOnce(u16) -> Result<(), StandaloneError>,
+    ) -> Result<Self, DeployError> {
+        let mut host = Self {
+            config: config.clone(),
+            kind: Kind::Elsewhere,
+            clock: Arc::clone(&clock),
+            data_dir: data_dir.map(Path::to_owned),
+            state_dir: state_dir.clone(),
+            watch,
+        };
+        let Some(data_dir) = data_dir else {
+            ready::health(config).await?;
+            return Ok(host);
+        };
+        if let ServerLock::Held { pid } = lock::probe_file(&data_dir.join("spacetime.pid"))? {
+            ready::health(config)
+                .await
+                .map_err(|error| DeployError::Silent { data_dir: data_dir.to_owned(), error })?;
+            let watched = state::read_status(config, data_dir).filter(|status| status.running);
+            host.kind = if background::is_ours(config, data_dir)? {
+                Kind::Background
+            } else if watched
+                .and_then(|status| status.server)
+                .is_some_and(|server| server.pid.is_some() && server.pid == pid)
+            {
+                Kind::Sidecar
+            } else {
+                Kind::Elsewhere
+            };
+            return Ok(host);
+        }
+        let binary = Binary::find(config)?;
+        let log = state_dir.path().join("deploy-server.log");
+        let limit = config.deploy.timeout.0.0;
+        let server = TemporaryServer::start(&binary, config, data_dir, &log, clock.as_ref(), limit, announce).await?;
+        host.config = server.config.clone();
+        host.kind = Kind::Temporary(Some(server));
+        Ok(host)
+    }
+
+    pub fn mode(&self) -> Mode {
+        if matches!(self.kind, Kind::Temporary(_)) { Mode::Deployment } else { Mode::Online }
+    }
+
+    /// Can we stop it, to take its files back?
+    pub fn can_stop(&self) -> bool {
+        self.data_dir.is_some() && !matches!(self.kind, Kind::Elsewhere)
+    }
+
+    /// # Errors
+    /// When it does not stop.
+    pub async fn stop(&mut self) -> Result<(), DeployError> {
+        let Some(data_dir) = &self.data_dir else { return Ok(()) };
+        match &mut self.kind {
+            Kind::Temporary(server) => {
+                if let Some(server) = server.take() {
+                    server.stop(self.clock.as_ref()).await;
+                }
+            }
+            Kind::Background => drop(background::stop(&self.config, data_dir, self.clock.as_ref(), None).await?),
+            Kind::Sidecar => self.switch(false).await?,
+            Kind::Elsewhere => {}
+        }
+        Ok(())
+    }
+
+    /// Starts what [`Self::stop`] has stopped; a server that was there for the deployment alone stays away.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_again(&mut self) -> Result<(), DeployError> {
+        let (Some(data_dir), limit) = (&self.data_dir, self.config.deploy.timeout.0.0) else { return Ok(()) };
+        match &self.kind {
+            Kind::Background => {
+                background::start(&self.config, data_dir, &self.watch, self.clock.as_ref(), limit).await?;
+            }
+            Kind::Sidecar => {
+                self.switch(true).await?;
+                if !ready::wait(&self.config, self.clock.as_ref(), limit, || false).await {
+                    let (url, log) = (self.config.spacetimedb_config.server_url(), self.state_dir.path().to_owned());
+                    return Err(StandaloneError::NotReady { url, limit, log }.into());
+                }
+            }
+            Kind::Temporary(_) | Kind::Elsewhere => {}
+        }
+        Ok(())
+    }
+
+    async fn switch(&self, run: bool) -> Result<(), DeployError> {
+        match control::ask(&self.state_dir.socket(), &Request::Server { run }).await {
+            Ok(Some(Answer::Done)) => Ok(()),
+            Ok(Some(Answer::Failed(message))) => Err(DeployError::Daemon(message)),
+            Ok(_) => Err(DeployError::Daemon("the daemon does not watch the server".into())),
+            Err(error) => Err(DeployError::Daemon(error.to_string())),
+        }
+    }
+}
+
+/// Ends a server that an earlier deployment started and left when it was killed.
+///
+/// # Errors
+/// When it does not end.
+pub async fn end_orphan(data_dir: &Path, port: u16, clock: &dyn Clock) -> Result<(), DeployError> {
+    let path = data_dir.join("spacetime.pid");
+    let ServerLock::Held { pid: Some(pid) } = lock::probe_file(&path)? else { return Ok(()) };
+    // Only one that listens where ours was to listen is ours; it may be about to.
+    let mut listens = false;
+    for _ in 0..60 {
+        listens = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok();
+        if listens {
+            break;
+        }
+        clock.sleep(LOOK).await;
+    }
+    if !listens {
+        return Ok(());
+    }
+    tracing::warn!(pid, "a server that a deployment left is ended");
+    for signal in [crate::standalone::temporary::STOP, rustix::process::Signal::KILL] {
+        background::signal(pid, signal);
+        for _ in 0..100 {
+            if lock::probe_file(&path)? == ServerLock::Free {
+                return Ok(());
+            }
+            clock.sleep(LOOK).await;
+        }
+    }
+    Err(StandaloneError::Stuck { pid }.into())
+}

@@ -1,0 +1,116 @@
+//! The history of deployments in the repository, with the programs that were deployed.
+
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::deploy::{DeployError, Mode, Outcome};
+use crate::ids::{ContentHash, Identity, Offset, RestorePointId};
+use crate::repository::{Repository, RepositoryError, paths};
+
+/// zstd level of programs.
+const LEVEL: i32 = 9;
+/// No program is larger.
+const MAX_PROGRAM: usize = 256 << 20;
+
+/// `deployments/ID.json`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeploymentRecord {
+    pub format: u32,
+    pub id: RestorePointId,
+    pub database: Identity,
+    pub name: String,
+    pub module: ContentHash,
+    /// `None` for the first.
+    pub previous: Option<ContentHash>,
+    pub mode: Mode,
+    pub outcome: Outcome,
+    /// The identity that published.
+    pub deployed_by: Option<Identity>,
+    pub started_at: Timestamp,
+    pub ended_at: Timestamp,
+    /// Taken before anything was changed.
+    pub restore_point: Option<RestorePointId>,
+    /// The transaction of the publish, where the log is at hand.
+    pub publish_offset: Option<Offset>,
+    pub server_version: Option<String>,
+    pub tool_version: String,
+    pub message: String,
+}
+
+/// Writes programs, then the record that names them.
+///
+/// # Errors
+/// When a program cannot be read, or the store fails.
+pub async fn keep(repository: &Repository, record: &DeploymentRecord, programs: &[PathBuf]) -> Result<(), DeployError> {
+    for path in programs {
+        let Some(hash) = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let key = paths::program(&hash, repository.keys.seals());
+        if !repository.exists(&key).await? {
+            let bytes = tokio::fs::read(path).await;
+            let bytes =
+                bytes.map_err(|source| crate::durable::FileError { action: "read", path: path.clone(), source })?;
+            let packed =
+                zstd::encode_all(bytes.as_slice(), LEVEL).map_err(|error| DeployError::Worker(error.to_string()))?;
+            let sealed = repository.keys.seal(packed).map_err(RepositoryError::from)?;
+            repository.put(&key, sealed.into()).await?;
+        }
+    }
+    let key = paths::deployment(record.id);
+    // A run that was broken off right after this is not told twice.
+    if !repository.exists(&key).await? {
+        repository.put_document(&key, record).await?;
+    }
+    Ok(())
+}
+
+/// Every record of a database, oldest first.
+///
+/// # Errors
+/// When a record is damaged or the store fails.
+pub async fn list(repository: &Repository, name: &str) -> Result<Vec<DeploymentRecord>, RepositoryError> {
+    let mut records = Vec::new();
+    for (key, _) in repository.list(&paths::deployments()).await? {
+        let record: DeploymentRecord = repository.get_document(&key).await?;
+        if record.name == name || record.database.to_string() == name {
+            records.push(record);
+        }
+    }
+    Ok(records)
+}
+
+/// A program that was deployed, from this machine or from the repository.
+///
+/// # Errors
+/// When neither has it, or it cannot be opened.
+pub async fn program(repository: Option<&Repository>, dir: &Path, hash: &ContentHash) -> Result<Vec<u8>, DeployError> {
+    if let Ok(bytes) = tokio::fs::read(local(dir, hash)).await
+        && super::module::program_hash(&bytes) == *hash
+    {
+        return Ok(bytes);
+    }
+    let Some(repository) = repository else { return Err(DeployError::NoProgram(*hash)) };
+    let key = paths::program(hash, repository.keys.seals());
+    let bytes = match repository.get(&key).await {
+        Err(RepositoryError::Missing { .. }) => return Err(DeployError::NoProgram(*hash)),
+        bytes => bytes?,
+    };
+    let opened = match repository.keys.seals() {
+        true => repository.keys.open(&bytes).map_err(RepositoryError::from)?,
+        false => bytes.to_vec(),
+    };
+    let bytes = zstd::bulk::decompress(&opened, MAX_PROGRAM)
+        .map_err(|error| RepositoryError::damaged(&key, error.to_string()))?;
+    match super::module::program_hash(&bytes) == *hash {
+        true => Ok(bytes),
+        false => Err(RepositoryError::damaged(&key, "it is another program than its name says").into()),
+    }
+}
+
+/// Where this machine keeps a program.
+pub fn local(dir: &Path, hash: &ContentHash) -> PathBuf {
+    dir.join("programs").join(format!("{hash}.wasm"))
+}

@@ -1,0 +1,138 @@
+//! Taking a deployment back: program and rows as they were right before the publish.
+//!
+//! Where the server can be stopped, its own files are cut before the publish: no write that came before is lost, and no
+//! other database is touched. Where it cannot, the older program is published again and settings are put back.
+
+use crate::datadir::DataDir;
+use crate::deploy::host::Host;
+use crate::deploy::journal::{Journal, Step};
+use crate::deploy::{DeployError, Mode, Setup, blocking, configure, cut, record};
+use crate::durable;
+use crate::ids::{ContentHash, Offset};
+use crate::observe::server::Database;
+
+/// Takes back what `journal` tells; returns what was done, in words. Opens a server of its own where none is given.
+///
+/// # Errors
+/// When something of it cannot be done; another call goes on.
+pub async fn roll_back(setup: &Setup, journal: &mut Journal, host: Option<&mut Host>) -> Result<String, DeployError> {
+    journal.enter(Step::RollBack, setup.dir())?;
+    if let Some((data, replica)) = setup.replica(journal).await? {
+        // A rollback that was killed between two renames has left the replica beside its place.
+        cut::finish(&data, &replica)?;
+    }
+    let mut opened = None;
+    let host = match host {
+        Some(host) => host,
+        None => opened.insert(open(setup, journal).await?),
+    };
+    let done = with_host(setup, journal, host).await;
+    if host.mode() == Mode::Deployment {
+        host.stop().await?;
+    }
+    let done = done?;
+    if leave_no_data_dir(setup, journal)? {
+        return Ok(format!("{done}, and the data directory that was made for it was moved aside"));
+    }
+    Ok(done)
+}
+
+async fn open(setup: &Setup, journal: &mut Journal) -> Result<Host, DeployError> {
+    let dir = setup.dir().to_owned();
+    let mut opened = journal.clone();
+    let host = setup
+        .open_host(|port| {
+            opened.server_port = Some(port);
+            Ok(opened.save(&dir)?)
+        })
+        .await?;
+    *journal = opened;
+    Ok(host)
+}
+
+async fn with_host(setup: &Setup, journal: &Journal, host: &mut Host) -> Result<String, DeployError> {
+    let database = setup.database(host).await?;
+    if !journal.existed {
+        if database.find().await?.is_some() {
+            database.delete().await?;
+        }
+        return Ok("the database, which was not there before, was removed".into());
+    }
+    if !journal.publishes {
+        configure::restore(&database, &journal.settings_before).await?;
+        return Ok("the settings are as before".into());
+    }
+    if host.can_stop() {
+        return cut_back(setup, journal, host).await;
+    }
+    republish(setup, journal, &database).await
+}
+
+/// Cuts the log before the publish.
+async fn cut_back(setup: &Setup, journal: &Journal, host: &mut Host) -> Result<String, DeployError> {
+    host.stop().await?;
+    let done = cut_files(setup, journal).await;
+    // Whatever came of it, the server is to run again.
+    host.start_again().await?;
+    let done = done?;
+    if host.mode() == Mode::Online {
+        let database = setup.database(host).await?;
+        expect(&database, journal.previous).await?;
+    }
+    Ok(done)
+}
+
+async fn cut_files(setup: &Setup, journal: &Journal) -> Result<String, DeployError> {
+    let Some((data, replica)) = setup.replica(journal).await? else { return Err(DeployError::CannotStop) };
+    let (from, module) = (journal.log_end.unwrap_or(Offset(0)), journal.module);
+    let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+    let cutting = move || {
+        let published = cut::find_publish(&replica, from, &module)?;
+        let Some(last) = published.and_then(|offset| offset.0.checked_sub(1)) else { return Ok(None) };
+        let aside = cut::cut(&data, &replica, Offset(last), &stamp)?;
+        Ok::<_, DeployError>(Some((last, aside)))
+    };
+    Ok(match blocking(cutting).await?? {
+        Some((last, aside)) => format!(
+            "program and rows are as they were right before the publish, at transaction {last}; what was there is in {}",
+            aside.display()
+        ),
+        None => "the module was not published, nothing was changed".into(),
+    })
+}
+
+/// Publishes the older program again, where rows cannot be taken back.
+async fn republish(setup: &Setup, journal: &Journal, database: &Database) -> Result<String, DeployError> {
+    let Some(previous) = journal.previous else { return Err(DeployError::CannotStop) };
+    if database.program().await? != Some(previous) {
+        let bytes = record::program(None, setup.dir(), &previous).await?;
+        database.publish(bytes, None).await?;
+        expect(database, Some(previous)).await?;
+    }
+    if !journal.settings_before.is_empty() {
+        configure::restore(database, &journal.settings_before).await?;
+    }
+    Ok("the older program runs again with its settings; rows that were written since stay".into())
+}
+
+async fn expect(database: &Database, program: Option<ContentHash>) -> Result<(), DeployError> {
+    let running = database.program().await?;
+    if running == program {
+        return Ok(());
+    }
+    let name = |hash: Option<ContentHash>| hash.map_or_else(|| "none".to_owned(), |hash| hash.to_string());
+    Err(DeployError::Verification(format!("program {} runs, not {}", name(running), name(program))))
+}
+
+/// Moves a data directory aside that was made for a deployment which is taken back.
+pub fn leave_no_data_dir(setup: &Setup, journal: &Journal) -> Result<bool, DeployError> {
+    let Some(root) = &setup.data_dir else { return Ok(false) };
+    if journal.had_data_dir || journal.mode != Mode::Deployment || DataDir::open(root).is_err() {
+        return Ok(false);
+    }
+    let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+    let mut name = root.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
+    name.push(format!(".failed-deploy-{stamp}"));
+    durable::rename(root, &durable::parent(root).join(name))?;
+    Ok(true)
+}

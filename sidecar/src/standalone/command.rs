@@ -1,0 +1,131 @@
+//! The server's binary and its command line, which differs between releases.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::config::Config;
+use crate::standalone::StandaloneError;
+
+/// The name of the server's binary.
+const NAME: &str = "spacetimedb-standalone";
+
+/// A server that can be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binary {
+    pub path: PathBuf,
+    /// As it tells itself, such as `1.2.0`; `None` when it does not.
+    pub version: Option<String>,
+}
+
+impl Binary {
+    /// The one that the configuration names, or else the one on the PATH, or where the `spacetime` installer puts it.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn find(config: &Config) -> Result<Self, StandaloneError> {
+        let path = match &config.spacetimedb_config.server_bin {
+            Some(path) if path.is_file() => path.clone(),
+            Some(path) => return Err(StandaloneError::NotFound(Some(path.clone()))),
+            None => usual_places().find(|path| path.is_file()).ok_or(StandaloneError::NotFound(None))?,
+        };
+        let version = version_of(&path);
+        Ok(Self { path, version })
+    }
+
+    /// The command that serves `data_dir` at `address`, everything as the configuration says.
+    pub fn serve(&self, config: &Config, data_dir: &Path, address: &str) -> Vec<OsString> {
+        let mut command: Vec<OsString> = vec![self.path.clone().into(), "start".into()];
+        let mut option = |name: &str, value: OsString| command.extend([name.into(), value]);
+        option("--data-dir", data_dir.into());
+        option("--listen-addr", address.into());
+        option("--jwt-key-dir", key_dir(config, data_dir).into());
+        if self.bounds_page_pool() {
+            option("--page_pool_max_size", page_pool_bytes(config).to_string().into());
+        }
+        command
+    }
+
+    /// Does this release take a size for its page pool? 1.2.0 knows the option and ends in a panic when it is given.
+    pub fn bounds_page_pool(&self) -> bool {
+        self.version.as_deref().and_then(major_minor).is_some_and(|version| version > (1, 2))
+    }
+}
+
+/// The server's page pool; nothing is kept in it while caching is off.
+pub fn page_pool_bytes(config: &Config) -> u64 {
+    match config.feature_flags.enable_caching {
+        true => config.server_config.cache_size_mb << 20,
+        false => 0,
+    }
+}
+
+/// Where the server's token keys are, or are to be made.
+pub fn key_dir(config: &Config, data_dir: &Path) -> PathBuf {
+    config.spacetimedb_config.key_dir.clone().unwrap_or_else(|| {
+        let mut name = data_dir.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
+        // Where a restore puts captured keys, too.
+        name.push(".keys");
+        crate::durable::parent(data_dir).join(name)
+    })
+}
+
+/// Where the configuration has the server listen.
+pub fn listen_address(config: &Config) -> String {
+    let (address, port) = (&config.spacetimedb_config.address, config.spacetimedb_config.port);
+    match address.parse::<std::net::IpAddr>() {
+        Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("127.0.0.1:{port}"),
+    }
+}
+
+fn usual_places() -> impl Iterator<Item = PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let on_path: Vec<_> = std::env::split_paths(&path).map(|dir| dir.join(NAME)).collect();
+    let installed =
+        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share/spacetime/bin/current").join(NAME));
+    on_path.into_iter().chain(installed)
+}
+
+fn version_of(path: &Path) -> Option<String> {
+    let output = Command::new(path).arg("--version").stdin(Stdio::null()).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let word = |word: &str| word.trim_start_matches('v').trim_end_matches([';', ',']).to_owned();
+    text.split_whitespace().map(word).find(|word| major_minor(word).is_some())
+}
+
+fn major_minor(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_that_of_the_release() {
+        let mut config = Config::default();
+        config.server_config.cache_size_mb = 3;
+        let binary = |version: &str| Binary { path: "/bin/server".into(), version: Some(version.into()) };
+        let line = |binary: &Binary, config: &Config| {
+            let words = binary.serve(config, Path::new("/srv/data"), "127.0.0.1:3000");
+            words.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+        };
+        let old = "/bin/server start --data-dir /srv/data --listen-addr 127.0.0.1:3000 --jwt-key-dir /srv/data.keys";
+        assert_eq!(line(&binary("1.2.0"), &config), old);
+        assert_eq!(line(&binary("2.8.3"), &config), format!("{old} --page_pool_max_size 3145728"));
+        config.feature_flags.enable_caching = false;
+        assert_eq!(line(&binary("2.8.3"), &config), format!("{old} --page_pool_max_size 0"));
+        assert_eq!(major_minor("nightly"), None);
+    }
+
+    #[test]
+    fn an_address_of_either_family_has_its_port() {
+        let mut config = Config::default();
+        for (address, expected) in [("0.0.0.0", "0.0.0.0:7"), ("::1", "[::1]:7"), ("localhost", "127.0.0.1:7")] {
+            (config.spacetimedb_config.address, config.spacetimedb_config.port) = (address.into(), 7);
+            assert_eq!(listen_address(&config), expected);
+        }
+    }
+}
