@@ -12,6 +12,7 @@ pub const MAX_CONNECTIONS: &str = "max_connections";
 pub const ENABLE_STATE_VERSIONING: &str = "enable_state_versioning";
 pub const ENABLE_AUDIT_LOG: &str = "enable_audit_log";
 pub const ENABLE_METRICS: &str = "enable_metrics";
+pub const ENABLE_DISTRIBUTION: &str = "enable_distribution";
 /// Unix microseconds of the first publish or of the last `mark_started`; written by the module.
 pub const START_TIME: &str = "start_time";
 
@@ -22,13 +23,13 @@ pub const DEFAULTS: &[(&str, &str, &str)] = &[
     (AUTH_REQUIRED, "true", "Admit known identities only: admins and members"),
     (MAX_CONNECTIONS, "100", "Clients connected at once, admins not counted; 0 means no limit"),
     ("timeout_ms", "30000", "Milliseconds a call from the sidecar may take"),
-    ("cache_size_mb", "512", "The server's page pool, in MiB; takes effect when the server starts"),
+    ("cache_size_mb", "512", "The server's page pool and the Python client's row cache, in MiB"),
     ("log_level", "info", "The server's log level"),
     (ENABLE_STATE_VERSIONING, "true", "Keep every version of every entity and relation"),
     (ENABLE_AUDIT_LOG, "true", "Write an event for every change"),
     (ENABLE_METRICS, "true", "Accept measurements through record_metric"),
     ("enable_caching", "true", "Let clients cache rows they subscribed to"),
-    ("enable_distribution", "false", "Reserved for deployments of several instances"),
+    (ENABLE_DISTRIBUTION, "false", "Take rows of other instances into a database that is in use"),
 ];
 
 /// The value in force.

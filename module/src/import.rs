@@ -5,6 +5,7 @@
 use spacetimedb::{ReducerContext, Table, reducer};
 
 use crate::access::require_admin;
+use crate::config::{ENABLE_DISTRIBUTION, flag};
 use crate::sequence::{self, EVENTS, METRICS, TRIMMED, VERSIONS};
 use crate::tables::{
     Admin, Config, Entity, EventLog, ImportRun, Member, Metric, Relation, StateVersion, SystemStatus, admin, config, entity,
@@ -15,14 +16,23 @@ use crate::tables::{
 const OWN_EVENTS: &[&str] = &include!("own_events.in");
 
 /// Comes before the imports of a replay. A module that has seen no use forgets the events of its own start, whose places
-/// the imported ones take; one that was used, or imported into before, keeps what it has.
+/// the imported ones take; one that was used, or imported into before, keeps what it has, and takes rows of another
+/// instance only while `enable_distribution` is on.
 #[reducer]
 pub fn begin_import(ctx: &ReducerContext, source: String) -> Result<(), String> {
     require_admin(ctx)?;
     if source.trim().is_empty() {
         return Err("the source is empty; give the identity of the exported database".into());
     }
-    if ctx.db.import_run().count() == 0 && is_unused(ctx) {
+    let fresh = ctx.db.import_run().count() == 0 && is_unused(ctx);
+    let begun = ctx.db.import_run().source().find(source.clone()).is_some();
+    if !fresh && !begun && source != ctx.identity().to_hex().to_string() && !flag(ctx, ENABLE_DISTRIBUTION) {
+        return Err(format!(
+            "refused: this database is in use and enable_distribution is off, so it takes no rows of {source}; replay into a \
+             fresh module, or turn it on"
+        ));
+    }
+    if fresh {
         let own: Vec<u64> = ctx.db.event_log().iter().map(|event| event.sequence).collect();
         for sequence in own {
             ctx.db.event_log().sequence().delete(sequence);
@@ -31,7 +41,7 @@ pub fn begin_import(ctx: &ReducerContext, source: String) -> Result<(), String> 
             sequence::forget(ctx, counter);
         }
     }
-    if ctx.db.import_run().source().find(source.clone()).is_none() {
+    if !begun {
         ctx.db.import_run().insert(ImportRun { source, begun_at: ctx.timestamp, begun_by: ctx.sender });
     }
     Ok(())

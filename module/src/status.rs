@@ -11,8 +11,13 @@ use crate::types::SystemState;
 #[reducer]
 pub fn get_system_status(ctx: &ReducerContext) -> Result<(), String> {
     require_member(ctx)?;
-    write(ctx, SystemState::Running);
-    Ok(())
+    #[cfg(feature = "broken")]
+    return Err("this build of the module is broken on purpose".into());
+    #[cfg(not(feature = "broken"))]
+    {
+        write(ctx, SystemState::Running);
+        Ok(())
+    }
 }
 
 pub fn write(ctx: &ReducerContext, status: SystemState) {

@@ -169,3 +169,13 @@ pub struct ImportRun {
     pub begun_at: Timestamp,
     pub begun_by: Identity,
 }
+
+/// What a later release may have; tests deploy it over this one.
+#[cfg(feature = "more")]
+#[table(name = annotation, public)]
+#[derive(Clone)]
+pub struct Annotation {
+    #[primary_key]
+    pub annotation_id: u64,
+    pub text: String,
+}

@@ -26,6 +26,8 @@ pub fn build_all() -> Result<PathBuf> {
     let modules = [
         ("module", "inner_universe_module"),
         ("tests/next-module", "inner_universe_module_next"),
+        ("tests/more-module", "inner_universe_module_more"),
+        ("tests/broken-module", "inner_universe_module_broken"),
         ("tests/workload-module", "workload_module"),
         ("tests/workload-module/v2", "workload_module_v2"),
     ];

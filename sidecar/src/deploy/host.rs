@@ -30,7 +30,7 @@ pub struct Host {
 }
 
 enum Kind {
-    Temporary(Option<TemporaryServer>),
+    Temporary(Option<Box<TemporaryServer>>),
     Background,
     Sidecar,
     Elsewhere,
@@ -83,7 +83,7 @@ impl Host {
         let limit = config.deploy.timeout.0.0;
         let server = TemporaryServer::start(&binary, config, data_dir, &log, clock.as_ref(), limit, announce).await?;
         host.config = server.config.clone();
-        host.kind = Kind::Temporary(Some(server));
+        host.kind = Kind::Temporary(Some(Box::new(server)));
         Ok(host)
     }
 
