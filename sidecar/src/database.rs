@@ -8,3 +8,4 @@ pub mod control;
 pub mod link;
 pub mod schema;
 pub mod shape;
+pub mod tls;

@@ -493,6 +493,16 @@ async fn on_host(
     let offset = setup.publish_offset(journal).await;
     setup.record(journal, Outcome::Deployed, &found.migration.describe(), offset, host).await?;
     setup.remember_deployed(journal)?;
+    if !journal.existed {
+        // Until there is a restore point, nothing of what was deployed could be brought back.
+        let made = steps.take("restore point", async {
+            let report = setup.keeper.restore_point(setup, "deployed").await?;
+            Ok(((), report.map_or_else(|| "none".into(), |report| report.restore_point.to_string())))
+        });
+        if let Err(error) = made.await {
+            found.problems.push(format!("no restore point was taken after the deployment: {error}"));
+        }
+    }
     Ok(setup.report(journal, &found, changes, Outcome::Deployed))
 }
 

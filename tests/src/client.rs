@@ -31,6 +31,11 @@ impl Client {
         Self { http, url: url.to_owned(), identity: text("identity"), token: text("token") }
     }
 
+    /// The identity that a token is of.
+    pub fn with_token(&self, token: &str) -> Self {
+        Self { token: token.trim().to_owned(), identity: String::new(), ..self.clone() }
+    }
+
     /// The same identity at another server.
     pub fn at(&self, url: &str) -> Self {
         Self { url: url.to_owned(), http: http(), ..self.clone() }

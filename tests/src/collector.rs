@@ -105,13 +105,13 @@ impl Certified {
 }
 
 /// Takes connections under TLS.
-struct TlsListener {
+pub(crate) struct TlsListener {
     tcp: tokio::net::TcpListener,
     tls: tokio_rustls::TlsAcceptor,
 }
 
 impl TlsListener {
-    fn new(tcp: tokio::net::TcpListener, certified: &Certified) -> Self {
+    pub(crate) fn new(tcp: tokio::net::TcpListener, certified: &Certified) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let certificate = CertificateDer::from_pem_slice(&certified.certificate).expect("a certificate");
         let key = PrivateKeyDer::from_pem_slice(&certified.key).expect("a key");

@@ -1,4 +1,4 @@
-//! A proxy before a SpacetimeDB server that stops one connection until it is told, or cuts them all.
+//! Proxies before a SpacetimeDB server: one stops connections until it is told, or cuts them all; one speaks TLS.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
+
+use crate::collector::{Certified, TlsListener};
 
 pub struct Gate {
     pub url: String,
@@ -93,5 +95,39 @@ async fn pass(mut client: TcpStream, shared: &Shared) -> std::io::Result<()> {
     tokio::select! {
         ended = up => ended,
         ended = tokio::io::copy(&mut from_server, &mut to_client) => ended.map(drop),
+    }
+}
+
+/// TLS before a server that speaks none.
+pub struct TlsFront {
+    pub url: String,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl TlsFront {
+    pub async fn before(url: &str, certified: &Certified) -> Self {
+        use axum::serve::Listener as _;
+        let tcp = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let mut listener = TlsListener::new(tcp, certified);
+        let address = listener.local_addr().expect("an address");
+        let target = url.trim_start_matches("http://").to_owned();
+        let task = tokio::spawn(async move {
+            loop {
+                let (mut client, _) = listener.accept().await;
+                let target = target.clone();
+                tokio::spawn(async move {
+                    let Ok(mut server) = TcpStream::connect(&target).await else { return };
+                    // A client that goes away is its own business.
+                    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+                });
+            }
+        });
+        Self { url: format!("https://{address}"), task }
+    }
+}
+
+impl Drop for TlsFront {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }

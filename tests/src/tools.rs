@@ -14,6 +14,19 @@ pub fn wasm(name: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask test`", path.display()))
 }
 
+/// How modules are built for wasm32 here.
+pub struct WasmBuild {
+    pub target: PathBuf,
+    pub environment: Vec<(String, String)>,
+}
+
+/// What `cargo xtask` builds modules with.
+pub fn wasm_build() -> WasmBuild {
+    let text = std::env::var("INNER_UNIVERSE_WASM_ENVIRONMENT").unwrap_or_default();
+    let pair = |line: &str| line.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    WasmBuild { target: cache().join("wasm-target"), environment: text.lines().filter_map(pair).collect() }
+}
+
 /// The `inner-universe` binary under test.
 pub fn inner_universe() -> PathBuf {
     from_env("INNER_UNIVERSE_BIN").unwrap_or_else(|| {

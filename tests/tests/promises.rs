@@ -13,6 +13,8 @@ mod config;
 mod daemon;
 #[path = "promises/dashboards.rs"]
 mod dashboards;
+#[path = "promises/deploy.rs"]
+mod deploy;
 #[path = "promises/events.rs"]
 mod events;
 #[path = "promises/export_edges.rs"]

@@ -17,7 +17,8 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask demo              the main job on a real server, as a short story
 cargo xtask test [--all] [FILTER]
-                              every test; --all with the long ones, which also need more tools
+                              every test; --all with the long ones, which also need more tools; `python` for
+                              those of the Python client alone
 cargo xtask bench [GiB]       ratios against what users would pick instead; writes docs/benchmarks.md
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
 cargo xtask bench events [N]  the event stream beside the SDK alone, N events waiting; writes docs/benchmarks-events.md

@@ -16,6 +16,11 @@ pub fn moto() -> Result<Option<PathBuf>> {
 
 /// The program `binary` of a Python package, in an environment of its own.
 pub fn from_pypi(name: &str, package: &str, version: &str, binary: &str) -> Result<Option<PathBuf>> {
+    environment(name, version, &[&format!("{package}=={version}")], binary)
+}
+
+/// The program `binary` of some Python packages, in an environment of their own.
+pub fn environment(name: &str, version: &str, packages: &[&str], binary: &str) -> Result<Option<PathBuf>> {
     let venv = cache()?.join(format!("tools/{name}-{version}"));
     let found = venv.join("bin").join(binary);
     if found.is_file() && venv.join("ready").is_file() {
@@ -28,8 +33,8 @@ pub fn from_pypi(name: &str, package: &str, version: &str, binary: &str) -> Resu
     }
     announce(&format!("installing {name} {version}"), "once, half a minute", || {
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        let package = format!("{package}=={version}");
-        run(Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", &package]))?;
+        let mut pip = Command::new(venv.join("bin/pip"));
+        run(pip.args(["install", "--quiet", "--disable-pip-version-check"]).args(packages))?;
         std::fs::write(venv.join("ready"), "").map_err(|error| error.to_string())
     })?;
     Ok(Some(found))

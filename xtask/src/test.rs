@@ -12,6 +12,9 @@ const SCHEMATHESIS: &str = "4.32.5";
 /// Reads exported files as users do.
 const DUCKDB: &str = "2.0.0";
 
+/// What the Python client needs and is tested with; the first is the set's own version.
+const PYTHON: (&str, &[&str]) = ("1", &["aiohttp==3.14.5", "pytest==9.2.0", "pytest-asyncio==1.5.0", "mypy==2.4.1"]);
+
 /// What the tests run against.
 pub struct Prepared {
     pub server: PathBuf,
@@ -55,13 +58,14 @@ pub fn test(arguments: &[String]) -> Result<()> {
         run(cargo().args(["clippy", "--quiet", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     }
     let mut command = cargo();
-    command.args(["test", "--locked", "--workspace", "--"]).args(filters);
+    command.args(["test", "--locked", "--workspace", "--"]).args(&filters);
     // Each test that needs a server starts its own; more at once than cores only makes all of them slower.
     command.args(["--test-threads", "2"]);
     if let Some(moto) = stores::moto()? {
         command.env("INNER_UNIVERSE_MOTO", moto);
     }
     command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
+    command.env("INNER_UNIVERSE_WASM_ENVIRONMENT", wasm::environment()?);
     if let Some(duckdb) = stores::from_pypi("duckdb", "duckdb", DUCKDB, "python3")? {
         command.env("INNER_UNIVERSE_DUCKDB", duckdb);
     }
@@ -83,5 +87,30 @@ pub fn test(arguments: &[String]) -> Result<()> {
     }
     command.current_dir(root());
     prepared.give(&mut command);
-    run(&mut command)
+    let python_alone = filters.iter().any(|filter| *filter == "python");
+    if !python_alone {
+        run(&mut command)?;
+    }
+    if filters.is_empty() || python_alone { python(&prepared) } else { Ok(()) }
+}
+
+/// The Python client: its types, and its tests on the real server.
+fn python(prepared: &Prepared) -> Result<()> {
+    let (version, packages) = PYTHON;
+    let Some(python) = stores::environment("python-client", version, packages, "python3")? else {
+        return match std::env::var_os("CI") {
+            Some(_) => Err("the Python client could not be tested".into()),
+            None => Ok(()),
+        };
+    };
+    let dir = root().join("clients/python");
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(&python);
+        command.current_dir(&dir).env("PYTHONPATH", dir.join("src")).env("PYTHONDONTWRITEBYTECODE", "1");
+        prepared.give(&mut command);
+        command.args(arguments);
+        command
+    };
+    run(&mut command(&["-m", "mypy", "--cache-dir", "/dev/null"]))?;
+    run(&mut command(&["-m", "pytest", "-q", "-p", "no:cacheprovider"]))
 }

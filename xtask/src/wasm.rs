@@ -18,6 +18,29 @@ enum Toolchain {
     Debian(PathBuf),
 }
 
+impl Toolchain {
+    /// What a build for wasm32 needs in its environment.
+    fn environment(&self) -> Vec<(String, String)> {
+        let Self::Debian(system) = self else { return Vec::new() };
+        let at = |path: &str| system.join(path).display().to_string();
+        let linker = format!("CARGO_TARGET_{}_LINKER", TARGET.to_uppercase().replace('-', "_"));
+        vec![
+            ("CARGO_UNSTABLE_BUILD_STD".into(), "std,panic_abort".into()),
+            ("RUSTC".into(), at("usr/bin/rustc")),
+            // The stable compiler may use unstable options then; only to build the standard library from Debian's source.
+            ("RUSTC_BOOTSTRAP".into(), "1".into()),
+            ("LD_LIBRARY_PATH".into(), at("usr/lib/x86_64-linux-gnu")),
+            (linker, at("usr/lib/llvm-19/bin/wasm-ld")),
+        ]
+    }
+}
+
+/// What a build for wasm32 needs in its environment, a line each, for tests that build a module.
+pub fn environment() -> Result<String> {
+    let lines: Vec<_> = toolchain()?.environment().iter().map(|(name, value)| format!("{name}={value}")).collect();
+    Ok(lines.join("\n"))
+}
+
 /// Builds every module; returns the directory that holds them.
 pub fn build_all() -> Result<PathBuf> {
     let out = target().join("wasm");
@@ -47,16 +70,7 @@ fn build(toolchain: &Toolchain, dir: &Path, name: &str) -> Result<PathBuf> {
     let mut command = cargo();
     command.current_dir(dir).args(["build", "--quiet", "--locked", "--release", "--target", TARGET]);
     command.env("CARGO_TARGET_DIR", &target_dir);
-    if let Toolchain::Debian(system) = toolchain {
-        let linker = format!("CARGO_TARGET_{}_LINKER", TARGET.to_uppercase().replace('-', "_"));
-        command
-            .arg("-Zbuild-std=std,panic_abort")
-            .env("RUSTC", system.join("usr/bin/rustc"))
-            // The stable compiler may use -Z flags then; only to build the standard library from Debian's source.
-            .env("RUSTC_BOOTSTRAP", "1")
-            .env("LD_LIBRARY_PATH", system.join("usr/lib/x86_64-linux-gnu"))
-            .env(linker, system.join("usr/lib/llvm-19/bin/wasm-ld"));
-    }
+    command.envs(toolchain.environment());
     run(&mut command)?;
     Ok(target_dir.join(TARGET).join("release").join(format!("{name}.wasm")))
 }

@@ -16,6 +16,7 @@ use crate::config::{Config, LogLevel};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::standalone::background::{self, ServerReport, WatchError};
+use crate::standalone::{StandaloneError, ready};
 
 #[derive(Debug, Subcommand)]
 pub enum ServerCommand {
@@ -100,11 +101,18 @@ pub async fn run(context: &Context<'_>, command: ServerCommand) -> Result<ExitSt
         ServerCommand::Start(args) => {
             let data_dir = absolute(args.data.path(context)?)?;
             let config = args.listen.apply(context.config());
-            if !resumed_by_sidecar(&config, &data_dir).await? {
+            let limit = config.deploy.timeout.0.0;
+            // A sidecar whose server was stopped for a while starts it again.
+            if switch(&config, &data_dir, true).await? {
+                if !ready::wait(&config, context.clock.as_ref(), limit, || false).await {
+                    let log = StateDir::locate(&config, &data_dir);
+                    let url = config.spacetimedb_config.server_url();
+                    return Err(StandaloneError::NotReady { url, limit, log }.into());
+                }
+            } else {
                 let mut words = context.words_of_globals();
                 words.extend(["server".into(), "watch".into(), "--data-dir".into(), data_dir.clone().into()]);
                 words.extend(args.listen.words());
-                let limit = config.deploy.timeout.0.0;
                 background::start(&config, &data_dir, &words, context.clock.as_ref(), limit).await?;
             }
             show(context, &background::status(&config, &data_dir).await?);
@@ -150,11 +158,6 @@ fn failure(error: WatchError) -> Failure {
 /// The background has a working directory of its own.
 fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
     std::path::absolute(&path).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
-}
-
-/// A sidecar whose server was stopped for a while starts it again.
-async fn resumed_by_sidecar(config: &Config, data_dir: &std::path::Path) -> Result<bool, Failure> {
-    switch(config, data_dir, true).await
 }
 
 /// Asks a sidecar that runs a server on the directory; `false` where there is none.

@@ -104,11 +104,11 @@ impl Database {
     /// When the server cannot be asked.
     pub async fn preview(&self, program: Vec<u8>) -> Result<Preview, SourceError> {
         let url = format!("{}/v1/database/{}/pre_publish", self.url, self.name);
-        let answer = match self.send(self.client.post(url).body(program)).await {
-            Ok(bytes) => bytes,
-            Err(SourceError::Refused { status: 404 | 405, .. }) => return Ok(Preview::NotServed),
-            Err(error) => return Err(error),
-        };
+        // A server that does not know this path closes the connection in the middle of a long body, so an empty one goes first.
+        if let Err(SourceError::Refused { status: 404 | 405, .. }) = self.send(self.client.post(&url)).await {
+            return Ok(Preview::NotServed);
+        }
+        let answer = self.send(self.client.post(url).body(program)).await?;
         let answer: Value = serde_json::from_slice(&answer).map_err(|error| SourceError::Answer(error.to_string()))?;
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         if let Some(automatic) = answer.get("AutoMigrate") {

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::error::Error as SocketError;
 use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
 use crate::database::schema::Schema;
@@ -199,7 +199,11 @@ impl Link {
         }
         let limits =
             WebSocketConfig::default().max_message_size(Some(LARGEST_ANSWER)).max_frame_size(Some(LARGEST_ANSWER));
-        let opening = tokio_tungstenite::connect_async_with_config(request, Some(limits), true);
+        let connector = match &self.database.ca_file {
+            Some(path) => Some(Connector::NativeTls(crate::database::tls::connector(path)?)),
+            None => None,
+        };
+        let opening = tokio_tungstenite::connect_async_tls_with_config(request, Some(limits), true, connector);
         match tokio::time::timeout(self.timeout, opening).await {
             Ok(Ok((socket, _))) => Ok(socket),
             Ok(Err(SocketError::Http(answer))) => {

@@ -114,7 +114,7 @@ fn build(config: &ModuleConfig) -> Result<PathBuf, DeployError> {
     let artifacts = messages.filter(|message| message.reason == "compiler-artifact");
     let is_wasm = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "wasm");
     // The package itself comes last, behind what it depends on.
-    let found = artifacts.flat_map(|message| message.filenames).filter(is_wasm).next_back();
+    let found = artifacts.flat_map(|message| message.filenames).rfind(is_wasm);
     found.ok_or_else(|| failed("it made no .wasm file; is `crate-type = [\"cdylib\"]` set?".into()))
 }
 

@@ -15,6 +15,8 @@ use crate::config::{ServerConfig, SpacetimedbConfig};
 pub enum SourceError {
     #[error("read the token in {path}: {reason}; correct spacetimedb_config.token_file")]
     Token { path: String, reason: String },
+    #[error("spacetimedb_config.ca_file: {path}: {reason}")]
+    Certificate { path: String, reason: String },
     #[error("ask the server at {url}: {reason}; check that it runs, and spacetimedb_config.url")]
     Unreachable { url: String, reason: String },
     #[error(
@@ -50,6 +52,8 @@ pub struct Database {
     pub(crate) url: String,
     pub(crate) name: String,
     pub(crate) token: Option<String>,
+    /// Further certificate authorities of an `https://` server.
+    pub(crate) ca_file: Option<std::path::PathBuf>,
 }
 
 /// A row, made as soon as it is read: of thousands, none is in memory twice.
@@ -76,7 +80,8 @@ impl Database {
         let timeout = Duration::from_millis(server.timeout_ms);
         let client = crate::observe::otlp::client(timeout, config.ca_file.as_deref())
             .map_err(|error| SourceError::Unreachable { url: url.clone(), reason: error.to_string() })?;
-        Ok(Self { client, url, name: name.to_owned(), token })
+        let ca_file = config.ca_file.clone().filter(|_| url.starts_with("https://"));
+        Ok(Self { client, url, name: name.to_owned(), token, ca_file })
     }
 
     /// Rows after `after` up to and including `until`, in order.

@@ -62,6 +62,8 @@ pub struct ServerReport {
     pub starts: Option<u64>,
     pub last_exit: Option<String>,
     pub log: Option<PathBuf>,
+    /// Where the token is that opens the database; never the token itself.
+    pub token_file: Option<PathBuf>,
     /// A lock file that a crash left; it does no harm.
     pub stale_lock: bool,
 }
@@ -330,6 +332,7 @@ pub async fn status(config: &Config, data_dir: &Path) -> Result<ServerReport, St
         starts: note.as_ref().map(|note| note.starts),
         last_exit: note.as_ref().and_then(|note| note.last_exit.clone()),
         log: note.map(|note| note.log),
+        token_file: config.spacetimedb_config.token_file.clone(),
         stale_lock: !running && path.exists(),
     })
 }

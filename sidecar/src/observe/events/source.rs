@@ -7,6 +7,7 @@ use std::time::Duration;
 use spacetimedb_sdk::{DbContext as _, SubscriptionHandle as _, Table as _};
 use tokio::sync::mpsc;
 
+use crate::database::tls::Relay;
 use crate::module_bindings::{DbConnection, EventLog, EventLogTableAccess as _, SubscriptionHandle};
 use crate::observe::server::{Database, SourceError};
 
@@ -30,6 +31,8 @@ pub struct Live {
     overflow: Arc<AtomicBool>,
     ended: Arc<parking_lot::Mutex<Option<String>>>,
     wake: Arc<tokio::sync::Notify>,
+    /// What the connection goes through, where the server's certificate is of a private authority.
+    _relay: Option<Relay>,
 }
 
 impl Live {
@@ -38,7 +41,12 @@ impl Live {
     /// # Errors
     /// When the server refuses, or gives no answer in time.
     pub async fn start(source: &Database, after: u64) -> Result<Self, SourceError> {
-        let (url, database, token) = (source.url.clone(), source.name.clone(), source.token.clone());
+        let relay = match &source.ca_file {
+            Some(ca_file) => Some(Relay::start(&source.url, ca_file).await?),
+            None => None,
+        };
+        let url = relay.as_ref().map_or_else(|| source.url.clone(), |relay| relay.url.clone());
+        let (database, token) = (source.name.clone(), source.token.clone());
         let wake = Arc::new(tokio::sync::Notify::new());
         let overflow = Arc::new(AtomicBool::new(false));
         let ended: Arc<parking_lot::Mutex<Option<String>>> = Arc::default();
@@ -69,7 +77,7 @@ impl Live {
         let (applied, is_applied) = tokio::sync::oneshot::channel();
         let subscription = subscribe(&connection, after, Some(applied), Arc::clone(&ended), Arc::clone(&wake));
         match tokio::time::timeout(APPLY_LIMIT, is_applied).await {
-            Ok(Ok(())) => Ok(Self { connection, subscription, rows, overflow, ended, wake }),
+            Ok(Ok(())) => Ok(Self { connection, subscription, rows, overflow, ended, wake, _relay: relay }),
             _ => {
                 let reason = ended.lock().take().unwrap_or_else(|| "it was not applied in time".into());
                 // It may be closed already.

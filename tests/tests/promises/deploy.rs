@@ -1,0 +1,654 @@
+//! Deployments: what is published can be taken back, whatever fails and whenever it is killed; server mode; the checklist.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use harness::client::{Client, Rows, none};
+use harness::collector::{Certified, Collector};
+use harness::daemon::Daemon;
+use harness::gate::TlsFront;
+use harness::server::free_port;
+use harness::sidecar::{Sidecar, path};
+use harness::tools;
+use inner_universe::config::Config;
+use inner_universe::database::link::Link;
+use serde_json::{Value, json};
+
+const NAME: &str = "inner-universe";
+const TABLES: &[&str] =
+    &["config", "event_log", "entity", "relation", "state_version", "admin", "member", "metric", "annotation"];
+
+/// A place for a deployment: a data directory that is not there yet, a port, and modules as files.
+struct Stage {
+    scratch: tempfile::TempDir,
+    sidecar: Sidecar,
+    data: PathBuf,
+    port: u16,
+}
+
+impl Stage {
+    fn new() -> Self {
+        Self::with(&[])
+    }
+
+    fn with(more: &[(&str, &str)]) -> Self {
+        let scratch = tempfile::tempdir().expect("a temporary directory");
+        for name in ["inner_universe_module", "inner_universe_module_more", "inner_universe_module_broken"] {
+            std::fs::write(scratch.path().join(format!("{name}.wasm")), tools::wasm(name)).expect("a module");
+        }
+        let (data, port) = (scratch.path().join("data"), free_port());
+        let mut stage = Self { sidecar: Sidecar::at(&scratch.path().join("repository")), scratch, data, port };
+        stage.configure(more);
+        stage
+    }
+
+    fn configure(&mut self, more: &[(&str, &str)]) {
+        let (port, server) = (self.port.to_string(), tools::server());
+        let settings = [
+            ("SPACETIMEDB_CONFIG__DB_PATH", path(&self.data)),
+            ("SPACETIMEDB_CONFIG__PORT", &port),
+            ("SPACETIMEDB_CONFIG__SERVER_BIN", path(&server)),
+        ];
+        let settings = settings.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        self.sidecar = self.sidecar.clone().configured(settings.collect());
+    }
+
+    /// A module by the end of its name; empty for the bundled one.
+    fn module(&self, which: &str) -> String {
+        let dash = if which.is_empty() { "" } else { "_" };
+        path(&self.scratch.path().join(format!("inner_universe_module{dash}{which}.wasm"))).to_owned()
+    }
+
+    fn deploy(&self, which: &str) -> Value {
+        self.sidecar.run(["deploy", "--module-path", &self.module(which)]).ok()
+    }
+
+    fn server(&self, verb: &str) -> Value {
+        self.sidecar.run(["server", verb]).ok()
+    }
+
+    /// The sidecar's own identity, at the server on the stage's port.
+    async fn owner(&self) -> Client {
+        let client = Client::new(&format!("http://127.0.0.1:{}", self.port)).await;
+        let state = std::fs::read_dir(self.sidecar.state_dir()).expect("the state directory").flatten();
+        let token = state.map(|dir| dir.path().join("token")).find(|path| path.is_file()).expect("a token");
+        client.with_token(&std::fs::read_to_string(token).expect("the token"))
+    }
+
+    /// Every row of the bundled module's tables, by a server that is there for this look alone.
+    async fn rows(&self) -> Rows {
+        self.server("start");
+        let rows = self.owner().await.rows(NAME, TABLES).await;
+        self.server("stop");
+        rows
+    }
+
+    fn history(&self) -> Vec<String> {
+        let history = self.sidecar.run(["deploy", "history"]).ok();
+        let outcome = |record: &Value| record["outcome"].as_str().expect("an outcome").to_owned();
+        history["deployments"].as_array().expect("records").iter().map(outcome).collect()
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Nothing of a failed test is left running.
+        let _ = self.sidecar.command().args(["server", "stop"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    }
+}
+
+async fn call(client: &Client, reducer: &str, arguments: Value) {
+    let called = client.call(NAME, reducer, arguments).await;
+    called.unwrap_or_else(|error| panic!("{reducer}: {error}"));
+}
+
+async fn fill(client: &Client, count: u64) {
+    for n in 0..count {
+        call(client, "create_entity", json!([format!("e{n}"), "thing", format!("{{\"n\": {n}}}")])).await;
+    }
+    call(client, "record_metric", json!(["load", 0.5, "1", []])).await;
+}
+
+/// Without what a verification leaves.
+fn settled(mut rows: Rows) -> Rows {
+    rows.remove("system_status");
+    rows
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_seeds_configuration_drives_deploy_server_start_a_client_call_and_stop() {
+    let stage = Stage::new();
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../module");
+    let build = tools::wasm_build();
+    let built = build.target.join("wasm32-unknown-unknown/release/inner_universe_module.wasm");
+    // As the seed has it, but for paths and the port.
+    let config = json!({
+        "module_config": {"module_dir": source, "module_path": built, "build_module": true},
+        "spacetimedb_config":
+            {"db_path": stage.data, "address": "127.0.0.1", "port": stage.port, "log_level": "info"},
+        "server_config": {"max_connections": 100, "timeout_ms": 30000, "cache_size_mb": 512, "auth_required": true},
+        "feature_flags": {"enable_state_versioning": true, "enable_audit_log": true, "enable_metrics": true,
+            "enable_caching": true, "enable_distribution": false}
+    });
+    let file = stage.scratch.path().join("config.json");
+    std::fs::write(&file, config.to_string()).expect("write the configuration");
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(tools::inner_universe());
+        command.env("INNER_UNIVERSE__ARCHIVE__STATE_DIR", stage.sidecar.state_dir()).envs(build.environment.clone());
+        command.env("CARGO_TARGET_DIR", &build.target);
+        command.env("INNER_UNIVERSE__SPACETIMEDB_CONFIG__SERVER_BIN", tools::server());
+        let output = command.args(["--json", "--config", path(&file)]).args(arguments).output().expect("run it");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
+    };
+    let deployed = run(&["deploy"]);
+    assert_eq!((&deployed["outcome"], &deployed["mode"]), (&json!("deployed"), &json!("deployment")), "{deployed}");
+    assert!(deployed["steps"][0]["message"].as_str().is_some_and(|message| message.starts_with("built")), "{deployed}");
+    let started = run(&["server", "start"]);
+    assert_eq!((&started["ready"], &started["database_answers"]), (&json!(true), &json!(true)), "{started}");
+    assert_eq!(run(&["server", "start"])["server_pid"], started["server_pid"], "a second start changes nothing");
+    let owner = stage.owner().await;
+    call(&owner, "create_entity", json!(["sun", "star", "{}"])).await;
+    assert_eq!(owner.sql(NAME, "select * from entity").await.len(), 1);
+    assert_eq!(run(&["server", "stop"])["stopped"], true);
+    assert_eq!(run(&["server", "stop"])["stopped"], false, "nothing is left to stop");
+    // What was written is still there after the next start.
+    run(&["server", "start"]);
+    assert_eq!(stage.owner().await.sql(NAME, "select * from entity").await.len(), 1);
+    run(&["server", "stop"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_additive_module_keeps_rows_a_breaking_one_is_refused_and_the_same_changes_nothing() {
+    let stage = Stage::new();
+    assert_eq!(stage.deploy("")["migration"]["kind"], "first");
+    stage.server("start");
+    let owner = stage.owner().await;
+    fill(&owner, 5).await;
+    let before = owner.rows(NAME, TABLES).await;
+    let again = stage.deploy("");
+    assert_eq!((&again["outcome"], &again["mode"]), (&json!("unchanged"), &json!("online")), "{again}");
+    assert_eq!(owner.rows(NAME, TABLES).await, before, "no transaction");
+
+    let plan = stage.sidecar.run(["deploy", "plan", "--module-path", &stage.module("more")]).ok();
+    assert_eq!(plan["migration"]["kind"], "additive", "{plan}");
+    assert_eq!(owner.rows(NAME, TABLES).await, before, "a plan changes nothing");
+    let report = stage.deploy("more");
+    assert_eq!(report["migration"]["steps"], json!(["table annotation comes in"]), "{report}");
+    assert!(report["restore_point"].is_string(), "{report}");
+    let mut after = owner.rows(NAME, TABLES).await;
+    assert_eq!(after.insert("annotation".into(), vec!["no such table".into()]), Some(vec![]));
+    after.get_mut("event_log").expect("events").retain(|row| !row.contains("DEPLOYMENT_VERIFIED"));
+    let mut expected = before;
+    expected.get_mut("event_log").expect("events").retain(|row| !row.contains("DEPLOYMENT_VERIFIED"));
+    assert_eq!(after, expected);
+
+    let running = owner.sql(NAME, "select program_hash from st_module").await;
+    let next = stage.scratch.path().join("next.wasm");
+    std::fs::write(&next, tools::wasm("inner_universe_module_next")).expect("a module");
+    let rows = owner.rows(NAME, TABLES).await;
+    let message = stage.sidecar.run(["deploy", "--module-path", path(&next)]).fails_with(6);
+    assert!(message.contains("severity") && message.contains("nothing was changed"), "{message}");
+    assert_eq!(owner.sql(NAME, "select program_hash from st_module").await, running);
+    assert_eq!(owner.rows(NAME, TABLES).await, rows);
+    std::fs::write(&next, "no module").expect("a file");
+    let message = stage.sidecar.run(["deploy", "--module-path", path(&next)]).fails_with(2);
+    assert!(message.contains("no WebAssembly"), "{message}");
+    assert_eq!(stage.history(), ["deployed", "deployed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_that_fails_its_verification_under_load_is_taken_back_without_losing_a_write_from_before() {
+    let stage = Stage::new();
+    stage.deploy("");
+    stage.server("start");
+    let owner = stage.owner().await;
+    fill(&owner, 5).await;
+    let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let writers: Vec<_> = (0..2)
+        .map(|writer| {
+            let (owner, stop, acknowledged) = (owner.clone(), Arc::clone(&stop), Arc::clone(&acknowledged));
+            tokio::spawn(async move {
+                let mut n = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let row = json!([format!("w{writer}-{n}"), "load", "{}"]);
+                    match owner.call(NAME, "create_entity", row).await {
+                        Ok(()) => {
+                            acknowledged.fetch_add(1, Ordering::SeqCst);
+                            n += 1;
+                        }
+                        // The server is away while its files are taken back.
+                        Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                    }
+                }
+            })
+        })
+        .collect();
+    while acknowledged.load(Ordering::SeqCst) < 200 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let before = acknowledged.load(Ordering::SeqCst);
+    let deploying = {
+        let (sidecar, module) = (stage.sidecar.clone(), stage.module("broken"));
+        tokio::task::spawn_blocking(move || sidecar.run(["deploy", "--module-path", &module]))
+    };
+    let message = deploying.await.expect("a run").fails_with(1);
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.expect("a writer");
+    }
+    assert!(message.contains("broken on purpose") && message.contains("right before the publish"), "{message}");
+    let rows = owner.rows(NAME, TABLES).await;
+    assert_eq!(rows["annotation"], ["no such table"], "the older program runs");
+    let entities = owner.sql(NAME, "select * from entity").await;
+    for writer in 0..2 {
+        let prefix = format!("w{writer}-");
+        let number = |row: &Value| row[0].as_str()?.strip_prefix(&prefix)?.parse::<u64>().ok();
+        let mut numbers: Vec<_> = entities.iter().filter_map(number).collect();
+        numbers.sort_unstable();
+        // Those from after the rollback begin where its writer stood; those from before it are whole.
+        let whole = numbers.iter().enumerate().take_while(|(index, n)| *index as u64 == **n).count() as u64;
+        assert!(whole >= before / 2 - 100, "writer {writer}: {whole} of {before} acknowledged before");
+    }
+    let kept = entities.iter().filter(|row| row[1] == "load").count() as u64;
+    assert!(kept >= before, "{kept} rows are there, {before} were acknowledged before the deployment");
+    let versions = owner.sql(NAME, "select * from state_version").await;
+    assert_eq!(versions.len(), entities.len(), "rows and their versions are of one moment");
+    assert_eq!(stage.history(), ["deployed", "rolled-back"]);
+    // What was there is not deleted, and the next deployment works.
+    let aside = |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().contains("before-rollback");
+    let entries = std::fs::read_dir(stage.scratch.path()).expect("a directory").flatten();
+    assert_eq!(entries.filter(aside).count(), 1);
+    assert_eq!(stage.deploy("more")["outcome"], "deployed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_deployment_in_deployment_mode_leaves_every_row_and_a_failed_first_one_no_directory() {
+    let stage = Stage::new();
+    let message = stage.sidecar.run(["deploy", "--module-path", &stage.module("broken")]).fails_with(1);
+    assert!(message.contains("moved aside"), "{message}");
+    assert!(!stage.data.exists(), "nothing was there before");
+    stage.deploy("");
+    stage.server("start");
+    fill(&stage.owner().await, 20).await;
+    stage.server("stop");
+    let before = stage.rows().await;
+    let message = stage.sidecar.run(["deploy", "--module-path", &stage.module("broken")]).fails_with(1);
+    assert!(message.contains("right before the publish"), "{message}");
+    assert_eq!(settled(stage.rows().await), settled(before));
+    // A backup of what is there now, and a restore of it.
+    let backup = stage.sidecar.run(["backup", "create", "--data-dir", path(&stage.data)]);
+    assert_eq!(backup.code, 0, "{}", backup.stderr);
+    assert_eq!(stage.sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_that_is_killed_at_any_step_is_finished_or_taken_back_by_the_next_run() {
+    let stage = Stage::new();
+    stage.deploy("");
+    stage.server("start");
+    fill(&stage.owner().await, 10).await;
+    stage.server("stop");
+    let entities = |rows: &Rows| rows["entity"].clone();
+    let before = entities(&stage.rows().await);
+    let seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let mut random = seed;
+    let rounds = if tools::all() { 40 } else { 10 };
+    let mut steps = std::collections::BTreeMap::new();
+    for round in 0..rounds {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let mut command = stage.sidecar.command();
+        command.args(["deploy", "--force", "--module-path", &stage.module("more")]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a deployment");
+        tokio::time::sleep(Duration::from_millis((random >> 33) % 1200)).await;
+        let _ = child.kill();
+        let _ = child.wait();
+        let journal = std::fs::read_dir(stage.sidecar.state_dir()).expect("state").flatten();
+        let journal = journal.filter_map(|dir| std::fs::read(dir.path().join("deploy.json")).ok()).next();
+        let journal: Option<Value> = journal.map(|bytes| serde_json::from_slice(&bytes).expect("a whole journal"));
+        let step = journal.map_or_else(|| "none".to_owned(), |journal| journal["step"].to_string());
+        *steps.entry(step).or_insert(0) += 1;
+        // Every other time the next run deploys what was there before, and so has to take it back first.
+        let which = if round % 2 == 0 { "more" } else { "" };
+        let run = stage.sidecar.run(["deploy", "--force", "--module-path", &stage.module(which)]);
+        // Where it had been finished, taking its table away is refused: only a rollback goes back.
+        let had_finished = which.is_empty() && run.code == 6;
+        assert!(had_finished || run.code == 0, "round {round}: {}", run.stderr);
+        let running = if had_finished { "more" } else { which };
+        let rows = stage.rows().await;
+        assert_eq!(entities(&rows), before, "round {round}");
+        assert_eq!(rows["annotation"].is_empty(), running == "more", "round {round}: {rows:?}");
+        if running == "more" {
+            stage.sidecar.run(["deploy", "rollback", "--data", "--module-path", &stage.module("more")]).ok();
+            assert_eq!(stage.rows().await["annotation"], ["no such table"], "round {round}");
+        }
+    }
+    println!("killed at {steps:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_is_undone_by_its_program_alone_or_with_its_rows() {
+    let stage = Stage::new();
+    stage.deploy("");
+    // The same program with a note in it: another hash, the same tables.
+    let mut noted = tools::wasm("inner_universe_module");
+    noted.extend([0, 6, 4, b'n', b'o', b't', b'e', 1]);
+    let file = stage.scratch.path().join("noted.wasm");
+    std::fs::write(&file, noted).expect("a module");
+    stage.server("start");
+    let owner = stage.owner().await;
+    fill(&owner, 3).await;
+    let first = owner.sql(NAME, "select program_hash from st_module").await;
+    stage.sidecar.run(["deploy", "--module-path", path(&file)]).ok();
+    call(&owner, "create_entity", json!(["since", "thing", "{}"])).await;
+    let plan = stage.sidecar.run(["deploy", "rollback", "--dry-run"]).ok();
+    assert_eq!(plan["message"], "rows stay", "{plan}");
+    stage.sidecar.run(["deploy", "rollback"]).ok();
+    assert_eq!(owner.sql(NAME, "select program_hash from st_module").await, first);
+    assert_eq!(owner.sql(NAME, "select * from entity").await.len(), 4, "rows stay");
+
+    let before = owner.rows(NAME, &["entity", "annotation"]).await;
+    stage.deploy("more");
+    call(&owner, "create_entity", json!(["lost", "thing", "{}"])).await;
+    let message = stage.sidecar.run(["deploy", "rollback"]).fails_with(6);
+    assert!(message.contains("annotation") && message.contains("--data"), "{message}");
+    stage.sidecar.run(["deploy", "rollback", "--data"]).ok();
+    assert_eq!(owner.rows(NAME, &["entity", "annotation"]).await, before);
+    assert_eq!(stage.history(), ["deployed", "deployed", "undone", "deployed", "undone"]);
+    let message = stage.sidecar.run(["deploy", "rollback"]).fails_with(4);
+    assert!(message.contains("no earlier program"), "{message}");
+}
+
+/// A connection that stays open.
+async fn connect(stage: &Stage, client: &Client) -> Result<Link, String> {
+    let token = stage.scratch.path().join(format!("token-{}", client.identity));
+    std::fs::write(&token, &client.token).expect("a token");
+    let mut config = Config::default();
+    config.spacetimedb_config.url = Some(client.url().to_owned());
+    config.spacetimedb_config.token_file = Some(token);
+    let link = Link::new(&config.spacetimedb_config, &config.server_config, NAME);
+    let mut link = link.map_err(|error| error.to_string())?;
+    link.query("SELECT * FROM config").await.map_err(|error| error.to_string())?;
+    Ok(link)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_and_flags_reach_the_module_at_deploy_and_do_what_they_say() {
+    let mut stage = Stage::with(&[("SERVER_CONFIG__MAX_CONNECTIONS", "3")]);
+    stage.deploy("");
+    stage.server("start");
+    let owner = stage.owner().await;
+    let stranger = Client::new(owner.url()).await;
+    let refused = connect(&stage, &stranger).await.err().expect("a stranger is refused");
+    println!("{refused}");
+    let refused = stranger.call(NAME, "create_entity", json!(["x", "y", "{}"])).await.expect_err("a stranger");
+    assert!(refused.contains("auth_required"), "{refused}");
+    let mut members = Vec::new();
+    for _ in 0..4 {
+        let member = Client::new(owner.url()).await;
+        call(&owner, "add_member", json!([{"__identity__": format!("0x{}", member.identity)}, "a member"])).await;
+        members.push(member);
+    }
+    let mut open = Vec::new();
+    for member in &members[..3] {
+        open.push(connect(&stage, member).await.expect("one of three"));
+    }
+    assert!(connect(&stage, &members[3]).await.is_err(), "the fourth");
+    // One goes in good order, another as if it had crashed; either frees its place.
+    open.pop().expect("a connection").close().await;
+    open.push(patiently(&stage, &members[3]).await);
+    drop(open.remove(0));
+    open.push(patiently(&stage, &members[2]).await);
+    assert!(connect(&stage, &members[0]).await.is_err(), "three are connected again");
+    drop(open);
+
+    // With the flags on.
+    call(&owner, "create_entity", json!(["a", "thing", "{}"])).await;
+    call(&owner, "record_metric", json!(["load", 0.5, "1", []])).await;
+    let count = async |table: &str| owner.sql(NAME, &format!("select * from {table}")).await.len();
+    assert_eq!((count("state_version").await, count("metric").await), (1, 1));
+    let refused = owner.call(NAME, "begin_import", json!(["c200ffff"])).await.expect_err("another instance");
+    assert!(refused.contains("enable_distribution"), "{refused}");
+
+    stage.configure(&[
+        ("SERVER_CONFIG__AUTH_REQUIRED", "false"),
+        ("SERVER_CONFIG__MAX_CONNECTIONS", "0"),
+        ("SERVER_CONFIG__TIMEOUT_MS", "5000"),
+        ("SERVER_CONFIG__CACHE_SIZE_MB", "64"),
+        ("FEATURE_FLAGS__ENABLE_STATE_VERSIONING", "false"),
+        ("FEATURE_FLAGS__ENABLE_AUDIT_LOG", "false"),
+        ("FEATURE_FLAGS__ENABLE_METRICS", "false"),
+        ("FEATURE_FLAGS__ENABLE_CACHING", "false"),
+        ("FEATURE_FLAGS__ENABLE_DISTRIBUTION", "true"),
+    ]);
+    let report = stage.deploy("");
+    assert_eq!(report["outcome"], "deployed", "{report}");
+    assert_eq!(report["changes"]["settings"].as_array().map(Vec::len), Some(9), "{report}");
+    connect(&stage, &stranger).await.expect("everybody may connect");
+    let (versions, events) = (count("state_version").await, count("event_log").await);
+    call(&stranger, "create_entity", json!(["b", "thing", "{}"])).await;
+    assert_eq!((count("state_version").await, count("event_log").await), (versions, events));
+    let refused = owner.call(NAME, "record_metric", json!(["load", 0.5, "1", []])).await.expect_err("metrics are off");
+    assert!(refused.contains("enable_metrics"), "{refused}");
+    call(&owner, "begin_import", json!(["c200ffff"])).await;
+    // What an application writes by itself is no audit, and stays.
+    call(&owner, "record_event", json!(["MINE", none(), none(), {"Empty": []}])).await;
+    assert_eq!(count("event_log").await, events + 1);
+}
+
+/// The server needs a moment to see that a client is gone.
+async fn patiently(stage: &Stage, client: &Client) -> Link {
+    for _ in 0..100 {
+        if let Ok(link) = connect(stage, client).await {
+            return link;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the place of a client that is gone was not freed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn server_mode_keeps_a_log_restarts_after_a_crash_and_touches_no_server_of_others() {
+    let mut stage = Stage::with(&[("SPACETIMEDB_CONFIG__LOG_LEVEL", "error")]);
+    stage.deploy("");
+    let started = stage.server("start");
+    let log = PathBuf::from(started["log"].as_str().expect("a log"));
+    let quiet = std::fs::read_to_string(&log).expect("the log");
+    assert!(!quiet.contains("DEBUG") && !quiet.contains("INFO"), "{quiet}");
+    // A crash: it is started again, and its lock does no harm.
+    let pid = started["server_pid"].as_u64().expect("a process");
+    let killed = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status();
+    assert!(killed.is_ok_and(|status| status.success()));
+    let mut again = Value::Null;
+    for _ in 0..200 {
+        again = stage.sidecar.run(["server", "status"]).json;
+        if again["ready"] == true && again["server_pid"] != started["server_pid"] {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!((&again["ready"], &again["starts"]), (&json!(true), &json!(2)), "{again}");
+    stage.server("stop");
+    let status = stage.sidecar.run(["server", "status"]);
+    assert_eq!((status.code, &status.json["running"]), (3, &json!(false)));
+
+    stage.configure(&[("SPACETIMEDB_CONFIG__LOG_LEVEL", "debug")]);
+    stage.server("start");
+    let loud = std::fs::read_to_string(&log).expect("the log");
+    assert!(loud.contains("DEBUG"), "{loud}");
+    stage.server("stop");
+
+    // A server that somebody else started.
+    let other = harness::server::Server::start(&stage.data, &stage.scratch.path().join("data.keys")).await;
+    let message = stage.sidecar.run(["server", "start"]).fails_with(6);
+    assert!(message.contains("already"), "{message}");
+    let message = stage.sidecar.run(["server", "stop"]).fails_with(6);
+    assert!(message.contains(&other.pid().to_string()), "{message}");
+    other.stop();
+    let taken = std::net::TcpListener::bind(("127.0.0.1", stage.port)).expect("the port");
+    let message = stage.sidecar.run(["server", "start"]).fails_with(6);
+    assert!(message.contains("is taken"), "{message}");
+    drop(taken);
+    stage.configure(&[("SPACETIMEDB_CONFIG__SERVER_BIN", "/nowhere/server")]);
+    let message = stage.sidecar.run(["server", "start"]).fails_with(2);
+    assert!(message.contains("/nowhere/server") && message.contains("server_bin"), "{message}");
+    stage.configure(&[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sidecar_serves_deploys_beside_itself_and_takes_back_what_fails() {
+    let stage = Stage::new();
+    stage.deploy("");
+    let mut daemon = Daemon::start_with(&stage.sidecar, &stage.data, &[], &["--serve"], &[]);
+    daemon.wait("the archive", |status| status.databases.iter().any(|found| found.archived_offset.is_some()));
+    harness::server::wait_for(&format!("http://127.0.0.1:{}", stage.port)).await;
+    let owner = stage.owner().await;
+    fill(&owner, 10).await;
+    assert_eq!(stage.server("status")["started_by"], "sidecar");
+    let before = owner.rows(NAME, TABLES).await;
+    let message = stage.sidecar.run(["deploy", "--module-path", &stage.module("broken")]).fails_with(1);
+    assert!(message.contains("right before the publish"), "{message}");
+    assert_eq!(owner.rows(NAME, TABLES).await, before);
+    assert_eq!(stage.deploy("more")["outcome"], "deployed");
+    assert_eq!(owner.rows(NAME, &["entity"]).await["entity"], before["entity"]);
+    // The archive goes on, and is that of the log as it is now.
+    call(&owner, "create_entity", json!(["after", "thing", "{}"])).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    daemon.wait("the archive", |status| {
+        status.databases.iter().all(|found| found.log_offset.is_some() && found.archived_offset == found.log_offset)
+    });
+    let restored = stage.scratch.path().join("restored");
+    stage.sidecar.run(["restore", "--data-dir", path(&restored)]).ok();
+    let server = harness::server::Server::start(&restored, &stage.scratch.path().join("data.keys")).await;
+    assert_eq!(owner.at(&server.url).rows(NAME, TABLES).await, owner.rows(NAME, TABLES).await);
+    server.stop();
+    assert_eq!(stage.history(), ["deployed", "rolled-back", "deployed"]);
+    stage.server("stop");
+    assert_eq!(stage.sidecar.run(["server", "status"]).json["running"], false);
+    assert_eq!(stage.server("start")["started_by"], "sidecar");
+    assert_eq!(daemon.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_behind_tls_of_a_private_authority_is_trusted_with_its_certificate_and_not_without() {
+    let mut stage = Stage::new();
+    stage.deploy("");
+    stage.server("start");
+    let owner = stage.owner().await;
+    fill(&owner, 5).await;
+    let certified = Certified::new().expect("a certificate");
+    let front = TlsFront::before(owner.url(), &certified).await;
+    let (ca, url) = (stage.scratch.path().join("ca.pem"), front.url.clone());
+    std::fs::write(&ca, &certified.certificate).expect("the authority");
+    // Seen from another machine: the address alone leads there.
+    let token = stage.scratch.path().join("owner");
+    std::fs::write(&token, &owner.token).expect("the token");
+    let there = [
+        ("SPACETIMEDB_CONFIG__URL", url.as_str()),
+        ("SPACETIMEDB_CONFIG__DATABASE", NAME),
+        ("SPACETIMEDB_CONFIG__TOKEN_FILE", path(&token)),
+    ];
+    stage.configure(&there);
+    let message = stage.sidecar.run(["export", "event-log"]).fails_with(1);
+    assert!(message.contains("certificate"), "{message}");
+    let trusting = [&there[..], &[("SPACETIMEDB_CONFIG__CA_FILE", path(&ca))]].concat();
+    stage.configure(&trusting);
+    let report = stage.sidecar.run(["export", "all"]).ok();
+    assert!(report["tables"].as_array().expect("tables").iter().any(|table| table["rows"] == 5), "{report}");
+    let plan = stage.sidecar.run(["deploy", "plan", "--module-path", &stage.module("more")]).ok();
+    assert_eq!((&plan["mode"], &plan["migration"]["kind"]), (&json!("online"), &json!("additive")), "{plan}");
+    assert_eq!(stage.deploy("more")["outcome"], "deployed");
+    let message = stage.sidecar.run(["-q", "replay", "--table", "entity"]);
+    assert_eq!(message.code, 0, "{}", message.stderr);
+    // The event stream, whose SDK knows no authorities.
+    let collector = Collector::start().await;
+    let streaming = [("TELEMETRY__OTLP_ENDPOINT", collector.http.as_str()), ("TELEMETRY__STATUS_INTERVAL", "0s")];
+    let mut daemon = Daemon::start(&stage.sidecar, &stage.data, &streaming, &[]);
+    daemon.wait("the archive", |status| status.databases.iter().any(|found| found.archived_offset.is_some()));
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    let mut n = 0;
+    while !collector.taken().logs.iter().any(|record| format!("{record:?}").contains("LIVE")) {
+        assert!(std::time::Instant::now() < deadline, "no live event came: {}", daemon.log());
+        n += 1;
+        call(&owner, "record_event", json!(["LIVE", none(), none(), {"Empty": []}])).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    println!("{n} events were recorded until one came");
+    assert_eq!(daemon.stop(), 0);
+    stage.configure(&[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_checklist_passes_where_all_is_well_and_names_what_is_not() {
+    let mut stage = Stage::new();
+    let module = stage.module("");
+    let good = [
+        ("MODULE_CONFIG__MODULE_PATH", module.as_str()),
+        ("SCHEDULE__RESTORE_POINT", "0 0 * * * *"),
+        ("SCHEDULE__VERIFY", "0 30 3 * * *"),
+        ("TELEMETRY__HEARTBEAT_URL", "http://127.0.0.1:1/alarm"),
+    ];
+    stage.configure(&good);
+    stage.sidecar.run(["deploy"]).ok();
+    stage.sidecar.run(["backup", "create"]).ok();
+    stage.server("start");
+    let run = stage.sidecar.run(["doctor"]);
+    assert_eq!((run.code, &run.json["ok"]), (0, &json!(true)), "{}", run.json);
+    let verdict = |json: &Value, name: &str| {
+        let checks = json["checks"].as_array().expect("checks").clone();
+        let found = checks.into_iter().find(|check| check["check"] == name);
+        found.unwrap_or_else(|| panic!("no check `{name}`: {json}"))["verdict"].as_str().expect("a verdict").to_owned()
+    };
+    for name in [
+        "server",
+        "module",
+        "data directory",
+        "port",
+        "authentication",
+        "token",
+        "repository",
+        "conditional writes",
+        "backup",
+        "monitoring",
+        "schedule",
+        "configuration",
+        "disk",
+        "clock",
+    ] {
+        assert_eq!(verdict(&run.json, name), "pass", "{name}: {}", run.json);
+    }
+    stage.server("stop");
+    let state = std::fs::read_dir(stage.sidecar.state_dir()).expect("state").flatten();
+    let token = state.map(|dir| dir.path().join("token")).find(|path| path.is_file()).expect("a token");
+    use std::os::unix::fs::PermissionsExt as _;
+    assert_eq!(std::fs::metadata(&token).expect("the token").permissions().mode() & 0o777, 0o600);
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o644)).expect("loosen it");
+    let taken = std::net::TcpListener::bind(("127.0.0.1", stage.port)).expect("the port");
+    let bad = [
+        ("MODULE_CONFIG__MODULE_PATH", "/nowhere.wasm"),
+        ("SERVER_CONFIG__AUTH_REQUIRED", "false"),
+        ("REPOSITORY__REQUEST_TIMEOUT", "1s"),
+        ("HTTP__ENABLED", "false"),
+    ];
+    stage.configure(&bad);
+    let run = stage.sidecar.run(["doctor"]);
+    assert_eq!((run.code, &run.json["ok"]), (3, &json!(false)), "{}", run.json);
+    for (name, expected) in [
+        ("module", "fail"),
+        ("port", "fail"),
+        ("monitoring", "fail"),
+        ("authentication", "warn"),
+        ("token", "warn"),
+        ("schedule", "warn"),
+    ] {
+        assert_eq!(verdict(&run.json, name), expected, "{name}: {}", run.json);
+    }
+    let unfixed = |check: &Value| check["verdict"] != "pass" && check["fix"] == "";
+    assert!(!run.json["checks"].as_array().expect("checks").iter().any(unfixed), "each says what to do: {}", run.json);
+    assert!(!run.json.to_string().contains("eyJ"), "no token is told");
+    drop(taken);
+}
