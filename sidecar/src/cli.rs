@@ -205,7 +205,8 @@ fn know_deployment(config: &mut Config) {
         server.database = crate::deploy::deployed_name(&dir);
     }
     let token = crate::deploy::own_token(&dir);
-    if server.token_file.is_none() && token.is_file() {
+    // It is of the server on this directory, and of no other's business.
+    if server.url.is_none() && server.token_file.is_none() && token.is_file() {
         server.token_file = Some(token);
     }
 }
@@ -329,8 +330,13 @@ struct DatabaseArg {
 impl DatabaseArg {
     /// The configuration with what was given on the command line.
     fn apply(&self, config: &Config) -> Result<Config, Failure> {
+        let own_of = config.clone();
         let mut config = config.clone();
         let target = &mut config.spacetimedb_config;
+        if self.server.is_some() {
+            let own = target.db_path.as_ref().map(|dir| StateDir::locate(&own_of, dir).join("token"));
+            target.token_file = target.token_file.take().filter(|file| own.as_ref() != Some(file));
+        }
         for (given, key) in [(&self.server, &mut target.url), (&self.database, &mut target.database)] {
             if given.is_some() {
                 key.clone_from(given);

@@ -491,7 +491,10 @@ async fn on_host(
         .await?;
     journal.enter(Step::Record, &dir)?;
     let offset = setup.publish_offset(journal).await;
-    setup.record(journal, Outcome::Deployed, &found.migration.describe(), offset, host).await?;
+    // It runs and is verified: a store that is out is no reason to take it back.
+    if let Err(error) = setup.record(journal, Outcome::Deployed, &found.migration.describe(), offset, host).await {
+        found.problems.push(format!("the deployment is not in the history: {error}"));
+    }
     setup.remember_deployed(journal)?;
     if !journal.existed {
         // Until there is a restore point, nothing of what was deployed could be brought back.
@@ -617,9 +620,8 @@ async fn restore_point(
     let settings = look_at_settings(setup, &found.database).await?;
     remember(journal, &settings);
     if let Some((_, replica)) = setup.replica(journal).await? {
-        let end = blocking(move || cut::end_of_log(&replica)).await??;
-        // The server answers a moment before it writes: what is looked at begins a little earlier.
-        journal.log_end = Some(Offset(end.0.saturating_sub(1)));
+        // The server answers a moment before it writes, so this is early, and never late.
+        journal.log_end = Some(blocking(move || cut::end_of_log(&replica)).await??);
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::daemon::control::{self, Answer, Request};
-use crate::daemon::state::{self, StateDir};
+use crate::daemon::state::StateDir;
 use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::{DeployError, Mode};
 use crate::standalone::command::Binary;
@@ -61,17 +61,13 @@ impl Host {
             ready::health(config).await?;
             return Ok(host);
         };
-        if let ServerLock::Held { pid } = lock::probe_file(&data_dir.join("spacetime.pid"))? {
+        if let ServerLock::Held { .. } = lock::probe_file(&data_dir.join("spacetime.pid"))? {
             ready::health(config)
                 .await
                 .map_err(|error| DeployError::Silent { data_dir: data_dir.to_owned(), error })?;
-            let watched = state::read_status(config, data_dir).filter(|status| status.running);
             host.kind = if background::is_ours(config, data_dir)? {
                 Kind::Background
-            } else if watched
-                .and_then(|status| status.server)
-                .is_some_and(|server| server.pid.is_some() && server.pid == pid)
-            {
+            } else if background::is_of_sidecar(config, data_dir).await {
                 Kind::Sidecar
             } else {
                 Kind::Elsewhere

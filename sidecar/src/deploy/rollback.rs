@@ -4,6 +4,7 @@
 //! other database is touched. Where it cannot, the older program is published again and settings are put back.
 
 use crate::datadir::DataDir;
+use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::host::Host;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{DeployError, Mode, Setup, blocking, configure, cut, record};
@@ -21,6 +22,10 @@ pub async fn roll_back(setup: &Setup, journal: &mut Journal, host: Option<&mut H
         // A rollback that was killed between two renames has left the replica beside its place.
         cut::finish(&data, &replica)?;
     }
+    if host.is_none() && journal.existed && journal.publishes && is_stopped(setup)? {
+        // No server need start for it: with this module it may not even do so.
+        return cut_files(setup, journal).await;
+    }
     let mut opened = None;
     let host = match host {
         Some(host) => host,
@@ -35,6 +40,14 @@ pub async fn roll_back(setup: &Setup, journal: &mut Journal, host: Option<&mut H
         return Ok(format!("{done}, and the data directory that was made for it was moved aside"));
     }
     Ok(done)
+}
+
+/// Are the files at hand, and no server on them?
+fn is_stopped(setup: &Setup) -> Result<bool, DeployError> {
+    match &setup.data_dir {
+        Some(dir) => Ok(lock::probe_file(&dir.join("spacetime.pid"))? == ServerLock::Free),
+        None => Ok(false),
+    }
 }
 
 async fn open(setup: &Setup, journal: &mut Journal) -> Result<Host, DeployError> {

@@ -115,6 +115,14 @@ pub fn is_ours(config: &Config, data_dir: &Path) -> Result<bool, StandaloneError
     Ok(files(config, data_dir)?.watcher()?.is_some())
 }
 
+/// Is the server on `data_dir` one that a sidecar watches which is alive?
+pub async fn is_of_sidecar(config: &Config, data_dir: &Path) -> bool {
+    // Its note may be a second old, so the process in it is no proof.
+    let watches = crate::daemon::state::read_status(config, data_dir).is_some_and(|status| status.server.is_some());
+    let socket = StateDir::locate(config, data_dir).join("control.sock");
+    watches && tokio::net::UnixStream::connect(socket).await.is_ok()
+}
+
 /// Starts the server of the configuration, unless it runs already, and waits until it is ready. `arguments` make this
 /// program watch it.
 ///
@@ -305,17 +313,13 @@ pub async fn status(config: &Config, data_dir: &Path) -> Result<ServerReport, St
     let path = data_dir.join("spacetime.pid");
     let lock = lock::probe_file(&path)?;
     let health = ready::health(config).await.ok();
-    let daemon = crate::daemon::state::read_status(config, data_dir)
-        .filter(|status| status.running)
-        .and_then(|status| status.server)
-        .and_then(|server| server.pid);
     let (running, holder) = match lock {
         ServerLock::Free => (false, None),
         ServerLock::Held { pid } => (true, pid),
     };
     let started_by = match (&note, running) {
         (Some(_), _) => Some("background"),
-        (None, true) if daemon.is_some() && daemon == holder => Some("sidecar"),
+        (None, true) if is_of_sidecar(config, data_dir).await => Some("sidecar"),
         (None, true) => Some("elsewhere"),
         (None, false) => None,
     };
