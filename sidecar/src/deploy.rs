@@ -193,6 +193,16 @@ impl Setup {
         Host::open(&self.config, data_dir, &self.state_dir, self.watch.clone(), clock, announce).await
     }
 
+    async fn open_host_without_database(
+        &self,
+        announce: impl FnOnce(u16) -> Result<(), StandaloneError>,
+    ) -> Result<Host, DeployError> {
+        let mut config = self.config.clone();
+        config.spacetimedb_config.database = None;
+        let (data_dir, clock) = (self.data_dir.as_deref(), Arc::clone(&self.clock));
+        Host::open(&config, data_dir, &self.state_dir, self.watch.clone(), clock, announce).await
+    }
+
     /// One at a time.
     fn lock(&self) -> Result<std::fs::File, DeployError> {
         let path = self.dir().join("deploy.lock");
@@ -209,7 +219,9 @@ impl Setup {
             return Ok(database);
         }
         let path = own_token(self.dir());
-        if let Ok(token) = std::fs::read_to_string(&path) {
+        if let Ok(token) = std::fs::read_to_string(&path)
+            && !token.trim().is_empty()
+        {
             return Ok(database.with_token(token.trim()));
         }
         let made = database.new_identity().await?;
@@ -227,10 +239,12 @@ pub fn own_token(state_dir: &Path) -> PathBuf {
 fn keep_token(path: &Path, token: &str) -> Result<(), DeployError> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
+    let new = path.with_extension("new");
     let write = || {
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(token.as_bytes())?;
-        file.sync_all()
+        file.sync_all()?;
+        std::fs::rename(&new, path)
     };
     write().map_err(|source| DeployError::Token { path: path.to_owned(), source })
 }
@@ -310,6 +324,9 @@ fn new_journal(setup: &Setup, module: &Module) -> Journal {
         log_end: None,
         restore_point: None,
         settings_before: Vec::new(),
+        admins: Vec::new(),
+        members: Vec::new(),
+        restart: None,
     }
 }
 
@@ -323,7 +340,14 @@ async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> Result<Jour
     end_orphan(setup, &left).await?;
     if left.step == Step::Prepare {
         // What a server made of an empty place before anything was published is no data.
-        return Ok(Journal { had_data_dir: left.had_data_dir, ..new_journal(setup, module) });
+        let empty = !left.had_data_dir && setup.databases().await?.is_empty();
+        let fresh = new_journal(setup, module);
+        return Ok(Journal { had_data_dir: fresh.had_data_dir && !empty, ..fresh });
+    }
+    if left.step == Step::Record && (left.module != module.hash || left.name != setup.name) {
+        // It was done but for its record, and may have been used for long: nothing of it is taken back.
+        Journal::close(setup.dir())?;
+        return Ok(new_journal(setup, module));
     }
     if left.step != Step::RollBack && left.module == module.hash && left.name == setup.name {
         tracing::warn!(deployment = %left.id, step = ?left.step, "a deployment that was broken off goes on");
@@ -358,7 +382,7 @@ async fn run(
     steps: &mut Steps,
 ) -> Result<DeployReport, DeployError> {
     let dir = setup.dir().to_owned();
-    let mut host = steps
+    let opened = steps
         .take("server", async {
             let mut opened = journal.clone();
             let host = setup
@@ -376,7 +400,21 @@ async fn run(
             };
             Ok((host, message))
         })
-        .await?;
+        .await;
+    let mut host = match opened {
+        Ok(host) => host,
+        // With what was published the server may not come up any more.
+        Err(error) if journal.step > Step::Prepare && setup.rollback => {
+            let reason = error.to_string();
+            let done = match rollback::roll_back(setup, journal, None).await {
+                Ok(done) => done,
+                Err(error) => return Err(DeployError::NotRolledBack { reason, error: error.to_string() }),
+            };
+            Journal::close(&dir)?;
+            return Err(DeployError::RolledBack { reason, done });
+        }
+        Err(error) => return Err(error),
+    };
     let outcome = on_host(setup, module, journal, steps, &host).await;
     match outcome {
         Ok(report) => {
@@ -388,7 +426,7 @@ async fn run(
         Err(error) if journal.step == Step::Prepare => {
             if host.mode() == Mode::Deployment {
                 host.stop().await?;
-                rollback::leave_no_data_dir(setup, journal)?;
+                rollback::leave_no_data_dir(setup, journal).await?;
             }
             Err(error)
         }
@@ -412,7 +450,15 @@ async fn run(
                     Journal::close(&dir)?;
                     Err(DeployError::RolledBack { reason, done })
                 }
-                Err(error) => Err(DeployError::NotRolledBack { reason, error: error.to_string() }),
+                Err(error) => {
+                    let error = error.to_string();
+                    if !host.can_stop() {
+                        // Another try would fail as this one: it is for a person, and must not bar the next deployment.
+                        let _ = setup.record(journal, Outcome::Failed, &reason, None, &host).await;
+                        Journal::close(&dir)?;
+                    }
+                    Err(DeployError::NotRolledBack { reason, error })
+                }
             }
         }
     }
@@ -580,6 +626,10 @@ async fn look_at_settings(setup: &Setup, database: &Database) -> Result<Changes,
 }
 
 fn remember(journal: &mut Journal, changes: &Changes) {
+    for (known, added) in [(&mut journal.admins, &changes.admins), (&mut journal.members, &changes.members)] {
+        let new: Vec<_> = added.iter().filter(|identity| !known.contains(identity)).cloned().collect();
+        known.extend(new);
+    }
     for change in &changes.settings {
         if !journal.settings_before.iter().any(|(key, _)| *key == change.key) {
             journal.settings_before.push((change.key.clone(), change.from.clone()));
@@ -630,7 +680,10 @@ impl Setup {
     /// The files of the database, where they are at hand.
     async fn replica(&self, journal: &Journal) -> Result<Option<(DataDir, crate::datadir::ReplicaDir)>, DeployError> {
         let (Some(root), Some(identity)) = (&self.data_dir, journal.identity) else { return Ok(None) };
-        let data = DataDir::open(root)?;
+        let data = match DataDir::open(root) {
+            Err(DataDirError::Missing(_) | DataDirError::NotSpacetime { .. }) => return Ok(None),
+            data => data?,
+        };
         let copy = {
             let data = data.clone();
             blocking(move || crate::datadir::control_db::ControlDbCopy::take(&data)).await??
@@ -638,6 +691,13 @@ impl Setup {
         let replica = copy.databases.iter().find(|database| database.identity == identity);
         let replica = replica.and_then(|database| database.replica).map(|id| data.replica(id));
         Ok(replica.map(|replica| (data, replica)))
+    }
+
+    /// Every database on the data directory.
+    async fn databases(&self) -> Result<Vec<Identity>, DeployError> {
+        let Some(Ok(data)) = self.data_dir.as_deref().map(DataDir::open) else { return Ok(Vec::new()) };
+        let copy = blocking(move || crate::datadir::control_db::ControlDbCopy::take(&data)).await??;
+        Ok(copy.databases.iter().map(|database| database.identity).collect())
     }
 
     fn keep_program(&self, hash: &ContentHash, bytes: &[u8]) -> Result<(), DeployError> {
@@ -650,7 +710,8 @@ impl Setup {
     async fn publish_offset(&self, journal: &Journal) -> Option<Offset> {
         let (from, module) = (journal.log_end?, journal.module);
         let (_, replica) = self.replica(journal).await.ok().flatten()?;
-        blocking(move || cut::find_publish(&replica, from, &module)).await.ok()?.ok()?
+        let published = blocking(move || cut::find_publish(&replica, from, &module)).await.ok()?.ok()?;
+        published.map(|published| published.offset)
     }
 
     /// Writes the history, and the programs that it names.

@@ -14,6 +14,7 @@ use crate::cli::server::ListenArgs;
 use crate::cli::{Context, while_held};
 use crate::config::Config;
 use crate::daemon::state::StateDir;
+use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup};
 use crate::repository::Repository;
 use crate::repository::lease::Lease;
@@ -126,7 +127,8 @@ impl TargetArgs {
         let data_dir = config.spacetimedb_config.db_path.clone();
         let place = match &data_dir {
             Some(dir) => dir.clone(),
-            None => PathBuf::from(config.spacetimedb_config.server_url()),
+            // A place of its own for each server, wherever we stand.
+            None => Path::new("/").join(config.spacetimedb_config.server_url().replace('/', "_")),
         };
         let state_dir = StateDir::open(&config, &place).map_err(|error| Failure::new(ExitStatus::Failed, error))?;
         if let (None, Some(dir)) = (&config.repository.url, &data_dir) {
@@ -215,31 +217,33 @@ async fn with_keeper<T>(
     let stop = CancellationToken::new();
     cancel_when_told(stop.clone())?;
     let Some(url) = setup.config.repository.url.clone() else {
-        return tokio::select! {
-            result = work(setup) => Ok(result?),
-            () = stop.cancelled() => interrupted(),
-        };
+        return Ok(until_told(setup, work(setup), &stop).await??);
     };
     if setup.data_dir.is_some() && tokio::net::UnixStream::connect(setup.state_dir.socket()).await.is_ok() {
         setup.keeper = Keeper::Daemon { url };
-        return tokio::select! {
-            result = work(setup) => Ok(result?),
-            () = stop.cancelled() => interrupted(),
-        };
+        return Ok(until_told(setup, work(setup), &stop).await??);
     }
     let (config, clock) = (&setup.config.repository, Arc::clone(&context.clock));
     let repository = Repository::open_or_create(&url, config, context.keyring(&[])?, clock.as_ref()).await?;
     let lease = Lease::acquire(&repository, config.lease_duration.0, Arc::clone(&clock), force).await?;
     setup.keeper = Keeper::Own(lease.fenced());
-    let result = tokio::select! {
-        result = while_held(&lease, clock.as_ref(), work(setup)) => Ok(result),
-        () = stop.cancelled() => interrupted(),
-    };
+    let result = while_held(&lease, clock.as_ref(), until_told(setup, work(setup), &stop)).await;
     lease.release().await;
     Ok(result??)
 }
 
-fn interrupted<T>() -> Result<T, Failure> {
+/// Leaves the work where it is when we are told to stop; but a rollback is brought to its end.
+async fn until_told<T>(setup: &Setup, work: impl Future<Output = T>, stop: &CancellationToken) -> Result<T, Failure> {
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        result = &mut work => return Ok(result),
+        () = stop.cancelled() => {}
+    }
+    let journal = Journal::load(setup.state_dir.path()).ok().flatten();
+    if journal.is_some_and(|journal| journal.step == Step::RollBack) {
+        tracing::warn!("what was changed is being taken back; this ends when that is done");
+        return Ok(work.await);
+    }
     let message = "interrupted; run `inner-universe deploy` again to finish, or `inner-universe deploy rollback`";
     Err(Failure::new(ExitStatus::Failed, message))
 }

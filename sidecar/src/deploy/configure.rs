@@ -110,7 +110,25 @@ pub async fn apply(database: &Database, changes: &Changes) -> Result<(), SourceE
 ///
 /// # Errors
 /// When the module refuses, or the server cannot be asked.
-pub async fn restore(database: &Database, before: &[(String, Option<String>)]) -> Result<(), SourceError> {
+pub async fn restore(
+    database: &Database,
+    before: &[(String, Option<String>)],
+    admins: &[String],
+    members: &[String],
+) -> Result<(), SourceError> {
+    for (table, reducer, added) in [("admin", "revoke_admin", admins), ("member", "remove_member", members)] {
+        if added.is_empty() {
+            continue;
+        }
+        let rows: Vec<Value> = database.rows(format!("SELECT identity FROM {table}")).await?;
+        let known = Value::from(rows).to_string();
+        for identity in added.iter().map(|identity| identity.to_lowercase()).filter(|text| known.contains(text)) {
+            database.call_with(reducer, &json!([{"__identity__": format!("0x{identity}")}])).await?;
+        }
+    }
+    if before.is_empty() {
+        return Ok(());
+    }
     let rows: Vec<(String, String)> = database.rows("SELECT key, value FROM config".into()).await?;
     for (key, value) in before {
         let now = rows.iter().find(|(name, _)| name == key).map(|(_, value)| value);

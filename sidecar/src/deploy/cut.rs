@@ -19,12 +19,25 @@ use crate::restore::apply::{SegmentWriter, sync_file_system};
 /// Bytes of log that are looked through at a time.
 const READ_SIZE: usize = 4 << 20;
 
+/// The commit of a publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Published {
+    /// Its first transaction.
+    pub offset: Offset,
+    /// Transactions in it: one, as far as any server was seen to write.
+    pub count: u16,
+}
+
 /// The transaction that published `program`, the first at or after `from`. Its commit holds the program's hash; one that
 /// publishes another program later holds it too, since it takes the row away.
 ///
 /// # Errors
 /// When the log cannot be read.
-pub fn find_publish(replica: &ReplicaDir, from: Offset, program: &ContentHash) -> Result<Option<Offset>, DataDirError> {
+pub fn find_publish(
+    replica: &ReplicaDir,
+    from: Offset,
+    program: &ContentHash,
+) -> Result<Option<Published>, DataDirError> {
     let mut reader = LogReader::open(&replica.log_path(), from)?;
     let finder = memmem::Finder::new(&program.0);
     let mut buffer = Vec::new();
@@ -36,7 +49,7 @@ pub fn find_publish(replica: &ReplicaDir, from: Offset, program: &ContentHash) -
         while let Frame::Commit(commit) = Frame::parse(batch.log_version, &buffer[at..]) {
             at += commit.bytes.len();
             if commit.first >= from && finder.find(commit.records).is_some() {
-                return Ok(Some(commit.first));
+                return Ok(Some(Published { offset: commit.first, count: commit.count }));
             }
         }
     }

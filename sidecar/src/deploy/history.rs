@@ -53,7 +53,8 @@ pub async fn undo(
 ) -> Result<UndoReport, DeployError> {
     let _one = setup.lock()?;
     let mut steps = Steps { progress: std::sync::Arc::clone(&setup.progress), done: Vec::new() };
-    if let Some(left) = Journal::load(setup.dir())?.filter(|left| left.step > Step::Prepare) {
+    let left = Journal::load(setup.dir())?.filter(|left| left.step > Step::Prepare && left.step != Step::Record);
+    if let Some(left) = left {
         let mut report = UndoReport {
             dry_run,
             name: left.name.clone(),
@@ -108,7 +109,14 @@ pub async fn undo(
         log_end: newest.publish_offset,
         restore_point: None,
         settings_before: Vec::new(),
+        admins: Vec::new(),
+        members: Vec::new(),
+        restart: None,
     };
+    if data && newest.publish_offset.is_none() {
+        let text = "where its publish is in the log is not known; restore to a time before it instead";
+        return Err(DeployError::Verification(text.into()));
+    }
     let dir = setup.dir().to_owned();
     let mut opened = journal.clone();
     let mut host = setup
@@ -154,6 +162,12 @@ async fn take_older(
 ) -> Result<String, DeployError> {
     let database = setup.database(host).await?;
     let running = database.program().await?;
+    if running == journal.previous {
+        // One that was broken off had done it, but for the record.
+        let message = "the program before runs already".to_owned();
+        setup.record(&undone(journal), Outcome::Undone, &message, None, host).await?;
+        return Ok(message);
+    }
     if running != Some(journal.module) {
         let running = running.map_or_else(|| "none".to_owned(), |hash| hash.to_string());
         let text = format!("program {running} runs, not {}, which was deployed last", journal.module);
@@ -182,11 +196,11 @@ async fn take_older(
         let seen = verify::verify(&database, &previous, None, journal.id).await?;
         format!("the program before runs again, rows stay: {seen}")
     };
-    let undone = Journal {
-        module: journal.previous.unwrap_or(journal.module),
-        previous: Some(journal.module),
-        ..journal.clone()
-    };
-    setup.record(&undone, Outcome::Undone, &message, None, host).await?;
+    setup.record(&undone(journal), Outcome::Undone, &message, None, host).await?;
     Ok(message)
+}
+
+/// As the history has it: from the later program to the one before.
+fn undone(journal: &Journal) -> Journal {
+    Journal { module: journal.previous.unwrap_or(journal.module), previous: Some(journal.module), ..journal.clone() }
 }

@@ -9,7 +9,8 @@ use crate::config::Config;
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::datadir::lock::{self, ServerLock};
-use crate::deploy::{DeployError, Mode};
+use crate::deploy::journal::Restarter;
+use crate::deploy::{DeployError, Mode, Setup};
 use crate::standalone::command::Binary;
 use crate::standalone::temporary::TemporaryServer;
 use crate::standalone::{StandaloneError, background, ready};
@@ -83,6 +84,30 @@ impl Host {
         Ok(host)
     }
 
+    /// The server that was stopped for a rollback which did not end.
+    pub fn stopped(setup: &Setup, restarter: Restarter) -> Self {
+        Self {
+            config: setup.config.clone(),
+            kind: match restarter {
+                Restarter::Background => Kind::Background,
+                Restarter::Sidecar => Kind::Sidecar,
+            },
+            clock: Arc::clone(&setup.clock),
+            data_dir: setup.data_dir.clone(),
+            state_dir: setup.state_dir.clone(),
+            watch: setup.watch.clone(),
+        }
+    }
+
+    /// Who starts it again once it was stopped; nobody for one that is there for the deployment alone.
+    pub fn restarter(&self) -> Option<Restarter> {
+        match self.kind {
+            Kind::Background => Some(Restarter::Background),
+            Kind::Sidecar => Some(Restarter::Sidecar),
+            Kind::Temporary(_) | Kind::Elsewhere => None,
+        }
+    }
+
     pub fn mode(&self) -> Mode {
         if matches!(self.kind, Kind::Temporary(_)) { Mode::Deployment } else { Mode::Online }
     }
@@ -141,34 +166,37 @@ impl Host {
     }
 }
 
-/// Ends a server that an earlier deployment started and left when it was killed.
+/// Ends a server that an earlier deployment started and left when it was killed: one that was told to serve this directory
+/// at the port that was chosen for it, and no other.
 ///
 /// # Errors
 /// When it does not end.
 pub async fn end_orphan(data_dir: &Path, port: u16, clock: &dyn Clock) -> Result<(), DeployError> {
-    let path = data_dir.join("spacetime.pid");
-    let ServerLock::Held { pid: Some(pid) } = lock::probe_file(&path)? else { return Ok(()) };
-    // Only one that listens where ours was to listen is ours; it may be about to.
-    let mut listens = false;
-    for _ in 0..60 {
-        listens = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok();
-        if listens {
-            break;
-        }
-        clock.sleep(LOOK).await;
-    }
-    if !listens {
-        return Ok(());
-    }
-    tracing::warn!(pid, "a server that a deployment left is ended");
+    let address = format!("127.0.0.1:{port}");
     for signal in [crate::standalone::temporary::STOP, rustix::process::Signal::KILL] {
-        background::signal(pid, signal);
-        for _ in 0..100 {
-            if lock::probe_file(&path)? == ServerLock::Free {
-                return Ok(());
+        for round in 0..100 {
+            let Some(pid) = server_process(data_dir, &address) else { return Ok(()) };
+            if round == 0 {
+                tracing::warn!(pid, "a server that a deployment left is ended");
+                background::signal(pid, signal);
             }
             clock.sleep(LOOK).await;
         }
     }
-    Err(StandaloneError::Stuck { pid }.into())
+    match server_process(data_dir, &address) {
+        Some(pid) => Err(StandaloneError::Stuck { pid }.into()),
+        None => Ok(()),
+    }
+}
+
+/// The process whose command line names this directory and this address.
+fn server_process(data_dir: &Path, address: &str) -> Option<u32> {
+    let processes = std::fs::read_dir("/proc").ok()?.flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.into_iter().find(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        words.clone().any(|word| word == address.as_bytes())
+            && words.any(|word| word == data_dir.as_os_str().as_encoded_bytes())
+    })
 }

@@ -45,6 +45,22 @@ pub struct Journal {
     pub restore_point: Option<RestorePointId>,
     /// Settings that are changed, as they were; `None` for those that were not there.
     pub settings_before: Vec<(String, Option<String>)>,
+    /// Identities that are made admins and members.
+    #[serde(default)]
+    pub admins: Vec<String>,
+    #[serde(default)]
+    pub members: Vec<String>,
+    /// Who is to start the server again that was stopped for a rollback.
+    #[serde(default)]
+    pub restart: Option<Restarter>,
+}
+
+/// Who runs a server that is stopped for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Restarter {
+    Background,
+    Sidecar,
 }
 
 fn path(dir: &Path) -> PathBuf {

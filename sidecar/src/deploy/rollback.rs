@@ -8,7 +8,7 @@ use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::host::Host;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{DeployError, Mode, Setup, blocking, configure, cut, record};
-use crate::durable;
+use crate::durable::{self, OnPath};
 use crate::ids::{ContentHash, Offset};
 use crate::observe::server::Database;
 
@@ -22,9 +22,16 @@ pub async fn roll_back(setup: &Setup, journal: &mut Journal, host: Option<&mut H
         // A rollback that was killed between two renames has left the replica beside its place.
         cut::finish(&data, &replica)?;
     }
+    if !journal.existed && !journal.had_data_dir && setup.data_dir.as_ref().is_some_and(|dir| !dir.exists()) {
+        return Ok("the data directory that was made for it was moved aside before".into());
+    }
     if host.is_none() && journal.existed && journal.publishes && is_stopped(setup)? {
         // No server need start for it: with this module it may not even do so.
-        return cut_files(setup, journal).await;
+        let done = cut_files(setup, journal).await?;
+        if let Some(restarter) = journal.restart {
+            Host::stopped(setup, restarter).start_again().await?;
+        }
+        return Ok(done);
     }
     let mut opened = None;
     let host = match host {
@@ -36,7 +43,7 @@ pub async fn roll_back(setup: &Setup, journal: &mut Journal, host: Option<&mut H
         host.stop().await?;
     }
     let done = done?;
-    if leave_no_data_dir(setup, journal)? {
+    if leave_no_data_dir(setup, journal).await? {
         return Ok(format!("{done}, and the data directory that was made for it was moved aside"));
     }
     Ok(done)
@@ -53,8 +60,9 @@ fn is_stopped(setup: &Setup) -> Result<bool, DeployError> {
 async fn open(setup: &Setup, journal: &mut Journal) -> Result<Host, DeployError> {
     let dir = setup.dir().to_owned();
     let mut opened = journal.clone();
+    // The database need not answer, as long as the server does.
     let host = setup
-        .open_host(|port| {
+        .open_host_without_database(|port| {
             opened.server_port = Some(port);
             Ok(opened.save(&dir)?)
         })
@@ -63,16 +71,17 @@ async fn open(setup: &Setup, journal: &mut Journal) -> Result<Host, DeployError>
     Ok(host)
 }
 
-async fn with_host(setup: &Setup, journal: &Journal, host: &mut Host) -> Result<String, DeployError> {
-    let database = setup.database(host).await?;
+async fn with_host(setup: &Setup, journal: &mut Journal, host: &mut Host) -> Result<String, DeployError> {
+    let database = setup.database(host).await?.called(&journal.name);
     if !journal.existed {
-        if database.find().await?.is_some() {
+        // Only what this deployment has made.
+        if database.find().await?.is_some() && database.program().await? == Some(journal.module) {
             database.delete().await?;
         }
         return Ok("the database, which was not there before, was removed".into());
     }
     if !journal.publishes {
-        configure::restore(&database, &journal.settings_before).await?;
+        put_back(journal, &database).await?;
         return Ok("the settings are as before".into());
     }
     if host.can_stop() {
@@ -82,14 +91,16 @@ async fn with_host(setup: &Setup, journal: &Journal, host: &mut Host) -> Result<
 }
 
 /// Cuts the log before the publish.
-async fn cut_back(setup: &Setup, journal: &Journal, host: &mut Host) -> Result<String, DeployError> {
+async fn cut_back(setup: &Setup, journal: &mut Journal, host: &mut Host) -> Result<String, DeployError> {
+    journal.restart = host.restarter();
+    journal.save(setup.dir())?;
     host.stop().await?;
     let done = cut_files(setup, journal).await;
     // Whatever came of it, the server is to run again.
     host.start_again().await?;
     let done = done?;
     if host.mode() == Mode::Online {
-        let database = setup.database(host).await?;
+        let database = setup.database(host).await?.called(&journal.name);
         expect(&database, journal.previous).await?;
     }
     Ok(done)
@@ -100,8 +111,16 @@ async fn cut_files(setup: &Setup, journal: &Journal) -> Result<String, DeployErr
     let (from, module) = (journal.log_end.unwrap_or(Offset(0)), journal.module);
     let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
     let cutting = move || {
-        let published = cut::find_publish(&replica, from, &module)?;
-        let Some(last) = published.and_then(|offset| offset.0.checked_sub(1)) else { return Ok(None) };
+        // No server may start meanwhile: it would need this lock.
+        let path = data.pid_path();
+        let lock = std::fs::File::options().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
+        lock.try_lock().map_err(|_| DeployError::CannotStop)?;
+        let Some(published) = cut::find_publish(&replica, from, &module)? else { return Ok(None) };
+        if published.count > 1 {
+            let text = "the publish shares its commit with other transactions, and a commit cannot be cut";
+            return Err(DeployError::Verification(text.into()));
+        }
+        let Some(last) = published.offset.0.checked_sub(1) else { return Ok(None) };
         let aside = cut::cut(&data, &replica, Offset(last), &stamp)?;
         Ok::<_, DeployError>(Some((last, aside)))
     };
@@ -122,10 +141,13 @@ async fn republish(setup: &Setup, journal: &Journal, database: &Database) -> Res
         database.publish(bytes, None).await?;
         expect(database, Some(previous)).await?;
     }
-    if !journal.settings_before.is_empty() {
-        configure::restore(database, &journal.settings_before).await?;
-    }
+    put_back(journal, database).await?;
     Ok("the older program runs again with its settings; rows that were written since stay".into())
+}
+
+async fn put_back(journal: &Journal, database: &Database) -> Result<(), DeployError> {
+    let (before, admins, members) = (&journal.settings_before, &journal.admins, &journal.members);
+    Ok(configure::restore(database, before, admins, members).await?)
 }
 
 async fn expect(database: &Database, program: Option<ContentHash>) -> Result<(), DeployError> {
@@ -138,9 +160,13 @@ async fn expect(database: &Database, program: Option<ContentHash>) -> Result<(),
 }
 
 /// Moves a data directory aside that was made for a deployment which is taken back.
-pub fn leave_no_data_dir(setup: &Setup, journal: &Journal) -> Result<bool, DeployError> {
+pub async fn leave_no_data_dir(setup: &Setup, journal: &Journal) -> Result<bool, DeployError> {
     let Some(root) = &setup.data_dir else { return Ok(false) };
     if journal.had_data_dir || journal.mode != Mode::Deployment || DataDir::open(root).is_err() {
+        return Ok(false);
+    }
+    if setup.databases().await?.iter().any(|database| Some(*database) != journal.identity) {
+        // Somebody has put something else there since.
         return Ok(false);
     }
     let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();

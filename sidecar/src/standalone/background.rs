@@ -198,27 +198,36 @@ pub async fn watch(
     let files = files(config, data_dir)?;
     let path = files.lock();
     let lock = File::options().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
-    if lock.try_lock().is_err() {
-        return Err(WatchError::Watched);
+    let mut tries = 0;
+    while lock.try_lock().is_err() {
+        tries += 1;
+        // Who only looks holds it for a moment, too.
+        if tries > 10 {
+            return Err(WatchError::Watched);
+        }
+        clock.sleep(LOOK).await;
     }
+    let (address, log) = (listen_address(config), logfile::path_in(files.dir.path()));
+    let beginning = Note {
+        pid: std::process::id(),
+        server_pid: None,
+        starts: 0,
+        last_exit: None,
+        started_at: clock.now(),
+        address: address.clone(),
+        log: log.clone(),
+    };
+    // What the one before us has told is of processes that are gone.
+    durable::replace(&files.note(), &serde_json::to_vec_pretty(&beginning).unwrap_or_default())?;
     let binary = Binary::find(config)?;
-    let address = listen_address(config);
-    let log = logfile::path_in(files.dir.path());
     let (reader, writer) = std::io::pipe().on("make a pipe for", &log)?;
     logfile::follow(reader, &log).on("write", &log)?;
     let mut watched = Watched::new(config, binary.serve(config, data_dir, &address), data_dir.to_owned(), STOP);
     watched.output = Some(writer);
-    let (note, started_at) = (files.note(), clock.now());
+    let note = files.note();
     let tell = Arc::new(move |server: crate::standalone::supervisor::ServerStatus| {
-        let told = Note {
-            pid: std::process::id(),
-            server_pid: server.pid,
-            starts: server.starts,
-            last_exit: server.last_exit,
-            started_at,
-            address: address.clone(),
-            log: log.clone(),
-        };
+        let told =
+            Note { server_pid: server.pid, starts: server.starts, last_exit: server.last_exit, ..beginning.clone() };
         if let Err(error) = durable::replace(&note, &serde_json::to_vec_pretty(&told).unwrap_or_default()) {
             tracing::warn!(%error, "the note about the server was not written");
         }
@@ -266,26 +275,28 @@ pub async fn stop(
     };
     signal(note.pid, Signal::TERM);
     let patience = limit.unwrap_or(config.spacetimedb_config.stop_timeout.0 + MARGIN);
-    if gone(&files, clock, patience).await? {
+    if gone(&files, data_dir, clock, patience).await? {
         return Ok(true);
     }
     tracing::warn!("the server did not stop within {patience:?} and is killed");
     if let Some(pid) = files.read_note().and_then(|note| note.server_pid) {
         signal(pid, Signal::KILL);
     }
-    if gone(&files, clock, MARGIN).await? {
+    if gone(&files, data_dir, clock, MARGIN).await? {
         return Ok(true);
     }
     signal(note.pid, Signal::KILL);
-    match gone(&files, clock, MARGIN).await? {
+    match gone(&files, data_dir, clock, MARGIN).await? {
         true => Ok(true),
         false => Err(StandaloneError::Stuck { pid: note.pid }),
     }
 }
 
-async fn gone(files: &Files, clock: &dyn Clock, limit: Duration) -> Result<bool, StandaloneError> {
+/// Are the watcher and its server gone?
+async fn gone(files: &Files, data_dir: &Path, clock: &dyn Clock, limit: Duration) -> Result<bool, StandaloneError> {
     let waited = Stopwatch::start();
-    while files.watcher()?.is_some() {
+    let lock = data_dir.join("spacetime.pid");
+    while files.watcher()?.is_some() || lock::probe_file(&lock)? != ServerLock::Free {
         if waited.elapsed_seconds() > limit.as_secs_f64() {
             return Ok(false);
         }

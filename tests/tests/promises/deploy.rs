@@ -198,6 +198,27 @@ async fn an_additive_module_keeps_rows_a_breaking_one_is_refused_and_the_same_ch
     let message = stage.sidecar.run(["deploy", "--module-path", path(&next)]).fails_with(2);
     assert!(message.contains("no WebAssembly"), "{message}");
     assert_eq!(stage.history(), ["deployed", "deployed"]);
+    // The token is in its own file and nowhere else: no log, note, journal, record or report.
+    let secret = owner.token.rsplit('.').next().expect("a signature");
+    let mut kept = Vec::new();
+    for root in [stage.sidecar.state_dir(), stage.scratch.path().join("repository")] {
+        files_with(&root, secret.as_bytes(), &mut kept);
+    }
+    let names: Vec<_> =
+        kept.iter().filter_map(|path| path.file_name()?.to_str()).filter(|name| *name != "owner").collect();
+    assert_eq!(names, ["token"], "{kept:?}");
+    assert!(![&again, &plan, &report].iter().any(|report| report.to_string().contains(secret)));
+}
+
+fn files_with(dir: &std::path::Path, text: &[u8], found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).expect("a directory").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files_with(&path, text, found);
+        } else if std::fs::read(&path).is_ok_and(|bytes| bytes.windows(text.len()).any(|window| window == text)) {
+            found.push(path);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

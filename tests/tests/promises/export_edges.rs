@@ -148,6 +148,11 @@ async fn a_module_that_is_published_in_the_middle_of_an_export_is_one_error_and_
     let scene = Scene::new("iu", "inner_universe_module").await;
     scene.live().await;
     let gate = Gate::before(&scene.server.url, "/subscribe").await;
+    // An answer that does not come is not waited for longer than timeout_ms.
+    let settings = [("SPACETIMEDB_CONFIG__URL", gate.url.as_str()), ("SERVER_CONFIG__TIMEOUT_MS", "300")];
+    let message = scene.sidecar_with("iu", &settings).run(["export", "event-log"]).fails_with(1);
+    assert!(message.contains("300ms") && message.contains("server_config.timeout_ms"), "{message}");
+    gate.reached().await;
     // Between the look at the schema and the first row.
     let slow = scene.sidecar_with("iu", &[("SPACETIMEDB_CONFIG__URL", &gate.url)]);
     let exporting = tokio::task::spawn_blocking(move || slow.run(["export", "event-log"]));

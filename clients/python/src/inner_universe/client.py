@@ -45,6 +45,7 @@ class Subscription:
     def __init__(self, client: "Client", query: str) -> None:
         self.query = query
         self._client = client
+        self._fresh = True
         self._queue: asyncio.Queue[Change | Exception] = asyncio.Queue(_QUEUE)
 
     def __aiter__(self) -> AsyncIterator[Change]:
@@ -59,6 +60,9 @@ class Subscription:
     async def close(self) -> None:
         """Ends the subscription."""
         await self._client._unsubscribe(self)
+
+    def _selects(self, table: str) -> bool:
+        return f" {table.lower()} " in f" {self.query.lower()} "
 
     def _give(self, change: Change | Exception) -> None:
         if self._queue.full():
@@ -333,6 +337,13 @@ class Client:
                 self._went(name, mark, old[mark], resumed)
             for mark in new.keys() - old.keys():
                 self._came(name, *new[mark], resumed)
+        for subscription in self._subscriptions:
+            if subscription._fresh:
+                # What others were told long ago is new to this one.
+                subscription._fresh = False
+                for name in filter(subscription._selects, now):
+                    for row in now[name].values():
+                        subscription._give(Change(name, "insert", row))
 
     def _take_changes(self, tables: list[Mapping[str, Any]]) -> None:
         for table in tables:
@@ -359,5 +370,5 @@ class Client:
 
     def _tell(self, change: Change) -> None:
         for subscription in self._subscriptions:
-            if f" {change.table.lower()} " in f" {subscription.query.lower()} ":
+            if not subscription._fresh and subscription._selects(change.table):
                 subscription._give(change)
