@@ -345,8 +345,7 @@ async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> Result<Jour
         return Ok(Journal { had_data_dir: fresh.had_data_dir && !empty, ..fresh });
     }
     if left.step == Step::Record && (left.module != module.hash || left.name != setup.name) {
-        // It was done but for its record, and may have been used for long: nothing of it is taken back.
-        Journal::close(setup.dir())?;
+        complete(setup, &left).await?;
         return Ok(new_journal(setup, module));
     }
     if left.step != Step::RollBack && left.module == module.hash && left.name == setup.name {
@@ -355,6 +354,14 @@ async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> Result<Jour
     }
     take_back(setup, left, steps).await?;
     Ok(new_journal(setup, module))
+}
+
+/// Ends a deployment that was done but for its record. It may have been used for long: nothing of it is taken back.
+async fn complete(setup: &Setup, left: &Journal) -> Result<(), DeployError> {
+    let offset = setup.publish_offset(left).await;
+    setup.record(left, Outcome::Deployed, "recorded by a later run", offset, None).await?;
+    setup.remember_deployed(left)?;
+    Ok(Journal::close(setup.dir())?)
 }
 
 async fn end_orphan(setup: &Setup, left: &Journal) -> Result<(), DeployError> {
@@ -433,7 +440,7 @@ async fn run(
         Err(error) => {
             let reason = error.to_string();
             if !setup.rollback {
-                let _ = setup.record(journal, Outcome::Failed, &reason, None, &host).await;
+                let _ = setup.record(journal, Outcome::Failed, &reason, None, Some(&host)).await;
                 Journal::close(&dir)?;
                 if host.mode() == Mode::Deployment {
                     host.stop().await?;
@@ -443,7 +450,7 @@ async fn run(
             steps.progress.phase("roll back", None);
             match rollback::roll_back(setup, journal, Some(&mut host)).await {
                 Ok(done) => {
-                    let recorded = setup.record(journal, Outcome::RolledBack, &reason, None, &host).await;
+                    let recorded = setup.record(journal, Outcome::RolledBack, &reason, None, Some(&host)).await;
                     if let Err(error) = recorded {
                         tracing::warn!(%error, "the failed deployment is not in the history");
                     }
@@ -454,7 +461,7 @@ async fn run(
                     let error = error.to_string();
                     if !host.can_stop() {
                         // Another try would fail as this one: it is for a person, and must not bar the next deployment.
-                        let _ = setup.record(journal, Outcome::Failed, &reason, None, &host).await;
+                        let _ = setup.record(journal, Outcome::Failed, &reason, None, Some(&host)).await;
                         Journal::close(&dir)?;
                     }
                     Err(DeployError::NotRolledBack { reason, error })
@@ -538,7 +545,8 @@ async fn on_host(
     journal.enter(Step::Record, &dir)?;
     let offset = setup.publish_offset(journal).await;
     // It runs and is verified: a store that is out is no reason to take it back.
-    if let Err(error) = setup.record(journal, Outcome::Deployed, &found.migration.describe(), offset, host).await {
+    if let Err(error) = setup.record(journal, Outcome::Deployed, &found.migration.describe(), offset, Some(host)).await
+    {
         found.problems.push(format!("the deployment is not in the history: {error}"));
     }
     setup.remember_deployed(journal)?;
@@ -721,10 +729,15 @@ impl Setup {
         outcome: Outcome,
         message: &str,
         publish_offset: Option<Offset>,
-        host: &Host,
+        host: Option<&Host>,
     ) -> Result<(), DeployError> {
         let Some(database) = journal.identity else { return Ok(()) };
-        let health = crate::standalone::ready::health(&host.config).await.ok();
+        let (mut server_version, mut deployed_by) = (None, None);
+        if let Some(host) = host {
+            let health = crate::standalone::ready::health(&host.config).await.ok();
+            server_version = health.and_then(|health| health.version);
+            deployed_by = self.database(host).await.ok().and_then(|database| database.token_identity());
+        }
         let record = DeploymentRecord {
             format: 1,
             id: journal.id,
@@ -734,12 +747,12 @@ impl Setup {
             previous: journal.previous,
             mode: journal.mode,
             outcome,
-            deployed_by: self.database(host).await.ok().and_then(|database| database.token_identity()),
+            deployed_by,
             started_at: journal.started_at,
             ended_at: self.clock.now(),
             restore_point: journal.restore_point,
             publish_offset,
-            server_version: health.and_then(|health| health.version),
+            server_version,
             tool_version: env!("CARGO_PKG_VERSION").to_owned(),
             message: message.to_owned(),
         };

@@ -6,7 +6,7 @@ use crate::deploy::journal::{Journal, Step};
 use crate::deploy::migration::Migration;
 use crate::deploy::module::Module;
 use crate::deploy::record::{self, DeploymentRecord};
-use crate::deploy::{DeployError, Outcome, Setup, Steps, end_orphan, rollback, take_back, ulid_at, verify};
+use crate::deploy::{DeployError, Outcome, Setup, Steps, complete, end_orphan, rollback, take_back, ulid_at, verify};
 use crate::ids::{ContentHash, RestorePointId};
 use crate::observe::server::SourceError;
 use crate::repository::{Repository, RepositoryError};
@@ -53,7 +53,11 @@ pub async fn undo(
 ) -> Result<UndoReport, DeployError> {
     let _one = setup.lock()?;
     let mut steps = Steps { progress: std::sync::Arc::clone(&setup.progress), done: Vec::new() };
-    let left = Journal::load(setup.dir())?.filter(|left| left.step > Step::Prepare && left.step != Step::Record);
+    let mut left = Journal::load(setup.dir())?.filter(|left| left.step > Step::Prepare);
+    if let Some(done) = left.take_if(|left| left.step == Step::Record && !dry_run) {
+        end_orphan(setup, &done).await?;
+        complete(setup, &done).await?;
+    }
     if let Some(left) = left {
         let mut report = UndoReport {
             dry_run,
@@ -165,7 +169,7 @@ async fn take_older(
     if running == journal.previous {
         // One that was broken off had done it, but for the record.
         let message = "the program before runs already".to_owned();
-        setup.record(&undone(journal), Outcome::Undone, &message, None, host).await?;
+        setup.record(&undone(journal), Outcome::Undone, &message, None, Some(host)).await?;
         return Ok(message);
     }
     if running != Some(journal.module) {
@@ -196,7 +200,7 @@ async fn take_older(
         let seen = verify::verify(&database, &previous, None, journal.id).await?;
         format!("the program before runs again, rows stay: {seen}")
     };
-    setup.record(&undone(journal), Outcome::Undone, &message, None, host).await?;
+    setup.record(&undone(journal), Outcome::Undone, &message, None, Some(host)).await?;
     Ok(message)
 }
 
