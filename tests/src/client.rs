@@ -1,8 +1,11 @@
 //! A client of the server's HTTP interface.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+
+use crate::server::log_sizes;
 
 /// Every row of every table, as sorted JSON texts.
 pub type Rows = BTreeMap<String, Vec<String>>;
@@ -19,6 +22,8 @@ pub struct Client {
     url: String,
     pub identity: String,
     pub token: String,
+    /// Where the server keeps what it writes, if it is one of ours.
+    data_dir: Option<PathBuf>,
 }
 
 impl Client {
@@ -28,7 +33,12 @@ impl Client {
         let answer = http.post(format!("{url}/v1/identity")).send().await.expect("ask for an identity");
         let answer: Value = answer.json().await.expect("an identity");
         let text = |name: &str| answer[name].as_str().expect("a text").to_owned();
-        Self { http, url: url.to_owned(), identity: text("identity"), token: text("token") }
+        Self { http, url: url.to_owned(), identity: text("identity"), token: text("token"), data_dir: None }
+    }
+
+    /// The same client, which knows where its server writes.
+    pub fn on(self, data_dir: &Path) -> Self {
+        Self { data_dir: Some(data_dir.to_owned()), ..self }
     }
 
     /// The identity that a token is of.
@@ -38,12 +48,17 @@ impl Client {
 
     /// The same identity at another server.
     pub fn at(&self, url: &str) -> Self {
-        Self { url: url.to_owned(), http: http(), ..self.clone() }
+        Self { url: url.to_owned(), http: http(), data_dir: None, ..self.clone() }
     }
 
-    /// Publishes a module; returns the database's identity.
+    /// Publishes a module; returns the database's identity. The server answers a moment before it writes its log.
     pub async fn publish(&self, name: &str, wasm: Vec<u8>) -> String {
-        self.try_publish(name, wasm).await.unwrap_or_else(|error| panic!("publish {name}: {error}"))
+        let identity = self.try_publish(name, wasm).await.unwrap_or_else(|error| panic!("publish {name}: {error}"));
+        let unwritten = |sizes: Vec<u64>| sizes.is_empty() || sizes.contains(&0);
+        while self.data_dir.as_ref().is_some_and(|dir| unwritten(log_sizes(dir))) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        identity
     }
 
     pub async fn try_publish(&self, name: &str, wasm: Vec<u8>) -> Result<String, String> {

@@ -72,7 +72,7 @@ impl Server {
 
     /// A client with a fresh identity.
     pub async fn client(&self) -> Client {
-        Client::new(&self.url).await
+        Client::new(&self.url).await.on(&self.data_dir)
     }
 
     pub fn pid(&self) -> u32 {
@@ -124,7 +124,7 @@ impl Drop for Server {
 }
 
 /// How much each replica's segments hold beyond their headers.
-fn log_sizes(data_dir: &Path) -> Vec<u64> {
+pub(crate) fn log_sizes(data_dir: &Path) -> Vec<u64> {
     let replicas = std::fs::read_dir(data_dir.join("replicas")).into_iter().flatten().flatten();
     let logs = replicas.map(|replica| std::fs::read_dir(replica.path().join("clog")).into_iter().flatten().flatten());
     let size = |file: &std::fs::DirEntry| match file.path().extension().is_some_and(|extension| extension == "log") {
