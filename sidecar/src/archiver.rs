@@ -328,7 +328,7 @@ impl Archiver {
     async fn check_promise(&self, promised: &Position) -> Result<(), BackupError> {
         let (repository, database) = (&self.work.repository, &self.followed.identity);
         let timelines = repository.timelines(database).await?;
-        let chain = repository.log_chain(database, &timelines, promised.timeline).await?;
+        let chain = repository.log_chain(database, &timelines, promised.timeline).await?.before_loss();
         let lost_from = match chain.last() {
             Some(last) if last >= promised.offset => return Ok(()),
             Some(last) => Offset(last.0 + 1),

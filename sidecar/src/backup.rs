@@ -22,7 +22,7 @@ use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::{Progress, Tally};
 use crate::repository::instance::{Capture, InstanceError};
 use crate::repository::log_object::ChainTip;
-use crate::repository::manifest::{self, DatabasePoint, RestorePoint};
+use crate::repository::manifest::{self, DatabasePoint, DatabasePromise, RestorePoint, TablePromise};
 use crate::repository::{Repository, RepositoryError, paths};
 
 /// zstd level. Commits are short and alike: level 3 takes twice the time of level 1 and saves one percent.
@@ -85,6 +85,9 @@ pub struct BackupReport {
     pub duration_ms: u64,
     /// What the operator should know although the backup succeeded.
     pub problems: Vec<String>,
+    /// The file that holds it all, where one was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<PathBuf>,
 }
 
 /// Where one database stands, in a backup's or restore's report.
@@ -105,6 +108,14 @@ pub(crate) struct Work {
     pub tally: Arc<Tally>,
     pub level: i32,
     pub observer: Arc<dyn Observer>,
+    /// Who can tell what the live server has.
+    pub witness: Option<Arc<dyn Witness>>,
+}
+
+/// Tells what the live server has.
+pub trait Witness: Send + Sync {
+    /// The tables of a database as they are now; `None` where it cannot be asked.
+    fn tables(&self, database: Identity) -> BoxFuture<'_, Option<Vec<TablePromise>>>;
 }
 
 /// Told whenever the archive of a database has grown and what was added is durable.
@@ -154,6 +165,21 @@ pub async fn create(
     clock: Arc<dyn Clock>,
     progress: Arc<dyn Progress>,
 ) -> Result<BackupReport, BackupError> {
+    create_witnessed(repository, data, options, clock, progress, None).await
+}
+
+/// As [`create`], and the restore point promises what `witness` tells, if nothing is written meanwhile.
+///
+/// # Errors
+/// As [`create`].
+pub async fn create_witnessed(
+    repository: &Repository,
+    data: &DataDir,
+    options: &BackupOptions,
+    clock: Arc<dyn Clock>,
+    progress: Arc<dyn Progress>,
+    witness: Option<Arc<dyn Witness>>,
+) -> Result<BackupReport, BackupError> {
     let work = Arc::new(Work {
         repository: repository.clone(),
         clock,
@@ -161,6 +187,7 @@ pub async fn create(
         tally: Arc::new(Tally::default()),
         level: options.level.unwrap_or(DEFAULT_LEVEL),
         observer: Arc::new(Unobserved),
+        witness,
     });
     create_from(&work, &Direct, data, options).await
 }
@@ -200,7 +227,8 @@ pub(crate) async fn create_from(
     if points.is_empty() {
         return Err(BackupError::Empty(data.root().to_owned()));
     }
-    let point = seal_restore_point(work, data, control, points, options).await?;
+    let promises = promises(work, data, &points).await?;
+    let point = seal_restore_point(work, data, control, points, promises, options).await?;
     Ok(BackupReport {
         restore_point: point.id,
         label: point.label,
@@ -210,6 +238,7 @@ pub(crate) async fn create_from(
         objects_written: work.tally.objects_written(),
         duration_ms: stopwatch.elapsed_ms(),
         problems,
+        bundle: None,
     })
 }
 
@@ -275,11 +304,52 @@ fn point_of(database: &Database, archived: &[(Identity, LogArchive)]) -> Option<
     })
 }
 
+/// A server writes its log up to half a second after it has answered.
+const SETTLE: std::time::Duration = std::time::Duration::from_millis(700);
+
+/// What the live server has at the offsets of `points`. Of a database that is written to meanwhile, nothing is known.
+async fn promises(
+    work: &Arc<Work>,
+    data: &DataDir,
+    points: &[DatabasePoint],
+) -> Result<Vec<DatabasePromise>, BackupError> {
+    let Some(witness) = &work.witness else { return Ok(Vec::new()) };
+    let mut promises = Vec::new();
+    for point in points {
+        if is_at(data, point).await?
+            && let Some(tables) = witness.tables(point.identity).await
+        {
+            promises.push(DatabasePromise { database: point.identity, offset: point.offset, tables });
+        }
+    }
+    if promises.is_empty() {
+        return Ok(promises);
+    }
+    work.clock.sleep(SETTLE).await;
+    let mut kept = Vec::new();
+    for promise in promises {
+        let point = points.iter().find(|point| point.identity == promise.database);
+        if let Some(point) = point
+            && is_at(data, point).await?
+        {
+            kept.push(promise);
+        }
+    }
+    Ok(kept)
+}
+
+/// Does the log end at the restore point?
+async fn is_at(data: &DataDir, point: &DatabasePoint) -> Result<bool, BackupError> {
+    let (log, next) = (data.replica(point.replica).log_path(), Offset(point.offset.0 + 1));
+    Ok(blocking(move || crate::datadir::log::end(&log)).await?.is_ok_and(|end| end == next))
+}
+
 async fn seal_restore_point(
     work: &Arc<Work>,
     data: &DataDir,
     control: ControlDbCopy,
     databases: Vec<DatabasePoint>,
+    promises: Vec<DatabasePromise>,
     options: &BackupOptions,
 ) -> Result<RestorePoint, BackupError> {
     work.progress.phase("instance", None);
@@ -300,6 +370,7 @@ async fn seal_restore_point(
         instance_state: capture.state,
         has_keys: capture.has_keys,
         databases,
+        promises,
     };
     let bytes = work.repository.put_restore_point(&point).await?;
     work.tally.wrote_object(bytes);

@@ -10,11 +10,15 @@ mod deploy;
 #[cfg(feature = "client")]
 mod doctor;
 #[cfg(feature = "client")]
+mod drill;
+#[cfg(feature = "client")]
 mod export;
 mod failure;
 mod key;
 mod output;
 mod progress;
+mod prune;
+mod prune_local;
 #[cfg(feature = "client")]
 mod replay;
 mod restore;
@@ -90,6 +94,13 @@ enum Command {
     Restore(restore::RestoreArgs),
     /// Read back and check everything that restore points name
     Verify(verify::VerifyArgs),
+    /// Restore to a scratch directory, boot a real server on it, compare its rows with what was promised; measures RTO and RPO
+    #[cfg(feature = "client")]
+    Drill(drill::DrillArgs),
+    /// Remove restore points that retention does not keep, and all that only they need; a plan without --apply
+    Prune(prune::PruneArgs),
+    /// Free the server's disk of log that it needs no more and that is proven to be archived; a plan without --apply
+    PruneLocal(prune_local::PruneLocalArgs),
     /// Export tables as files for query engines, and to be replayed
     #[cfg(feature = "client")]
     Export(export::ExportArgs),
@@ -180,6 +191,10 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
         Command::Backup { command } => backup::run(&context, command).await,
         Command::Restore(args) => restore::run(&context, args).await,
         Command::Verify(args) => verify::run(&context, args).await,
+        #[cfg(feature = "client")]
+        Command::Drill(args) => drill::run(&context, args).await,
+        Command::Prune(args) => prune::run(&context, args).await,
+        Command::PruneLocal(args) => prune_local::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
         #[cfg(feature = "client")]
         Command::Export(args) => export::run(&context, args).await,

@@ -3,6 +3,8 @@
 //! Invariants: every key has a default; unknown keys are errors; all problems of a configuration are found in one go, each
 //! with its place; secrets never appear in what is printed.
 
+mod checks;
+pub mod keeping;
 pub mod load;
 pub mod tree;
 pub mod value;
@@ -12,6 +14,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use crate::config::keeping::{DrillConfig, RetentionConfig};
 use crate::config::value::{ByteSize, Cron, Period, Secret, TimeZone};
 
 /// Everything that can be configured.
@@ -25,10 +28,12 @@ pub struct Config {
     pub repository: RepositoryConfig,
     pub archive: ArchiveConfig,
     pub schedule: ScheduleConfig,
+    pub retention: RetentionConfig,
     pub export: ExportConfig,
     pub telemetry: TelemetryConfig,
     pub http: HttpConfig,
     pub deploy: DeployConfig,
+    pub drill: DrillConfig,
 }
 
 /// The module that `deploy` publishes.
@@ -314,11 +319,23 @@ pub struct ScheduleConfig {
     pub verify: Option<Cron>,
     /// Exports of the tables in export.tables.
     pub export: Option<Cron>,
+    /// Removes what retention does not keep.
+    pub prune: Option<Cron>,
+    /// Restores the newest restore point to a scratch directory and boots a server on it.
+    pub drill: Option<Cron>,
 }
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
-        Self { time_zone: TimeZone::UTC, jitter: Period::seconds(0), restore_point: None, verify: None, export: None }
+        Self {
+            time_zone: TimeZone::UTC,
+            jitter: Period::seconds(0),
+            restore_point: None,
+            verify: None,
+            export: None,
+            prune: None,
+            drill: None,
+        }
     }
 }
 
@@ -489,152 +506,4 @@ impl Default for HttpConfig {
     fn default() -> Self {
         Self { enabled: true, listen: "127.0.0.1:9464".into(), token: None }
     }
-}
-
-impl Config {
-    /// What no single key shows: keys that need or exclude each other, and ranges.
-    pub(crate) fn validate(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        let mut refuse = |key, message: String| problems.push((key, message));
-        let repository = &self.repository;
-        if !(1..=19).contains(&repository.compression_level) {
-            refuse("repository.compression_level", format!("{} is not from 1 to 19", repository.compression_level));
-        }
-        if let Some(url) = &repository.url
-            && let Err(reason) = crate::repository::store::check_url(url)
-        {
-            refuse("repository.url", reason);
-        }
-        if let Some(endpoint) = &repository.endpoint {
-            match url::Url::parse(endpoint) {
-                Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => {
-                    if !url.username().is_empty() || url.password().is_some() {
-                        let hint = "give credentials as access_key_id and secret_access_key, not in the endpoint";
-                        refuse("repository.endpoint", hint.into());
-                    }
-                }
-                _ => refuse("repository.endpoint", format!("`{endpoint}` is no http:// or https:// address")),
-            }
-        }
-        if repository.access_key_id.is_some() != repository.secret_access_key.is_some() {
-            refuse("repository.access_key_id", "access_key_id and secret_access_key go together; give both".into());
-        }
-        if let Some(sse) = &repository.server_side_encryption
-            && !matches!(sse.as_str(), "AES256" | "aws:kms")
-        {
-            refuse("repository.server_side_encryption", format!("`{sse}` is neither `AES256` nor `aws:kms`"));
-        }
-        if repository.sse_kms_key_id.is_some() && repository.server_side_encryption.as_deref() != Some("aws:kms") {
-            refuse("repository.sse_kms_key_id", "it needs server_side_encryption = \"aws:kms\"".into());
-        }
-        let telemetry = &self.telemetry;
-        if let Some(endpoint) = &telemetry.otlp_endpoint
-            && !is_web_address(endpoint)
-        {
-            refuse("telemetry.otlp_endpoint", format!("`{endpoint}` is no http:// or https:// address"));
-        }
-        if let Some(address) = &telemetry.heartbeat_url
-            && !is_web_address(address.reveal())
-        {
-            refuse("telemetry.heartbeat_url", "it is no http:// or https:// address".into());
-        }
-        if telemetry.trace_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
-            refuse("telemetry.trace_ratio", "it is not from 0.0 to 1.0".into());
-        }
-        if let Some(url) = &self.spacetimedb_config.url
-            && !is_web_address(url)
-        {
-            refuse("spacetimedb_config.url", format!("`{url}` is no http:// or https:// address"));
-        }
-        if let Some(database) = &self.spacetimedb_config.database
-            && (database.is_empty() || !database.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)))
-        {
-            refuse(
-                "spacetimedb_config.database",
-                format!("`{database}` is neither a database's name nor its identity"),
-            );
-        }
-        if telemetry.otlp_headers.iter().any(|header| !header.reveal().contains('=')) {
-            refuse("telemetry.otlp_headers", "one of them has no `=`; write each as NAME=VALUE".into());
-        }
-        match self.http.listen.parse::<std::net::SocketAddr>() {
-            Ok(address) if address.ip().is_loopback() || self.http.token.is_some() || !self.http.enabled => {}
-            Ok(address) => refuse(
-                "http.listen",
-                format!("{address} is reached from other machines; set http.token, or listen on 127.0.0.1"),
-            ),
-            Err(_) => {
-                refuse(
-                    "http.listen",
-                    format!("`{}` is no address with a port; write 127.0.0.1:9464", self.http.listen),
-                );
-            }
-        }
-        for (key, file) in [
-            ("repository.ca_file", &repository.ca_file),
-            ("telemetry.otlp_ca_file", &telemetry.otlp_ca_file),
-            ("spacetimedb_config.token_file", &self.spacetimedb_config.token_file),
-            ("spacetimedb_config.ca_file", &self.spacetimedb_config.ca_file),
-        ] {
-            if let Some(path) = file
-                && let Err(error) = std::fs::File::open(path)
-            {
-                refuse(key, format!("open {}: {error}", path.display()));
-            }
-        }
-        for (key, identities) in [("deploy.admins", &self.deploy.admins), ("deploy.members", &self.deploy.members)] {
-            if let Some(wrong) = identities.iter().find(|text| text.parse::<crate::ids::Identity>().is_err()) {
-                refuse(key, format!("`{wrong}` is no identity: 64 hexadecimal digits"));
-            }
-        }
-        for recipient in &repository.recipients {
-            if let Err(error) = crate::repository::crypto::Keyring::new(std::slice::from_ref(recipient), &[]) {
-                refuse("repository.recipients", error.to_string());
-            }
-        }
-        let at_least = |key, period: Period, least: Period| {
-            (period.0 < least.0).then(|| (key, format!("{period} is less than {least}")))
-        };
-        problems.extend(
-            [
-                at_least("repository.request_timeout", repository.request_timeout, Period::seconds(1)),
-                at_least("repository.lease_duration", repository.lease_duration, Period::seconds(3)),
-                at_least("archive.flush_interval", self.archive.flush_interval, Period::millis(10)),
-                at_least("telemetry.otlp_timeout", telemetry.otlp_timeout, Period::millis(100)),
-                at_least("telemetry.metrics_interval", telemetry.metrics_interval, Period::millis(100)),
-                at_least("telemetry.heartbeat_interval", telemetry.heartbeat_interval, Period::seconds(1)),
-                at_least("archive.compaction_interval", self.archive.compaction_interval, Period::seconds(1)),
-            ]
-            .into_iter()
-            .flatten(),
-        );
-        let bytes = self.archive.flush_bytes.0;
-        if !(1..=crate::backup::OBJECT_SIZE as u64).contains(&bytes) {
-            let most = ByteSize(crate::backup::OBJECT_SIZE as u64);
-            problems.push(("archive.flush_bytes", format!("{} is not from 1 B to {most}", self.archive.flush_bytes)));
-        }
-        if self.export.rows_per_file == 0 {
-            problems.push(("export.rows_per_file", "0 rows would never fill a file; give at least 1".into()));
-        }
-        if self.export.formats.is_empty() {
-            problems.push(("export.formats", "none is named; give `ndjson`, `parquet` or both".into()));
-        }
-        if self.schedule.export.is_some() && self.spacetimedb_config.database.is_none() {
-            problems.push(("schedule.export", "it needs spacetimedb_config.database, the database to export".into()));
-        }
-        if self.server_config.timeout_ms == 0 {
-            problems.push(("server_config.timeout_ms", "0 would end every call at once; give milliseconds".into()));
-        }
-        if self.spacetimedb_config.address.parse::<std::net::IpAddr>().is_err()
-            && self.spacetimedb_config.address != "localhost"
-        {
-            let address = &self.spacetimedb_config.address;
-            problems.push(("spacetimedb_config.address", format!("`{address}` is no IP address (nor `localhost`)")));
-        }
-        problems
-    }
-}
-
-fn is_web_address(text: &str) -> bool {
-    url::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
 }

@@ -32,6 +32,10 @@ use crate::daemon::state::{State, StateDir};
 use crate::datadir::{DataDir, DataDirError};
 #[cfg(feature = "client")]
 use crate::deploy::{DeployError, record::DeploymentRecord};
+#[cfg(feature = "client")]
+use crate::drill::promise::LiveServer;
+#[cfg(feature = "client")]
+use crate::drill::{DrillError, DrillOptions, DrillResult};
 use crate::durable::FileError;
 #[cfg(feature = "client")]
 use crate::export::{ExportError, ExportOptions, ExportReport};
@@ -47,9 +51,11 @@ use crate::repository::crypto::Keyring;
 use crate::repository::lease::Lease;
 use crate::repository::manifest::{RestorePoint, RestorePointList};
 use crate::repository::{Repository, RepositoryError};
+use crate::retention::policy::Policy;
+use crate::retention::{self, PruneReport, RetentionError};
 use crate::standalone::supervisor::{Supervisor, SupervisorError, Switch, Watched};
 use crate::status::{StatusError, StatusReport};
-use crate::verify::VerifyReport;
+use crate::verify::{VerifyOptions, VerifyReport};
 
 /// From being told to stop until the process ends, whatever the store does.
 const STOP_LIMIT: Duration = Duration::from_secs(8);
@@ -424,7 +430,12 @@ impl Daemon {
             allow_plain_keys: self.allow_plain_keys,
             level: Some(self.config.repository.compression_level),
         };
-        let work = Arc::new(self.work(Arc::new(backup::Unobserved)));
+        let mut work = self.work(Arc::new(backup::Unobserved));
+        #[cfg(feature = "client")]
+        {
+            work.witness = LiveServer::witness(&self.config);
+        }
+        let work = Arc::new(work);
         let report = backup::create_from(&work, &self.followers, &self.data, &options).await?;
         self.state.restore_point(&report);
         tracing::info!(restore_point = %report.restore_point, "a restore point was made");
@@ -437,7 +448,8 @@ impl Daemon {
     /// When the repository fails.
     pub async fn verify(&self) -> Result<Option<VerifyReport>, RepositoryError> {
         let Ok(_one) = self.verifying.try_lock() else { return Ok(None) };
-        let verifying = crate::verify::verify(&self.repository, &[], Arc::new(Silent));
+        let options = VerifyOptions::default();
+        let verifying = crate::verify::verify(&self.repository, &options, Arc::new(Silent));
         let report = traced(work_span!("verify"), verifying).await?;
         let now = self.clock.now();
         self.state.survey(|survey| {
@@ -447,6 +459,42 @@ impl Daemon {
             }
         });
         Ok(Some(report))
+    }
+
+    /// Restores the newest restore point to a scratch directory and boots a server on it.
+    ///
+    /// # Errors
+    /// When there is no restore point or no server, or the repository fails.
+    #[cfg(feature = "client")]
+    pub async fn drill(&self) -> Result<DrillResult, DrillError> {
+        let options = DrillOptions { live: Some(self.data.root().to_owned()), ..DrillOptions::default() };
+        let (clock, progress) = (Arc::clone(&self.clock), Arc::new(Silent));
+        let work = crate::drill::drill(&self.repository, &self.config, &options, clock, progress).boxed();
+        let result = traced(work_span!("drill"), work).await;
+        self.changed.notify_one();
+        result
+    }
+
+    /// Removes what retention does not keep. No restore point is made meanwhile: it could name what is being removed.
+    ///
+    /// # Errors
+    /// When there is no policy, a kept restore point is broken, or the repository fails.
+    pub async fn prune(&self) -> Result<PruneReport, RetentionError> {
+        let _alone = self.restore_points.lock().await;
+        let _no_upload = self.followers.uploads.write().await;
+        let policy = Policy::new(&self.config.retention, self.config.schedule.time_zone.0);
+        let work = async {
+            let grace = self.config.retention.grace.0;
+            let plan = retention::plan(&self.repository, &policy, grace, self.clock.now()).await?;
+            retention::apply(&self.repository, &plan, self.clock.as_ref()).await
+        };
+        let result = traced(work_span!("prune"), work).await;
+        if let Ok(report) = &result {
+            metrics::PRUNED_OBJECTS.add(report.deleted.objects, &[]);
+            metrics::PRUNED_BYTES.add(report.deleted.bytes, &[]);
+        }
+        self.changed.notify_one();
+        result
     }
 
     /// Exports tables of the configured database.
@@ -539,6 +587,7 @@ impl Daemon {
             tally: Arc::default(),
             level: self.config.repository.compression_level,
             observer,
+            witness: None,
         }
     }
 }

@@ -9,7 +9,7 @@
 //! changes nothing.
 
 pub mod configure;
-mod cut;
+pub mod cut;
 mod history;
 pub mod host;
 pub mod journal;

@@ -21,6 +21,8 @@ use crate::repository::{Repository, RepositoryError, lease};
 use crate::standalone::command::{Binary, key_dir, listen_address};
 use crate::standalone::ready;
 
+/// A drill older than this says little.
+const OLD_DRILL: jiff::SignedDuration = jiff::SignedDuration::from_hours(31 * 24);
 /// Releases that this one was run with.
 const KNOWN_RELEASES: &str = "1.2.0 to 2.8.3";
 /// A newest restore point that is older is no strategy.
@@ -304,9 +306,27 @@ impl Doctor<'_> {
             },
             Err(error) => self.add("backup", Verdict::Fail, error.to_string(), "`inner-universe verify`"),
         }
-        let fix =
-            "restore into an empty directory and start a server on it: `inner-universe restore --data-dir SCRATCH`";
-        self.add("restore drill", Verdict::Warn, "no restore drill is on record", fix);
+        match repository.last_drill().await {
+            Ok(Some(drill)) => {
+                let age = self.clock.now().duration_since(drill.started_at);
+                let message = format!("restore point {} at {}", drill.restore_point, drill.started_at);
+                match drill.passed {
+                    false => {
+                        self.add("restore drill", Verdict::Fail, format!("{message} failed"), "`inner-universe drill`")
+                    }
+                    true if age > OLD_DRILL => {
+                        let fix = "`inner-universe drill`, and set schedule.drill";
+                        self.add("restore drill", Verdict::Warn, format!("the last one is old: {message}"), fix);
+                    }
+                    true => self.pass("restore drill", message),
+                }
+            }
+            Ok(None) => {
+                let fix = "`inner-universe drill`, and set schedule.drill";
+                self.add("restore drill", Verdict::Warn, "no restore drill is on record", fix);
+            }
+            Err(error) => self.add("restore drill", Verdict::Fail, error.to_string(), "`inner-universe verify`"),
+        }
     }
 
     async fn lease(&mut self, repository: &Repository) {

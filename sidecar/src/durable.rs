@@ -96,6 +96,13 @@ pub fn create(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     file.write_all(bytes).on("write", path)
 }
 
+/// `PATH` with something put after its last component.
+pub fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
+    name.push(suffix);
+    parent(path).join(name)
+}
+
 /// The directory that holds `path`; the current one for a bare name.
 pub fn parent(path: &Path) -> PathBuf {
     match path.parent() {

@@ -6,6 +6,7 @@
 
 pub mod archiver;
 pub mod backup;
+pub mod bundle;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -17,6 +18,8 @@ pub mod datadir;
 pub mod deploy;
 #[cfg(feature = "client")]
 pub mod doctor;
+#[cfg(feature = "client")]
+pub mod drill;
 pub mod durable;
 #[cfg(feature = "client")]
 pub mod export;
@@ -31,6 +34,7 @@ pub mod progress;
 pub mod replay;
 pub mod repository;
 pub mod restore;
+pub mod retention;
 pub mod standalone;
 pub mod status;
 pub mod verify;

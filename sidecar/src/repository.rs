@@ -11,6 +11,7 @@ pub mod log_object;
 pub mod manifest;
 pub mod pack;
 pub mod paths;
+pub(crate) mod ranges;
 pub mod store;
 pub mod timeline;
 
@@ -29,7 +30,9 @@ use crate::datadir::bytes::Malformed;
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::crypto::{CryptoError, Keyring};
 use crate::repository::lease::Fence;
-use crate::repository::manifest::{RepositoryInfo, RestorePoint, RestorePointList, SnapshotManifest, Timeline};
+use crate::repository::manifest::{
+    LastDrill, Pin, RepositoryInfo, RestorePoint, RestorePointList, Retention, SnapshotManifest, Timeline,
+};
 use crate::repository::store::{Conditional, Operation, Store};
 
 /// What can go wrong with the repository.
@@ -251,6 +254,20 @@ impl Repository {
         }
     }
 
+    /// Puts `bytes` where a damaged object is, or none; what was there is kept below `damaged/`.
+    ///
+    /// # Errors
+    /// When the lease is lost or the store fails.
+    pub(crate) async fn replace(&self, key: &Key, bytes: Bytes, at: jiff::Timestamp) -> Result<(), RepositoryError> {
+        match self.get(key).await {
+            Ok(damaged) => self.put(&paths::damaged(key, at), damaged).await?,
+            Err(RepositoryError::Missing { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.check_fence()?;
+        self.store.put(key, bytes, PutMode::Overwrite).await.map(|_| ())
+    }
+
     /// Begins an object that is too large for memory, with its first bytes. The name must be free: look first.
     ///
     /// # Errors
@@ -345,6 +362,58 @@ impl Repository {
         self.put_document(&paths::restore_point(point.id), point).await
     }
 
+    /// What retention did last; `None` where it never did anything.
+    ///
+    /// # Errors
+    /// When the store fails, or the document is damaged.
+    pub async fn retention(&self) -> Result<Option<Retention>, RepositoryError> {
+        let newest = self.list(&paths::retentions()).await?.pop();
+        match newest {
+            Some((key, _)) => self.get_document(&key).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The newest drill; `None` before the first.
+    ///
+    /// # Errors
+    /// When the store fails, or its result is damaged.
+    pub async fn last_drill(&self) -> Result<Option<LastDrill>, RepositoryError> {
+        match self.list(&paths::drills()).await?.pop() {
+            Some((key, _)) => self.get_document(&key).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Restore points that retention keeps.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn pins(&self) -> Result<Vec<RestorePointId>, RepositoryError> {
+        let objects = self.list(&paths::pins()).await?;
+        Ok(objects.iter().filter_map(|(key, _)| paths::parse_restore_point(key)).collect())
+    }
+
+    /// Keeps a restore point from retention. One that is pinned already stays so.
+    ///
+    /// # Errors
+    /// When there is no such restore point, or the store fails.
+    pub async fn pin(&self, id: RestorePointId, at: jiff::Timestamp) -> Result<(), RepositoryError> {
+        self.restore_point(id).await?;
+        if self.exists(&paths::pin(id)).await? {
+            return Ok(());
+        }
+        self.put_document(&paths::pin(id), &Pin { restore_point: id, pinned_at: at }).await.map(|_| ())
+    }
+
+    /// Leaves a restore point to retention.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn unpin(&self, id: RestorePointId) -> Result<(), RepositoryError> {
+        self.delete(&paths::pin(id)).await
+    }
+
     /// Every database with anything in the repository.
     ///
     /// # Errors
@@ -359,18 +428,15 @@ impl Repository {
     /// # Errors
     /// When the store fails or a timeline's document is damaged.
     pub async fn timelines(&self, database: &Identity) -> Result<Vec<Timeline>, RepositoryError> {
-        let names = self.folders(&paths::timelines(database)).await?;
-        let mut timelines = Vec::new();
-        for id in names.iter().filter_map(|name| name.parse::<TimelineId>().ok()) {
-            match self.get_document(&paths::timeline(database, id)).await {
-                Ok(timeline) => timelines.push(timeline),
-                // A folder without a document and without log holds nothing that was promised.
-                Err(RepositoryError::Missing { .. }) if self.list(&paths::logs(database, id)).await?.is_empty() => {}
-                Err(error) => return Err(error),
+        let found = self.timelines_and_problems(database).await?;
+        for (key, error) in found.problems {
+            let id = key.parts().rev().nth(1).and_then(|id| id.as_ref().parse::<TimelineId>().ok());
+            if !found.timelines.iter().any(|timeline| Some(timeline.timeline) == id) {
+                return Err(error);
             }
+            tracing::warn!(%error, "what the timeline was is told by its log; `inner-universe verify --repair` writes it anew");
         }
-        timelines.sort_by_key(|timeline: &Timeline| timeline.timeline);
-        Ok(timelines)
+        Ok(found.timelines)
     }
 
     /// # Errors

@@ -9,12 +9,17 @@ pub mod plan;
 pub mod target;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use crate::clock::Clock;
 use crate::datadir::DataDirError;
 use crate::durable::FileError;
 use crate::ids::Offset;
+use crate::progress::Progress;
 use crate::repository::instance::InstanceError;
-use crate::repository::{RepositoryError, crypto::CryptoError};
+use crate::repository::{Repository, RepositoryError, crypto::CryptoError};
+use crate::restore::apply::{ApplyOptions, RestoreReport};
+use crate::restore::plan::{RestorePlan, RestoreRequest};
 
 /// What can go wrong with a restore.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +65,38 @@ impl RestoreError {
             }
             error => error,
         }
+    }
+}
+
+/// Carries out `plan`, which was made of `request`. A snapshot that turns out to be missing or damaged is passed over: an
+/// older one, or the log alone, leads to the same rows.
+///
+/// # Errors
+/// When no snapshot and log lead to the target, or as [`apply::apply`]. Nothing is changed then.
+pub async fn restore(
+    repository: &Repository,
+    mut request: RestoreRequest,
+    mut plan: RestorePlan,
+    options: &ApplyOptions,
+    clock: Arc<dyn Clock>,
+    progress: Arc<dyn Progress>,
+) -> Result<RestoreReport, RestoreError> {
+    loop {
+        let error = match apply::apply(repository, &plan, options, Arc::clone(&clock), Arc::clone(&progress)).await {
+            Ok(report) => return Ok(report),
+            Err(error) => error,
+        };
+        let Some((database, offset)) = plan.snapshot_at_fault(&error) else { return Err(error) };
+        if !request.avoid.insert((database, offset)) {
+            return Err(error);
+        }
+        tracing::warn!(%error, %offset, "the snapshot cannot be used; it goes on without");
+        plan = match plan::plan(repository, &request).await {
+            Ok(plan) => plan,
+            // What was wrong first says more than that there is no other way.
+            Err(RestoreError::NothingToRestore(_) | RestoreError::Unreachable { .. }) => return Err(error),
+            Err(error) => return Err(error),
+        };
     }
 }
 

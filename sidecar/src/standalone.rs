@@ -6,6 +6,8 @@
 
 pub mod background;
 pub mod command;
+#[cfg(feature = "client")]
+pub mod keys;
 pub mod logfile;
 pub mod ready;
 pub mod settings;

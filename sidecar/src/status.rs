@@ -11,6 +11,7 @@ use crate::datadir::control_db::ControlDbCopy;
 use crate::datadir::log::{LogReader, Tail, segments};
 use crate::datadir::{DataDir, DataDirError};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::manifest::LastDrill;
 use crate::repository::{Repository, RepositoryError};
 
 /// What can go wrong while looking.
@@ -30,7 +31,7 @@ pub struct StatusReport {
     pub databases: Vec<DatabaseStatus>,
     pub last_restore_point: Option<LastRestorePoint>,
     /// `None`: no drill was run.
-    pub last_drill: Option<Timestamp>,
+    pub last_drill: Option<LastDrill>,
     pub schedules: Vec<ScheduleStatus>,
     /// `None` when no daemon ever ran on this data directory from this machine.
     pub daemon: Option<DaemonSummary>,
@@ -93,7 +94,7 @@ pub async fn status(
     let mut report = StatusReport {
         databases: Vec::new(),
         last_restore_point: None,
-        last_drill: None,
+        last_drill: repository.last_drill().await?,
         schedules: Vec::new(),
         daemon: None,
         problems: Vec::new(),

@@ -1,20 +1,40 @@
-//! Verify: reads what restore points name, checks every byte of it, and says what is wrong, what that costs, and what to do.
+//! Verify: reads what the repository holds, checks every byte of it, and says what is wrong, what that costs, and what to do.
 //!
-//! Nothing is written. A finding never stops the walk: everything that can be checked is.
+//! Nothing is written, except by `repair`. A finding never stops the walk: everything that can be checked is.
 
-use std::collections::{HashMap, HashSet};
+mod losses;
+mod objects;
+pub mod repair;
+mod sweep;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use object_store::path::Path as Key;
 use serde::Serialize;
 
-use crate::ids::{ContentHash, Offset, RestorePointId};
+use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::Progress;
 use crate::repository::log_object::{ChainTip, LogHeader};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
-use crate::repository::pack::{self, EntryKind};
-use crate::repository::timeline::{LogEntry, ancestry};
-use crate::repository::{InObject, Repository, RepositoryError, crypto::CryptoError, instance, paths};
+use crate::repository::timeline::{LogChain, ancestry};
+use crate::repository::{Repository, RepositoryError, paths};
+use crate::restore::plan::describe;
+
+/// What to verify.
+#[derive(Debug, Clone)]
+pub struct VerifyOptions {
+    /// Restore points and what they need; empty for the whole repository.
+    pub restore_points: Vec<RestorePointId>,
+    /// The share of objects whose bodies are read, in percent. Of the others, presence, size and log headers are checked.
+    pub read_data: u8,
+}
+
+impl Default for VerifyOptions {
+    fn default() -> Self {
+        Self { restore_points: Vec::new(), read_data: 100 }
+    }
+}
 
 /// The report of a verify. Field names are stable.
 #[derive(Debug, Clone, Serialize, Default, schemars::JsonSchema)]
@@ -24,7 +44,15 @@ pub struct VerifyReport {
     pub objects: u64,
     /// Their stored bytes.
     pub bytes: u64,
+    /// The share of objects whose bodies were read, in percent.
+    pub read_data: u8,
     pub findings: Vec<Finding>,
+    /// Transactions that can no longer be restored, and that nobody removed on purpose.
+    pub lost: Vec<Lost>,
+    /// What `--repair` has written anew.
+    pub repaired: Vec<String>,
+    /// Objects that nothing refers to: what broken-off backups left. They do no harm, and `prune` takes them away.
+    pub orphans: Vec<String>,
 }
 
 /// One thing that is wrong.
@@ -56,110 +84,191 @@ pub enum FindingKind {
     NotReadable,
 }
 
+/// Transactions of one database that cannot be restored, both ends included.
+#[derive(Debug, Clone, Serialize, PartialEq, Eq, schemars::JsonSchema)]
+pub struct Lost {
+    pub database: Identity,
+    pub name: String,
+    pub timeline: TimelineId,
+    pub first: Offset,
+    pub last: Offset,
+}
+
 struct Walk<'a> {
     repository: &'a Repository,
     progress: Arc<dyn Progress>,
     report: VerifyReport,
+    /// Draws the objects whose bodies are read.
+    salt: u128,
+    /// Objects that something refers to.
+    used: HashSet<Key>,
     /// Manifests and instance captures looked at already; restore points share most of what they name.
     seen: HashSet<Key>,
+    /// Captures that are missing, damaged or cannot be opened.
+    bad_instances: HashSet<ContentHash>,
     /// Log objects looked at already: the header of those that are whole.
     logs: HashMap<Key, Option<LogHeader>>,
-    /// Packs looked at already: the entries of those that are whole.
-    packs: HashMap<Key, Option<HashSet<ContentHash>>>,
+    /// Packs looked at already: the entries of those that are whole, `None` in it where the body was not read.
+    packs: HashMap<Key, Option<Option<HashSet<ContentHash>>>>,
+    /// The sizes of a database's packs.
+    pack_sizes: HashMap<Key, u64>,
 }
 
-/// Verifies the given restore points, or all of them.
+/// Verifies the given restore points, or the whole repository.
 ///
 /// # Errors
 /// Only when the store cannot be reached; damage is a finding.
 pub async fn verify(
     repository: &Repository,
-    ids: &[RestorePointId],
+    options: &VerifyOptions,
     progress: Arc<dyn Progress>,
 ) -> Result<VerifyReport, RepositoryError> {
-    let all = repository.restore_point_ids().await?;
-    let ids = if ids.is_empty() { all } else { ids.to_vec() };
     let mut walk = Walk {
         repository,
         progress,
-        report: VerifyReport::default(),
+        report: VerifyReport { read_data: options.read_data.min(100), ..VerifyReport::default() },
+        salt: ulid::Ulid::new().random(),
+        used: HashSet::new(),
         seen: HashSet::new(),
+        bad_instances: HashSet::new(),
         logs: HashMap::new(),
         packs: HashMap::new(),
+        pack_sizes: HashMap::new(),
     };
+    let whole = options.restore_points.is_empty();
+    let ids = if whole { repository.restore_point_ids().await? } else { options.restore_points.clone() };
+    let mut points = Vec::new();
     // What the newest need is read first: if time is short, what matters most is known first.
     for id in ids.into_iter().rev() {
         walk.report.restore_points.push(id);
         let key = paths::restore_point(id);
-        match walk.sort_out(&key, repository.restore_point(id).await)? {
-            Some(point) => walk.restore_point(&point).await?,
-            None => continue,
+        walk.used.insert(key.clone());
+        if let Some(point) = walk.sort_out(&key, repository.restore_point(id).await)? {
+            let before = walk.report.findings.len();
+            walk.instance(&point).await?;
+            if walk.report.findings.iter().skip(before).any(|finding| finding.severity == Severity::Error) {
+                walk.bad_instances.insert(point.instance);
+            }
+            points.push(point);
         }
+    }
+    let mut databases: BTreeMap<Identity, Vec<&DatabasePoint>> = BTreeMap::new();
+    if whole {
+        databases.extend(repository.databases().await?.into_iter().map(|database| (database, Vec::new())));
+    }
+    for database in points.iter().flat_map(|point| &point.databases) {
+        databases.entry(database.identity).or_default().push(database);
+    }
+    for (database, promised) in databases {
+        let nameless = walk.is_nameless(&points, &database);
+        walk.database(database, &promised, whole, nameless).await?;
+    }
+    if whole {
+        walk.sweep(&points).await?;
     }
     Ok(walk.report)
 }
 
 impl Walk<'_> {
-    async fn restore_point(&mut self, point: &RestorePoint) -> Result<(), RepositoryError> {
-        self.progress.phase(&format!("restore point {}", point.id), None);
-        self.instance(point).await?;
-        for database in &point.databases {
-            let timelines = self.repository.timelines(&database.identity).await;
-            let key = paths::timelines(&database.identity);
-            if let Some(timelines) = self.sort_out(&key, timelines)? {
-                self.log(database, &timelines).await?;
-                self.snapshots(database, &timelines).await?;
+    /// Without any capture that names it, a database cannot be restored whatever is left of its log.
+    fn is_nameless(&self, points: &[RestorePoint], database: &Identity) -> bool {
+        let is_named = |point: &&RestorePoint| point.databases.iter().any(|found| found.identity == *database);
+        let mut instances = points.iter().filter(is_named).map(|point| point.instance).peekable();
+        instances.peek().is_some() && instances.all(|instance| self.bad_instances.contains(&instance))
+    }
+
+    async fn database(
+        &mut self,
+        database: Identity,
+        promised: &[&DatabasePoint],
+        whole: bool,
+        nameless: bool,
+    ) -> Result<(), RepositoryError> {
+        let name = promised.first().map_or_else(|| database.to_string(), |point| point.name.clone());
+        self.progress.phase(&format!("database {name}"), None);
+        self.pack_sizes = self.repository.list(&paths::packs(&database)).await?.into_iter().collect();
+        let found = self.repository.timelines_and_problems(&database).await?;
+        for (key, error) in found.problems {
+            self.sort_out::<()>(&key, Err(error))?;
+        }
+        let timelines = found.timelines;
+        let wanted = |timeline: &Timeline| {
+            let on_line = |point: &&DatabasePoint| {
+                ancestry(&timelines, point.timeline).iter().any(|(ancestor, _)| ancestor.timeline == timeline.timeline)
+            };
+            whole || promised.iter().any(on_line)
+        };
+        for point in promised {
+            if !timelines.iter().any(|timeline| timeline.timeline == point.timeline) {
+                let key = paths::timeline(&database, point.timeline);
+                self.sort_out::<()>(&key, Err(RepositoryError::Missing { key: key.to_string() }))?;
+                self.lose(point, point.timeline, Offset(0), point.offset);
+            }
+        }
+        let mut bad = losses::Bad::default();
+        for timeline in timelines.iter().filter(|timeline| wanted(timeline)) {
+            self.used.insert(paths::timeline(&database, timeline.timeline));
+            let points: Vec<_> = promised.iter().filter(|point| point.timeline == timeline.timeline).copied().collect();
+            let chain = self.repository.log_chain(&database, &timelines, timeline.timeline).await?;
+            // Of single restore points, what comes later is of no interest.
+            let until = if whole { None } else { promised.iter().map(|point| point.offset).max() };
+            self.log(database, &name, timeline, &chain, until, &mut bad).await?;
+            self.promises(&points, &chain, timeline.timeline).await?;
+            self.snapshots(database, timeline, until, &mut bad).await?;
+            let line = ancestry(&timelines, timeline.timeline);
+            let snapshots = self.snapshots_on(&database, &line).await?;
+            let end = points.iter().map(|point| point.offset).chain(chain.last().filter(|_| whole)).max();
+            let lost = match end.filter(|end| nameless && *end >= timeline.start) {
+                Some(end) => vec![(timeline.start, end)],
+                None => losses::losses(timeline, &chain, &snapshots, &bad, end),
+            };
+            for (first, last) in lost {
+                let lost = Lost { database, name: name.clone(), timeline: timeline.timeline, first, last };
+                self.report.lost.push(lost);
             }
         }
         Ok(())
     }
 
-    async fn instance(&mut self, point: &RestorePoint) -> Result<(), RepositoryError> {
-        let key = paths::instance(point.instance);
-        if !self.seen.insert(key.clone()) {
-            return Ok(());
-        }
-        let Some(bytes) = self.fetch(&key).await? else { return Ok(()) };
-        match instance::read(&point.instance, &bytes, &self.repository.keys) {
-            Ok(_) => {}
-            Err(instance::InstanceError::Crypto(error)) => self.not_readable(&key, &error),
-            Err(error) => self.damaged(&key, &error.to_string()),
-        }
-        Ok(())
+    fn lose(&mut self, point: &DatabasePoint, timeline: TimelineId, first: Offset, last: Offset) {
+        let lost = Lost { database: point.identity, name: point.name.clone(), timeline, first, last };
+        self.report.lost.push(lost);
     }
 
-    /// The whole log that leads to a restore point: every object, and that each continues the one before.
-    async fn log(&mut self, point: &DatabasePoint, timelines: &[Timeline]) -> Result<(), RepositoryError> {
-        let folder = paths::logs(&point.identity, point.timeline);
-        let chain = self.repository.log_chain(&point.identity, timelines, point.timeline).await?;
-        let reachable = chain.last();
-        if reachable.is_none_or(|last| last < point.offset) {
-            let (from, to) = match chain.hole {
-                Some((missing, found)) => (missing, found.0.saturating_sub(1)),
-                None => (reachable.map_or(Offset(0), |last| Offset(last.0 + 1)), point.offset.0),
-            };
+    /// The row of log objects that leads to the end of a timeline: every object, and that each continues the one before.
+    async fn log(
+        &mut self,
+        database: Identity,
+        name: &str,
+        timeline: &Timeline,
+        chain: &LogChain,
+        until: Option<Offset>,
+        bad: &mut losses::Bad,
+    ) -> Result<(), RepositoryError> {
+        let counts = |first: Offset| until.is_none_or(|until| first <= until);
+        for hole in chain.holes.iter().filter(|hole| !hole.removed && counts(hole.missing)) {
             self.find(
                 Severity::Error,
                 FindingKind::Gap,
-                &folder,
-                format!(
-                    "transactions {from} to {to} of database {} are missing from timeline {}",
-                    point.name, point.timeline
-                ),
-                "restore to an offset before the gap, or put the missing objects back from a copy of the repository",
+                &paths::logs(&database, hole.timeline),
+                format!("{} of database {name}", describe(hole)),
+                "put the missing objects back from a copy of the repository; `lost` tells what can not be restored without",
             );
         }
-        let (mut tip, mut promised) = (None::<ChainTip>, false);
-        for entry in &chain.entries {
-            if entry.first > point.offset {
-                break;
+        let mut tip = None::<ChainTip>;
+        for entry in chain.entries.iter().filter(|entry| counts(entry.first)) {
+            self.used.insert(entry.key.clone());
+            if chain.holes.iter().any(|hole| hole.found == entry.first) {
+                tip = None;
             }
-            let Some(header) = self.log_object(entry, &point.name).await? else {
+            let Some(header) = self.log_object(entry, name).await? else {
+                bad.logs.insert(entry.key.clone());
                 tip = None;
                 continue;
             };
             let continues = tip.is_none_or(|tip| tip.next == header.first && tip.chain == header.previous_chain);
-            if !continues || header.database != point.identity {
+            if !continues || header.database != database {
+                bad.logs.insert(entry.key.clone());
                 self.find(
                     Severity::Error,
                     FindingKind::BrokenChain,
@@ -171,228 +280,117 @@ impl Walk<'_> {
                     "restore to an offset before it; then take a new backup",
                 );
             }
-            promised |= header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain);
             tip = Some(header.tip_until(entry.last));
         }
-        if !promised && tip.is_some_and(|tip| tip.next > point.offset) {
-            self.find(
-                Severity::Error,
-                FindingKind::BrokenChain,
-                &folder,
-                format!("at transaction {} it holds another history than the restore point promises", point.offset),
-                "take a new backup; restore points before this one may still be good",
-            );
-        }
-        if !self.repository.is_restorable(&point.identity, timelines, point.timeline).await? {
-            self.find(
-                Severity::Error,
-                FindingKind::Gap,
-                &folder,
-                format!("the log of database {} does not start at transaction 0 and no snapshot is kept", point.name),
-                "take a new backup while the server has a complete snapshot",
-            );
+        if timeline.start > Offset(0)
+            && chain.holes.is_empty()
+            && chain.first().is_some_and(|first| first > timeline.start)
+        {
+            tracing::debug!(timeline = %timeline.timeline, "its log begins later than the timeline");
         }
         Ok(())
     }
 
-    /// Every snapshot that a restore to this point or before could use.
-    async fn snapshots(&mut self, point: &DatabasePoint, timelines: &[Timeline]) -> Result<(), RepositoryError> {
-        for (timeline, until) in ancestry(timelines, point.timeline) {
-            for offset in self.repository.snapshots(&point.identity, timeline.timeline).await? {
-                if offset > point.offset || until.is_some_and(|until| offset > until) {
-                    continue;
-                }
-                let key = paths::snapshot(&point.identity, timeline.timeline, offset);
-                if !self.seen.insert(key.clone()) {
-                    continue;
-                }
-                let manifest = self.repository.snapshot(&point.identity, timeline.timeline, offset).await;
-                let Some(manifest) = self.sort_out(&key, manifest)? else { continue };
+    /// What restore points promised must be on the timeline, and be the same history.
+    async fn promises(
+        &mut self,
+        points: &[&DatabasePoint],
+        chain: &LogChain,
+        timeline: TimelineId,
+    ) -> Result<(), RepositoryError> {
+        for point in points {
+            let folder = paths::logs(&point.identity, timeline);
+            let end = chain.last();
+            if end.is_none_or(|end| end < point.offset) {
+                let from = end.map_or(Offset(0), |end| Offset(end.0 + 1));
+                self.find(
+                    Severity::Error,
+                    FindingKind::Gap,
+                    &folder,
+                    format!(
+                        "transactions {from} to {} of database {} are missing from timeline {timeline}",
+                        point.offset, point.name
+                    ),
+                    "restore to an offset before the gap, or put the missing objects back from a copy of the repository",
+                );
+                continue;
+            }
+            let Some(entry) = chain.range(point.offset, point.offset).first() else { continue };
+            let Some(Some(header)) = self.logs.get(&entry.key) else { continue };
+            if !header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain) {
+                self.find(
+                    Severity::Error,
+                    FindingKind::BrokenChain,
+                    &folder,
+                    format!("at transaction {} it holds another history than the restore point promises", point.offset),
+                    "take a new backup; restore points before this one may still be good",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Every snapshot of a timeline.
+    async fn snapshots(
+        &mut self,
+        database: Identity,
+        timeline: &Timeline,
+        until: Option<Offset>,
+        bad: &mut losses::Bad,
+    ) -> Result<(), RepositoryError> {
+        for offset in self.repository.snapshots(&database, timeline.timeline).await? {
+            let key = paths::snapshot(&database, timeline.timeline, offset);
+            if until.is_some_and(|until| offset > until) || !self.seen.insert(key.clone()) {
+                continue;
+            }
+            self.used.insert(key.clone());
+            let before = self.report.findings.len();
+            let manifest = self.repository.snapshot(&database, timeline.timeline, offset).await;
+            if let Some(manifest) = self.sort_out(&key, manifest)? {
                 let mut native = false;
+                let mut whole = true;
                 for used in manifest.packs {
-                    let key = paths::pack(&point.identity, used.pack);
+                    let key = paths::pack(&database, used.pack);
                     native |= used.entries.contains(&manifest.native_manifest);
-                    self.pack(&key, used.pack, &used.entries).await?;
+                    whole &= self.pack(&key, used.pack, used.stored_bytes, &used.entries).await?;
                 }
                 if !native {
                     self.damaged(&key, "it names no native manifest");
                 }
+                if !whole || !native {
+                    bad.snapshots.insert((timeline.timeline, offset));
+                }
+            }
+            if self.report.findings.len() > before {
+                bad.snapshots.insert((timeline.timeline, offset));
             }
         }
         Ok(())
     }
 
-    /// Reads and checks one log object, once. `None` when it is not whole; the finding is made already.
-    async fn log_object(&mut self, entry: &LogEntry, database: &str) -> Result<Option<LogHeader>, RepositoryError> {
-        let key = &entry.key;
-        if let Some(known) = self.logs.get(key) {
-            return Ok(known.clone());
-        }
-        let opened = self.repository.open_log(entry).await;
-        let mut whole = None;
-        if let Some(open) = self.sort_out_log(entry, opened, database)? {
-            self.report.objects += 1;
-            self.report.bytes += open.header.object_len();
-            whole = Some(open.header.as_ref().clone());
-            for index in 0..open.header.parts.len() {
-                let stored = self.repository.log_part(&open, index).await;
-                let Some(stored) = self.sort_out_log(entry, stored, database)? else {
-                    whole = None;
-                    break;
-                };
-                self.progress.advance(stored.len() as u64);
-                let (header, owned, keys) = (Arc::clone(&open.header), key.clone(), self.repository.keys.clone());
-                let checked = tokio::task::spawn_blocking(move || {
-                    // The parts' hashes can be checked without any key.
-                    header.check_part(index, &stored).in_object(&owned)?;
-                    Ok(header.decode_part(&owned, index, &stored, &keys).map(|_| ()))
-                });
-                match flatten(checked.await, key) {
-                    Ok(Ok(())) => {}
-                    Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(key, &error),
-                    Ok(Err(error)) => self.damaged(key, &reason(&error)),
-                    Err(error) => {
-                        self.sort_out_log(entry, Err::<(), _>(error), database)?;
-                        whole = None;
-                        break;
-                    }
+    /// The snapshots along a line of timelines.
+    async fn snapshots_on(
+        &self,
+        database: &Identity,
+        line: &[(Timeline, Option<Offset>)],
+    ) -> Result<Vec<(TimelineId, Offset)>, RepositoryError> {
+        let mut found = Vec::new();
+        for (timeline, until) in line {
+            for offset in self.repository.snapshots(database, timeline.timeline).await? {
+                if until.is_none_or(|until| offset <= until) {
+                    found.push((timeline.timeline, offset));
                 }
             }
         }
-        self.logs.insert(key.clone(), whole.clone());
-        Ok(whole)
+        Ok(found)
     }
 
-    /// As [`Self::sort_out`], and says which transactions a damaged log object takes along.
-    fn sort_out_log<T>(
-        &mut self,
-        entry: &LogEntry,
-        result: Result<T, RepositoryError>,
-        database: &str,
-    ) -> Result<Option<T>, RepositoryError> {
-        match result {
-            Err(RepositoryError::Damaged { reason, .. }) => {
-                let (first, last) = (entry.first, entry.last);
-                let lost = format!("{reason}; transactions {first} to {last} of {database} are not readable");
-                self.damaged(&entry.key, &lost);
-                Ok(None)
-            }
-            result => self.sort_out(&entry.key, result),
+    async fn instance(&mut self, point: &RestorePoint) -> Result<(), RepositoryError> {
+        let key = paths::instance(point.instance);
+        self.used.insert(key.clone());
+        if !self.seen.insert(key.clone()) {
+            return Ok(());
         }
+        self.capture(&key, point.instance).await
     }
-
-    /// Reads and checks one pack, once, and that it holds every entry in `wanted`.
-    async fn pack(&mut self, key: &Key, id: ContentHash, wanted: &[ContentHash]) -> Result<(), RepositoryError> {
-        if !self.packs.contains_key(key) {
-            let mut entries = None;
-            if let Some(bytes) = self.fetch(key).await? {
-                let (owned, keys) = (key.clone(), self.repository.keys.clone());
-                let checked = tokio::task::spawn_blocking(move || {
-                    pack::check(&id, &bytes).map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
-                    let mut entries = HashSet::new();
-                    pack::read(
-                        &owned,
-                        &id,
-                        &bytes,
-                        &keys,
-                        |_| true,
-                        |hash, _: EntryKind, _| {
-                            entries.insert(hash);
-                            Ok::<_, RepositoryError>(())
-                        },
-                    )?;
-                    Ok(entries)
-                });
-                match flatten(checked.await, key) {
-                    Ok(found) => entries = Some(found),
-                    Err(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
-                    Err(error) => self.damaged(key, &reason(&error)),
-                }
-            }
-            self.packs.insert(key.clone(), entries);
-        }
-        let lacking = match self.packs.get(key) {
-            Some(Some(entries)) => wanted.iter().find(|hash| !entries.contains(*hash)).copied(),
-            _ => None,
-        };
-        if let Some(hash) = lacking {
-            self.damaged(key, &format!("it lacks entry {hash}"));
-        }
-        Ok(())
-    }
-
-    async fn fetch(&mut self, key: &Key) -> Result<Option<bytes::Bytes>, RepositoryError> {
-        let bytes = self.repository.get(key).await;
-        let bytes = self.sort_out(key, bytes)?;
-        if let Some(bytes) = &bytes {
-            self.report.objects += 1;
-            self.report.bytes += bytes.len() as u64;
-            self.progress.advance(bytes.len() as u64);
-        }
-        Ok(bytes)
-    }
-
-    /// What is missing or damaged becomes a finding; a store that fails ends the walk.
-    fn sort_out<T>(&mut self, key: &Key, result: Result<T, RepositoryError>) -> Result<Option<T>, RepositoryError> {
-        match result {
-            Ok(value) => Ok(Some(value)),
-            Err(RepositoryError::Missing { key }) => {
-                self.find(
-                    Severity::Error,
-                    FindingKind::Missing,
-                    &Key::from(key),
-                    "the object is missing".into(),
-                    "put it back from a copy of the repository, or take a new backup",
-                );
-                Ok(None)
-            }
-            Err(RepositoryError::Crypto(error)) => {
-                self.not_readable(key, &error);
-                Ok(None)
-            }
-            Err(error) if error.is_permanent() => {
-                self.damaged(key, &reason(&error));
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn damaged(&mut self, key: &Key, message: &str) {
-        self.find(
-            Severity::Error,
-            FindingKind::Damaged,
-            key,
-            message.to_owned(),
-            "put it back from a copy of the repository, or take a new backup",
-        );
-    }
-
-    fn not_readable(&mut self, key: &Key, error: &CryptoError) {
-        let severity = if matches!(error, CryptoError::Damaged(_)) { Severity::Error } else { Severity::Warning };
-        self.find(severity, FindingKind::NotReadable, key, error.to_string(), "name the identity file with --identity");
-    }
-
-    fn find(&mut self, severity: Severity, kind: FindingKind, object: &Key, message: String, fix: &str) {
-        let finding = Finding { severity, kind, object: object.to_string(), message, fix: fix.to_owned() };
-        if !self.report.findings.contains(&finding) {
-            self.report.findings.push(finding);
-        }
-    }
-}
-
-/// What is wrong, without the advice to run the very command that says it.
-fn reason(error: &RepositoryError) -> String {
-    match error {
-        RepositoryError::Damaged { reason, .. } => reason.clone(),
-        error => error.to_string(),
-    }
-}
-
-/// A worker that died is as bad as an object that it could not read.
-fn flatten<T>(
-    result: Result<Result<T, RepositoryError>, tokio::task::JoinError>,
-    key: &Key,
-) -> Result<T, RepositoryError> {
-    result.unwrap_or_else(|error| Err(RepositoryError::damaged(key, error)))
 }

@@ -107,6 +107,11 @@ impl Daemon {
         assert!(sent.is_ok_and(|status| status.success()), "kill -{name}");
     }
 
+    /// Has it ended by itself?
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("the daemon's state").is_some()
+    }
+
     /// Asks it to stop; returns its exit code.
     pub fn stop(mut self) -> i32 {
         self.signal("TERM");

@@ -2,16 +2,20 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "tests measure and print")]
 
 pub mod browser;
+pub mod chaos;
 pub mod client;
 pub mod collector;
 pub mod daemon;
+pub mod faulty;
 pub mod gate;
 pub mod measure;
 pub mod oracle;
 pub mod s3;
 pub mod scene;
 pub mod server;
+pub mod shim;
 pub mod sidecar;
+pub mod stage;
 pub mod synthetic;
 pub mod tools;
 pub mod workload;

@@ -41,6 +41,7 @@ pub struct Sidecar {
     pub repository: String,
     state: Arc<TempDir>,
     settings: Vec<(String, String)>,
+    environment: Vec<(String, String)>,
 }
 
 impl Sidecar {
@@ -55,12 +56,25 @@ impl Sidecar {
             repository: url.to_owned(),
             state: Arc::new(tempfile::tempdir().expect("a temporary directory")),
             settings: Vec::new(),
+            environment: Vec::new(),
         }
     }
 
     /// With settings as variables without their prefix.
     pub fn configured(mut self, settings: Vec<(String, String)>) -> Self {
         self.settings = settings;
+        self
+    }
+
+    /// With one more setting.
+    pub fn and(mut self, name: &str, value: &str) -> Self {
+        self.settings.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// With variables as they are.
+    pub fn with_environment(mut self, environment: Vec<(String, String)>) -> Self {
+        self.environment = environment;
         self
     }
 
@@ -72,6 +86,7 @@ impl Sidecar {
         for (name, value) in &self.settings {
             command.env(format!("INNER_UNIVERSE__{name}"), value);
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.arg("--json").arg("--repository").arg(&self.repository);
         command
     }

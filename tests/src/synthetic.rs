@@ -1,10 +1,22 @@
 //! Data directories made by hand, for what no server can be made to write on demand.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use inner_universe::datadir::commit::{SegmentHeader, encode};
 use inner_universe::datadir::log::segment_name;
 use inner_universe::ids::Offset;
+use spacetimedb_lib::db::auth::{StAccess, StTableType};
+use spacetimedb_paths::FromPathUnchecked as _;
+use spacetimedb_paths::server::SnapshotsPath;
+use spacetimedb_primitives::TableId;
+use spacetimedb_sats::{AlgebraicType, product};
+use spacetimedb_schema::schema::{ColumnSchema, TableSchema};
+use spacetimedb_snapshot::SnapshotRepository;
+use spacetimedb_table::blob_store::HashMapBlobStore;
+use spacetimedb_table::indexes::SquashedOffset;
+use spacetimedb_table::page_pool::PagePool;
+use spacetimedb_table::table::Table;
 
 pub const REPLICA: u64 = 7;
 
@@ -63,6 +75,34 @@ impl Synthetic {
         std::fs::write(&path, bytes).expect("write a segment");
         path
     }
+
+    /// A snapshot of a table with so many rows, as the official crate writes it.
+    pub fn snapshot(&self, offset: u64, rows: u64) {
+        let dir = self.path().join("replicas").join(REPLICA.to_string()).join("snapshots");
+        std::fs::create_dir_all(&dir).expect("create the snapshots' directory");
+        let (pool, mut blobs) = (PagePool::new_for_test(), HashMapBlobStore::default());
+        let identity = spacetimedb_lib::Identity::from_byte_array([5; 32]);
+        let path = SnapshotsPath::from_path_unchecked(&dir);
+        let repository = SnapshotRepository::open(path, identity, REPLICA).expect("open the snapshots");
+        let mut first = table(&pool, &mut blobs, 0..rows);
+        repository.create_snapshot(std::iter::once(&mut first), &blobs, offset).expect("a snapshot");
+    }
+}
+
+/// A table with fixed columns, strings inside pages, and strings large enough to become blobs.
+pub fn table(pool: &PagePool, blobs: &mut HashMapBlobStore, rows: std::ops::Range<u64>) -> Table {
+    let column = |position: u16, name: &str, kind| ColumnSchema::for_test(position, name, kind);
+    let columns = vec![column(0, "id", AlgebraicType::U64), column(1, "text", AlgebraicType::String)];
+    let (kind, access) = (StTableType::User, StAccess::Public);
+    let (id, name) = (TableId(4096), "official".into());
+    let schema = TableSchema::new(id, name, columns, vec![], vec![], vec![], kind, access, None, None);
+    let mut table = Table::new(Arc::new(schema), SquashedOffset::COMMITTED_STATE);
+    for id in rows {
+        let len = if id % 97 == 0 { 20_000 } else { id as usize % 300 };
+        let text = format!("{id}:").repeat(len / 2 + 1);
+        table.insert(pool, blobs, &product![id, text.as_str()]).expect("insert");
+    }
+    table
 }
 
 pub fn log_of(data: &Path) -> PathBuf {

@@ -5,6 +5,10 @@
 mod bad_input;
 #[path = "promises/bindings.rs"]
 mod bindings;
+#[path = "promises/bundle.rs"]
+mod bundle;
+#[path = "promises/chaos.rs"]
+mod chaos;
 #[path = "promises/compaction.rs"]
 mod compaction;
 #[path = "promises/config.rs"]
@@ -15,12 +19,18 @@ mod daemon;
 mod dashboards;
 #[path = "promises/deploy.rs"]
 mod deploy;
+#[path = "promises/deploy_killed.rs"]
+mod deploy_killed;
+#[path = "promises/drill.rs"]
+mod drill;
 #[path = "promises/events.rs"]
 mod events;
 #[path = "promises/export_edges.rs"]
 mod export_edges;
 #[path = "promises/exports.rs"]
 mod exports;
+#[path = "promises/faults.rs"]
+mod faults;
 #[path = "promises/fixture.rs"]
 mod fixture;
 #[path = "promises/instance.rs"]
@@ -33,12 +43,18 @@ mod observe;
 mod official;
 #[path = "promises/page.rs"]
 mod page;
+#[path = "promises/prune_local.rs"]
+mod prune_local;
 #[path = "promises/random_logs.rs"]
 mod random_logs;
 #[path = "promises/restore_exact.rs"]
 mod restore_exact;
+#[path = "promises/retention.rs"]
+mod retention;
 #[path = "promises/s3.rs"]
 mod s3;
+#[path = "promises/server_mode.rs"]
+mod server_mode;
 #[path = "promises/streams.rs"]
 mod streams;
 #[path = "promises/synthetic.rs"]
@@ -47,3 +63,5 @@ mod synthetic;
 mod timelines;
 #[path = "promises/under_load.rs"]
 mod under_load;
+#[path = "promises/verify.rs"]
+mod verify;

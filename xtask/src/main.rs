@@ -23,6 +23,8 @@ cargo xtask bench [GiB]       ratios against what users would pick instead; writ
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
 cargo xtask bench events [N]  the event stream beside the SDK alone, N events waiting; writes docs/benchmarks-events.md
 cargo xtask bench export [N]  export and replay of N events beside `spacetime sql` and a script; writes docs/benchmarks-export.md
+cargo xtask chaos [--seed S] [--minutes M]
+                              everything at once: kills, power cuts, a store and files that fail, a clock that jumps
 cargo xtask bindings          regenerate the client bindings from the module
 cargo xtask fuzz [SECONDS]    run each fuzz target for that long (600 when left out)
 cargo xtask setup             only prepare what the others need
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         "demo" => test::demo(),
         "test" => test::test(rest),
         "bench" => bench::bench(rest),
+        "chaos" => test::chaos(rest),
         "bindings" => bindings::regenerate(),
         "fuzz" => fuzz::fuzz(rest),
         "setup" => test::prepare().map(|_| ()),

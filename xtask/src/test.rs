@@ -40,6 +40,19 @@ impl Prepared {
     }
 }
 
+/// Runs chaos for as long as the arguments say.
+pub fn chaos(arguments: &[String]) -> Result<()> {
+    let prepared = prepare()?;
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", "chaos", "--"]);
+    command.args(arguments);
+    if let Some(moto) = stores::moto()? {
+        command.env("INNER_UNIVERSE_MOTO", moto);
+    }
+    prepared.give(&mut command);
+    run(&mut command)
+}
+
 pub fn demo() -> Result<()> {
     let prepared = prepare()?;
     let mut command = cargo();

@@ -283,6 +283,7 @@ mod tests {
             tally: Arc::default(),
             level: 1,
             observer: Arc::new(Unobserved),
+            witness: None,
         };
         (Arc::new(work), store)
     }
@@ -318,7 +319,7 @@ mod tests {
         assert!(in_grace <= 3600 + 300 + 3 * ENOUGH_FOR_LEVEL_2, "{in_grace} objects in their grace period");
         let timelines = work.repository.timelines(&DATABASE).await.unwrap();
         let chain = work.repository.log_chain(&DATABASE, &timelines, TimelineId::FIRST).await.unwrap();
-        assert_eq!((chain.hole, chain.last()), (None, Some(Offset(hours * 3600 - 1))));
+        assert_eq!((chain.holes.len(), chain.last()), (0, Some(Offset(hours * 3600 - 1))));
         // Every commit is there, and the chain is what it would be without compaction.
         let mut next = 0;
         for entry in &chain.entries {
@@ -370,6 +371,7 @@ mod tests {
             tool_version: "0".into(),
             instance: crate::ids::ContentHash([0; 32]),
             instance_state: crate::ids::ContentHash([0; 32]),
+            promises: Vec::new(),
             has_keys: false,
             databases: vec![database],
         };

@@ -298,13 +298,11 @@ pub(crate) async fn find_continuation(
     };
     let next_id = TimelineId(current.timeline.0 + 1);
     let mut chain = repository.log_chain(&database, &timelines, current.timeline).await?;
-    let mut lost = chain.hole.map(|(missing, found)| {
-        format!(
-            "transactions {missing} to {} are missing from timeline {}",
-            found.0.saturating_sub(1),
-            current.timeline
-        )
+    let mut lost = chain.loss().map(|hole| {
+        format!("transactions {} to {} are missing from timeline {}", hole.missing, hole.last(), current.timeline)
     });
+    // What lies before a loss is continued, so that what was lost is archived again where the log still has it.
+    chain = chain.before_loss();
     // What is lost or damaged at the end cannot be continued; what lies before can.
     while let Some(entry) = chain.entries.last() {
         match repository.log_header(&entry.key).await {
@@ -456,7 +454,7 @@ async fn find_fork(
 }
 
 /// How many of an object's links the log at `dir` agrees with, from the first on; `None` when the log starts after it.
-async fn shared_links(dir: &Path, header: &LogHeader) -> Result<Option<usize>, BackupError> {
+pub(crate) async fn shared_links(dir: &Path, header: &LogHeader) -> Result<Option<usize>, BackupError> {
     let (dir, header) = (dir.to_owned(), header.clone());
     Ok(blocking(move || match segments(&dir)?.first() {
         Some(segment) if segment.first > header.last => Ok(None),

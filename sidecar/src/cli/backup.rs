@@ -1,11 +1,13 @@
 //! `backup create`, `list`, `show`, and `restore` under its second name.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use serde::Serialize;
 
 use crate::backup::{self, BackupOptions, BackupReport};
+use crate::bundle::{self, BundleError};
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
 use crate::cli::restore::RestoreArgs;
@@ -13,6 +15,7 @@ use crate::cli::{Context, DataDirArg, while_held};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::datadir::DataDir;
+use crate::durable::{self, OnPath as _};
 use crate::ids::RestorePointId;
 use crate::repository::lease::Lease;
 use crate::repository::manifest::RestorePoint;
@@ -26,6 +29,16 @@ pub enum BackupCommand {
     List,
     /// Show one restore point
     Show {
+        /// A restore point's id
+        id: RestorePointId,
+    },
+    /// Keep a restore point whatever retention says
+    Pin {
+        /// A restore point's id
+        id: RestorePointId,
+    },
+    /// Leave a restore point to retention again
+    Unpin {
         /// A restore point's id
         id: RestorePointId,
     },
@@ -52,6 +65,9 @@ pub struct CreateArgs {
     /// zstd compression level; repository.compression_level when left out
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..=19))]
     compression_level: Option<i32>,
+    /// Write a bundle instead: one file that holds it all, to be carried to another machine; needs no repository
+    #[arg(long, value_name = "FILE.stb", conflicts_with = "force")]
+    output: Option<PathBuf>,
     /// Take the lease from another sidecar; only when that one is dead
     #[arg(long)]
     force: bool,
@@ -62,12 +78,17 @@ pub async fn run(context: &Context<'_>, command: BackupCommand) -> Result<ExitSt
         BackupCommand::Create(args) => create(context, args).await,
         BackupCommand::List => list(context).await,
         BackupCommand::Show { id } => show(context, id).await,
+        BackupCommand::Pin { id } => pin(context, id, true).await,
+        BackupCommand::Unpin { id } => pin(context, id, false).await,
         BackupCommand::Restore(args) => super::restore::run(context, args).await,
     }
 }
 
 async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, Failure> {
     let data = args.data.open(context)?;
+    if let Some(output) = args.output.clone() {
+        return create_bundle(context, &data, args, &output).await;
+    }
     if !args.force
         && let Some(report) = ask_daemon(context, &data, args.label.as_deref()).await?
     {
@@ -94,10 +115,72 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
     let held = context.config().repository.lease_duration.0;
     let lease = Lease::acquire(&repository, held, Arc::clone(&context.clock), args.force).await?;
     let fenced = lease.fenced();
-    let work = backup::create(&fenced, &data, &options, Arc::clone(&context.clock), progress);
+    #[cfg(feature = "client")]
+    let witness = crate::drill::promise::LiveServer::witness(context.config());
+    #[cfg(not(feature = "client"))]
+    let witness = None;
+    let clock = Arc::clone(&context.clock);
+    let work = backup::create_witnessed(&fenced, &data, &options, clock, progress, witness);
     let report = while_held(&lease, context.clock.as_ref(), work).await;
     lease.release().await;
     Ok(show_report(context, &report?))
+}
+
+/// A backup into a repository of its own, which then becomes one file.
+async fn create_bundle(
+    context: &Context<'_>,
+    data: &DataDir,
+    args: CreateArgs,
+    output: &Path,
+) -> Result<ExitStatus, Failure> {
+    let output = std::path::absolute(output).on("name", output)?;
+    if output.exists() {
+        return Err(BundleError::Exists(output).into());
+    }
+    let parent = durable::parent(&output);
+    let scratch =
+        tempfile::Builder::new().prefix(".inner-universe-bundle-").tempdir_in(&parent).on("write to", &parent)?;
+    let root = scratch.path().join("repository");
+    let url = format!("file://{}", root.display());
+    let keys = context.keyring(&args.recipient)?;
+    let (config, clock) = (&context.config().repository, &context.clock);
+    let repository = Repository::open_or_create(&url, config, keys, clock.as_ref()).await?;
+    let options = BackupOptions {
+        label: args.label,
+        key_dir: args.key_dir,
+        allow_plain_keys: args.allow_plain_keys,
+        level: Some(args.compression_level.unwrap_or(config.compression_level)),
+    };
+    let progress = context.output.progress();
+    let report = backup::create(&repository, data, &options, Arc::clone(clock), Arc::clone(&progress)).await?;
+    progress.phase("bundle", None);
+    let bytes_written = bundle::write(&repository, &output).await?;
+    Ok(show_report(context, &BackupReport { bytes_written, bundle: Some(output), ..report }))
+}
+
+/// What a pin changes.
+#[derive(Debug, Clone, Serialize)]
+struct PinReport {
+    restore_point: RestorePointId,
+    pinned: bool,
+}
+
+/// A pin is an object of its own, and so is written beside whoever holds the lease.
+async fn pin(context: &Context<'_>, id: RestorePointId, pinned: bool) -> Result<ExitStatus, Failure> {
+    let repository = context.writable(context.keyring(&[])?).await?;
+    match pinned {
+        true => repository.pin(id, context.clock.now()).await?,
+        false => {
+            repository.restore_point(id).await?;
+            repository.unpin(id).await?;
+        }
+    }
+    let report = PinReport { restore_point: id, pinned };
+    context.output.result(&report, |report| match report.pinned {
+        true => format!("{} is kept until it is unpinned", report.restore_point),
+        false => format!("{} is left to retention", report.restore_point),
+    });
+    Ok(ExitStatus::Ok)
 }
 
 fn show_report(context: &Context<'_>, report: &BackupReport) -> ExitStatus {

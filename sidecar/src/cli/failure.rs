@@ -3,10 +3,14 @@
 use std::process::ExitCode;
 
 use crate::backup::BackupError;
+use crate::bundle::BundleError;
 use crate::daemon::DaemonError;
 use crate::datadir::DataDirError;
 #[cfg(feature = "client")]
 use crate::deploy::DeployError;
+#[cfg(feature = "client")]
+use crate::drill::DrillError;
+use crate::durable::FileError;
 #[cfg(feature = "client")]
 use crate::export::{ExportError, archive::ArchiveError};
 #[cfg(feature = "client")]
@@ -15,6 +19,8 @@ use crate::repository::RepositoryError;
 use crate::repository::crypto::CryptoError;
 use crate::repository::instance::InstanceError;
 use crate::restore::RestoreError;
+use crate::retention::RetentionError;
+use crate::retention::local::LocalError;
 use crate::standalone::StandaloneError;
 use crate::standalone::supervisor::SupervisorError;
 use crate::status::StatusError;
@@ -97,6 +103,56 @@ impl From<BackupError> for Failure {
             | BackupError::LogVanished { .. }
             | BackupError::NotFollowed { .. }
             | BackupError::Worker(_) => ExitStatus::Failed,
+        };
+        Self::new(status, error)
+    }
+}
+
+#[cfg(feature = "client")]
+impl From<DrillError> for Failure {
+    fn from(error: DrillError) -> Self {
+        match error {
+            DrillError::Repository(error) => error.into(),
+            DrillError::Standalone(error) => error.into(),
+            error @ DrillError::NoPoint => Self::new(ExitStatus::NothingToRestore, error),
+            error @ (DrillError::File(_) | DrillError::Scratch { .. }) => Self::new(ExitStatus::Failed, error),
+        }
+    }
+}
+
+impl From<BundleError> for Failure {
+    fn from(error: BundleError) -> Self {
+        match error {
+            BundleError::Repository(error) => error.into(),
+            error @ BundleError::Exists(_) => Self::new(ExitStatus::Refused, error),
+            error => Self::new(ExitStatus::Failed, error),
+        }
+    }
+}
+
+impl From<FileError> for Failure {
+    fn from(error: FileError) -> Self {
+        Self::new(ExitStatus::Failed, error)
+    }
+}
+
+impl From<LocalError> for Failure {
+    fn from(error: LocalError) -> Self {
+        match error {
+            LocalError::Backup(error) => error.into(),
+            LocalError::DataDir(error) => error.into(),
+            LocalError::Repository(error) => error.into(),
+            error @ (LocalError::File(_) | LocalError::Returned(_)) => Self::new(ExitStatus::Failed, error),
+        }
+    }
+}
+
+impl From<RetentionError> for Failure {
+    fn from(error: RetentionError) -> Self {
+        let status = match &error {
+            RetentionError::Repository(error) => of_repository(error),
+            RetentionError::NoPolicy => ExitStatus::Usage,
+            RetentionError::Unproven(_) => ExitStatus::Findings,
         };
         Self::new(status, error)
     }

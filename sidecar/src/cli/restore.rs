@@ -6,11 +6,15 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 
+use crate::bundle;
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
 use crate::cli::{Context, DataDirArg};
+use crate::durable::{self, OnPath as _};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
-use crate::restore::apply::{self, ApplyOptions};
+use crate::repository::Repository;
+use crate::repository::crypto::Keyring;
+use crate::restore::apply::ApplyOptions;
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
 use crate::restore::target::Target;
 
@@ -33,6 +37,15 @@ pub struct RestoreArgs {
     /// Replay the whole log instead of starting from a snapshot: slower, and needs no snapshot to be whole
     #[arg(long)]
     no_snapshot: bool,
+    /// Restore from a bundle that `backup create --output` made; `-` is the standard input
+    #[arg(long, value_name = "FILE.stb")]
+    input: Option<PathBuf>,
+    /// The name that the one database that is restored gets
+    #[arg(long = "as", value_name = "NAME", value_parser = database_name)]
+    name: Option<String>,
+    /// Make new token keys: tokens that were given out before are worth nothing at the new server
+    #[arg(long)]
+    new_identity_keys: bool,
     /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -63,14 +76,38 @@ struct PlannedDatabase {
     bytes_to_read: u64,
 }
 
+/// What servers take as a name.
+fn database_name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_');
+    match !text.is_empty() && text.len() <= 100 && text.chars().all(fits) {
+        true => Ok(text.to_owned()),
+        false => Err("a name has lower-case letters, digits, `-` and `_`".into()),
+    }
+}
+
 pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus, Failure> {
     let data_dir = args.data.path(context)?;
-    let repository = context.repository().await?;
+    // Unpacked beside the target, on whose file system there is to be room; gone with the end of this.
+    let mut unpacked = None;
+    let repository = match &args.input {
+        None => context.repository().await?,
+        Some(input) => {
+            let parent = durable::parent(&data_dir);
+            std::fs::create_dir_all(&parent).on("create", &parent)?;
+            let dir = tempfile::Builder::new().prefix(".inner-universe-bundle-").tempdir_in(&parent);
+            let dir = unpacked.insert(dir.on("write to", &parent)?);
+            context.output.progress().phase("unpack the bundle", None);
+            bundle::unpack(input, dir.path())?;
+            let keys = Keyring::new(&[], &context.config().repository.identity_files)?;
+            Repository::open(&format!("file://{}", dir.path().display()), &context.config().repository, keys).await?
+        }
+    };
     let request = RestoreRequest {
         target: args.to.clone(),
         databases: args.database,
         timeline: args.timeline,
         no_snapshot: args.no_snapshot,
+        ..RestoreRequest::default()
     };
     let plan = plan::plan(&repository, &request).await?;
     warn(context, &plan, &args.to);
@@ -78,9 +115,28 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         context.output.result(&report(&plan, data_dir), describe_plan);
         return Ok(ExitStatus::Ok);
     }
-    let options = ApplyOptions { data_dir, key_dir: args.key_dir, force: args.force };
+    let options = ApplyOptions {
+        data_dir,
+        key_dir: args.key_dir,
+        force: args.force,
+        name: args.name,
+        new_keys: args.new_identity_keys,
+    };
     let (clock, progress) = (Arc::clone(&context.clock), context.output.progress());
-    let report = apply::apply(&repository, &plan, &options, clock, progress).await?;
+    let name = options.name.clone();
+    let mut report = crate::restore::restore(&repository, request, plan, &options, clock, progress).await?;
+    if let (Some(name), Some(database)) = (name, report.databases.first_mut()) {
+        database.name = name;
+    }
+    #[cfg(feature = "client")]
+    if args.new_identity_keys
+        && let (Some(keys), Some(live)) = (&report.keys, &context.config().spacetimedb_config.token_file)
+    {
+        let own = keys.join("token");
+        crate::standalone::keys::sign_again(live, &keys.join("id_ecdsa"), &own)
+            .map_err(|reason| Failure::new(ExitStatus::Failed, reason))?;
+        report.token = Some(own);
+    }
     context.output.result(&report, |report| {
         let mut text = format!("restored {}\n", report.data_dir.display());
         for database in &report.databases {
@@ -92,6 +148,9 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         }
         if let Some(keys) = &report.keys {
             text += &format!("the token keys are in {}; start the server with --jwt-key-dir\n", keys.display());
+        }
+        if let Some(token) = &report.token {
+            text += &format!("the token of spacetimedb_config.token_file, signed anew, is {}\n", token.display());
         }
         text += &format!(
             "read {}, wrote {}, {}",

@@ -27,7 +27,10 @@ impl TryFrom<String> for Period {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let hint = || format!("`{text}` is no length of time; write it as 250ms, 30s, 5m or 1h");
+        let hint = || format!("`{text}` is no length of time; write it as 250ms, 30s, 5m, 1h or 7d");
+        if let Some(days) = text.strip_suffix('d').and_then(|days| days.trim().parse::<u32>().ok()) {
+            return Ok(Self(Duration::from_secs(u64::from(days) * 24 * 3600)));
+        }
         let signed: jiff::SignedDuration = text.parse().map_err(|_| hint())?;
         Duration::try_from(signed).map(Self).map_err(|_| hint())
     }

@@ -19,6 +19,7 @@ use crate::deploy::record::DeploymentRecord;
 use crate::durable::OnPath;
 #[cfg(feature = "client")]
 use crate::export::{ExportOptions, ExportReport};
+use crate::retention::PruneReport;
 
 /// No request is longer.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -32,6 +33,8 @@ pub enum Request {
     /// An export of `database` into the repository at `url`.
     #[cfg(feature = "client")]
     Export { url: String, server: String, database: Option<String>, options: ExportOptions },
+    /// What retention does not keep is to go from the repository at `url`.
+    Prune { url: String },
     /// The server that the daemon watches is to run, or to be stopped until it is to run again.
     Server { run: bool },
     /// A record of a deployment, for the repository at `url`.
@@ -46,6 +49,7 @@ pub enum Answer {
     Created(BackupReport),
     #[cfg(feature = "client")]
     Exported(ExportReport),
+    Pruned(PruneReport),
     Done,
     /// The daemon writes to another repository, or asks another database.
     Elsewhere,
@@ -90,6 +94,11 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
                 }
             }
         }
+        Ok(Request::Prune { url }) if url != daemon.url => Answer::Elsewhere,
+        Ok(Request::Prune { .. }) => match daemon.prune().await {
+            Ok(report) => Answer::Pruned(report),
+            Err(error) => Answer::Failed(error.to_string()),
+        },
         Ok(Request::Server { run }) => match daemon.switch() {
             Some(switch) => {
                 switch.set(run).await;

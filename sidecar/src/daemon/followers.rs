@@ -36,6 +36,8 @@ const INSTANCE_PAUSE: Duration = Duration::from_secs(2);
 pub(super) struct Followers {
     by_database: Mutex<BTreeMap<Identity, Follower>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Held shared while a snapshot is uploaded, whose packs nothing names before its end; alone while objects are removed.
+    pub(super) uploads: Arc<tokio::sync::RwLock<()>>,
 }
 
 struct Follower {
@@ -241,7 +243,8 @@ impl Daemon {
         let (name, logs) = (followed.name.clone(), replica.module_logs_path());
         let sending = Arc::clone(&self.module_logs).follow(name, database.identity, logs, stop.clone());
         tasks.push(tokio::spawn(sending));
-        tasks.push(tokio::spawn(follow_snapshots(work, followed, replica.clone(), stop.clone())));
+        let uploads = Arc::clone(&self.followers.uploads);
+        tasks.push(tokio::spawn(follow_snapshots(work, followed, replica.clone(), uploads, stop.clone())));
         Follower { replica: replica.id, flush, stop }
     }
 
@@ -288,7 +291,13 @@ async fn write_positions(positions: Positions, database: Identity, mut written: 
 }
 
 /// Uploads each native snapshot once it is complete and its transaction archived.
-async fn follow_snapshots(work: Arc<Work>, followed: Arc<Followed>, replica: ReplicaDir, stop: CancellationToken) {
+async fn follow_snapshots(
+    work: Arc<Work>,
+    followed: Arc<Followed>,
+    replica: ReplicaDir,
+    uploads: Arc<tokio::sync::RwLock<()>>,
+    stop: CancellationToken,
+) {
     let mut told = HashSet::new();
     loop {
         tokio::select! {
@@ -298,6 +307,7 @@ async fn follow_snapshots(work: Arc<Work>, followed: Arc<Followed>, replica: Rep
         let progress = followed.progress();
         let (Some(timeline), Some(tip)) = (progress.timeline, progress.tip) else { continue };
         let Some(archived) = tip.next.0.checked_sub(1).map(crate::ids::Offset) else { continue };
+        let _upload = uploads.read().await;
         let found = tokio::select! {
             found = snapshot::archive(&work, followed.identity, timeline, archived, &replica) => found,
             () = stop.cancelled() => return,

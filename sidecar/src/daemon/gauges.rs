@@ -34,6 +34,12 @@ pub(super) fn samples(status: &DaemonStatus, survey: &Survey, data_dir: &Path) -
     plain(&metrics::RESTORE_ESTIMATE, survey.restore_estimate);
     plain(&metrics::VERIFY_FINDINGS, survey.findings.map(|count| count as f64));
     plain(&metrics::VERIFY_TIME, survey.verified_at.map(unix));
+    let drill = survey.drill.as_ref();
+    let seconds = |ms: u64| ms as f64 / 1000.0;
+    plain(&metrics::DRILL_TIME, drill.map(|drill| unix(drill.started_at)));
+    plain(&metrics::DRILL_OK, drill.map(|drill| f64::from(u8::from(drill.passed))));
+    plain(&metrics::DRILL_RTO, drill.and_then(|drill| drill.rto_ms).map(seconds));
+    plain(&metrics::DRILL_RPO, drill.and_then(|drill| drill.rpo_ms).map(seconds));
     let mut events = Vec::new();
     for database in &status.databases {
         let mut of = |metric: &metrics::Metric, value: Option<f64>| {

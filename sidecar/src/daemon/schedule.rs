@@ -30,8 +30,11 @@ pub enum ScheduleError {
 enum Task {
     RestorePoint,
     Verify,
+    Prune,
     #[cfg(feature = "client")]
     Export,
+    #[cfg(feature = "client")]
+    Drill,
 }
 
 impl Task {
@@ -39,8 +42,11 @@ impl Task {
         match self {
             Self::RestorePoint => "restore_point",
             Self::Verify => "verify",
+            Self::Prune => "prune",
             #[cfg(feature = "client")]
             Self::Export => "export",
+            #[cfg(feature = "client")]
+            Self::Drill => "drill",
         }
     }
 }
@@ -67,8 +73,11 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
     let tasks = [
         (Task::RestorePoint, config.restore_point),
         (Task::Verify, config.verify),
+        (Task::Prune, config.prune),
         #[cfg(feature = "client")]
         (Task::Export, config.export),
+        #[cfg(feature = "client")]
+        (Task::Drill, config.drill),
     ];
     for (task, cron) in tasks {
         let Some(cron) = cron else { continue };
@@ -141,11 +150,27 @@ impl Schedule {
                 }
             }
             #[cfg(feature = "client")]
+            Task::Drill => {
+                let result = self.daemon.drill().await.map_err(|error| error.to_string())?;
+                match result.findings.first() {
+                    None => Ok(format!("restore point {} was restored and served", result.restore_point)),
+                    Some(finding) => Err(format!("restore point {}: {}", result.restore_point, finding.message)),
+                }
+            }
+            #[cfg(feature = "client")]
             Task::Export => {
                 let exporting = self.daemon.export(self.daemon.scheduled_export()).await;
                 let report = exporting.map_err(|error| error.to_string())?;
                 let rows: u64 = report.tables.iter().map(|table| table.rows).sum();
                 Ok(format!("{rows} rows were exported"))
+            }
+            Task::Prune => {
+                let report = self.daemon.prune().await.map_err(|error| error.to_string())?;
+                let done = format!("{} objects were deleted", report.deleted.objects);
+                match report.refused.len() {
+                    0 => Ok(done),
+                    refused => Ok(format!("{done}, {refused} refused by the store")),
+                }
             }
             Task::Verify => {
                 let report = self.daemon.verify().await.map_err(|error| error.to_string())?;

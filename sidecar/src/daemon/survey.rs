@@ -10,6 +10,7 @@ use crate::backup::{BackupError, blocking};
 use crate::daemon::Daemon;
 use crate::daemon::history::TimelineView;
 use crate::datadir::control_db::ControlDbCopy;
+use crate::repository::manifest::LastDrill;
 use crate::restore::RestoreError;
 use crate::restore::plan::{RestorePlan, RestoreRequest, plan};
 
@@ -43,6 +44,7 @@ pub struct Survey {
     pub verified_at: Option<Timestamp>,
     /// Of the last verification.
     pub findings: Option<u64>,
+    pub drill: Option<LastDrill>,
 }
 
 /// What lies in the repository.
@@ -109,8 +111,10 @@ impl Daemon {
             }
         };
         let timelines = self.timelines(&names).await?;
+        let drill = self.repository.last_drill().await?;
         self.state.survey(|survey| {
             survey.timelines = timelines;
+            survey.drill = drill;
             survey.restore_points = Some(ids.len() as u64);
             survey.newest_restore_point = newest;
             survey.restore_estimate = estimate;

@@ -183,6 +183,14 @@ impl Link {
         Ok(self.socket.insert(socket))
     }
 
+    /// Connects, if that was not done yet.
+    ///
+    /// # Errors
+    /// When the server cannot be reached.
+    pub async fn connect(&mut self) -> Result<(), LinkError> {
+        self.socket().await.map(drop)
+    }
+
     async fn open(&mut self) -> Result<Socket, LinkError> {
         self.pending.clear();
         self.answered.clear();

@@ -110,9 +110,53 @@ pub fn keep_only(path: &Path, keep: &[Identity]) -> Result<(), String> {
     Ok(())
 }
 
+/// Gives a database the one name `name` in the control database at `path`, which no server may have open.
+///
+/// # Errors
+/// When it cannot be opened, understood or written.
+pub fn rename(path: &Path, identity: &Identity, name: &str) -> Result<(), String> {
+    let (databases, _) = read(path)?;
+    let database = databases.iter().find(|database| database.identity == *identity);
+    let database = database.ok_or_else(|| format!("database {identity} is not in it"))?;
+    let db = open(path)?;
+    let tree = |name: &str| db.open_tree(name).map_err(|error| error.to_string());
+    let failed = |error: sled::Error| error.to_string();
+    let mut little_endian = identity.0;
+    little_endian.reverse();
+    let (dns, domains) = (tree("dns")?, tree("top_level_domains")?);
+    let (mut value, mut owner) = (little_endian.to_vec(), None);
+    for old in &database.names {
+        let old = old.to_lowercase();
+        value = dns.remove(&old).map_err(failed)?.map_or(value, |found| found.to_vec());
+        owner = domains.remove(&old).map_err(failed)?.or(owner);
+    }
+    dns.insert(name.to_lowercase(), value).map_err(failed)?;
+    if let Some(owner) = owner {
+        domains.insert(name.to_lowercase(), owner).map_err(failed)?;
+    }
+    let names = serde_json::to_vec(&[name]).map_err(|error| error.to_string())?;
+    tree("reverse_dns")?.insert(little_endian, names).map_err(failed)?;
+    db.flush().map_err(failed)?;
+    Ok(())
+}
+
+/// How often, and after which pause, it is looked whether a lock was released.
+const RELEASE_LOOKS: u32 = 100;
+const RELEASE_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 fn open(path: &Path) -> Result<sled::Db, String> {
     // A small cache: the whole database is some kilobytes.
-    sled::Config::default().path(path).cache_capacity(1 << 20).flush_every_ms(None).open().map_err(|e| e.to_string())
+    let config = sled::Config::default().path(path).cache_capacity(1 << 20).flush_every_ms(None);
+    for _ in 0..RELEASE_LOOKS {
+        match config.open() {
+            // Who had it open before has closed it, but a thread of sled's still holds the lock for a moment.
+            Err(sled::Error::Io(error)) if error.to_string().contains("could not acquire lock") => {
+                std::thread::sleep(RELEASE_PAUSE);
+            }
+            opened => return opened.map_err(|error| error.to_string()),
+        }
+    }
+    config.open().map_err(|error| error.to_string())
 }
 
 type Contents = Result<(Vec<Database>, Trees), String>;

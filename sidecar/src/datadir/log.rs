@@ -106,6 +106,20 @@ pub fn segments(dir: &Path) -> Result<Vec<SegmentFile>, FileError> {
     Ok(segments)
 }
 
+/// One past the last transaction in the log at `dir`.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn end(dir: &Path) -> Result<Offset, DataDirError> {
+    let mut reader = LogReader::open_last(dir)?;
+    let mut buffer = Vec::new();
+    while reader.next_batch(END_READ, &mut buffer)?.is_some() {}
+    Ok(reader.position())
+}
+
+/// Bytes that are read at a time on the way to the end.
+const END_READ: usize = 1 << 20;
+
 /// The file name of the segment that starts at `first`.
 pub fn segment_name(first: Offset) -> String {
     format!("{}{SEGMENT_SUFFIX}", first.padded())

@@ -11,7 +11,7 @@ use memchr::memmem;
 use crate::datadir::commit::Frame;
 use crate::datadir::log::{LogReader, segments};
 use crate::datadir::{DataDir, DataDirError, ReplicaDir, snapshot};
-use crate::durable::{self, FileError, OnPath};
+use crate::durable::{self, FileError, OnPath, beside};
 use crate::ids::{ContentHash, Offset};
 use crate::restore::RestoreError;
 use crate::restore::apply::{SegmentWriter, sync_file_system};
@@ -61,10 +61,7 @@ pub fn find_publish(
 /// # Errors
 /// When the log cannot be read.
 pub fn end_of_log(replica: &ReplicaDir) -> Result<Offset, DataDirError> {
-    let mut reader = LogReader::open_last(&replica.log_path())?;
-    let mut buffer = Vec::new();
-    while reader.next_batch(READ_SIZE, &mut buffer)?.is_some() {}
-    Ok(reader.position())
+    crate::datadir::log::end(&replica.log_path())
 }
 
 /// Leaves transactions 0 to `last` of `replica`. Returns where the replica as it was is now.
@@ -160,10 +157,4 @@ fn copy_tree(from: &Path, to: &Path, file: fn(&Path, &Path) -> Result<(), FileEr
         }
     }
     Ok(())
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
-    name.push(suffix);
-    durable::parent(path).join(name)
 }

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use object_store::path::Path as Key;
 use serde::{Deserialize, Serialize};
 
 use crate::deploy::{DeployError, Mode, Outcome};
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId};
+use crate::repository::crypto::Keyring;
 use crate::repository::{Repository, RepositoryError, paths};
 
 /// zstd level of programs.
@@ -98,15 +100,23 @@ pub async fn program(repository: Option<&Repository>, dir: &Path, hash: &Content
         Err(RepositoryError::Missing { .. }) => return Err(DeployError::NoProgram(*hash)),
         bytes => bytes?,
     };
-    let opened = match repository.keys.seals() {
-        true => repository.keys.open(&bytes).map_err(RepositoryError::from)?,
+    Ok(open_program(&key, &bytes, &repository.keys)?)
+}
+
+/// Opens a stored program and checks that it is the one that its name says.
+///
+/// # Errors
+/// When it is damaged, or sealed and no key opens it.
+pub fn open_program(key: &Key, bytes: &[u8], keys: &Keyring) -> Result<Vec<u8>, RepositoryError> {
+    let opened = match key.as_ref().ends_with(".age") {
+        true => keys.open(bytes)?,
         false => bytes.to_vec(),
     };
     let bytes = zstd::bulk::decompress(&opened, MAX_PROGRAM)
-        .map_err(|error| RepositoryError::damaged(&key, error.to_string()))?;
-    match super::module::program_hash(&bytes) == *hash {
+        .map_err(|error| RepositoryError::damaged(key, error.to_string()))?;
+    match key.filename().is_some_and(|name| name.starts_with(&super::module::program_hash(&bytes).to_string())) {
         true => Ok(bytes),
-        false => Err(RepositoryError::damaged(&key, "it is another program than its name says").into()),
+        false => Err(RepositoryError::damaged(key, "it is another program than its name says")),
     }
 }
 

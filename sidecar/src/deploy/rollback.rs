@@ -75,9 +75,13 @@ async fn with_host(setup: &Setup, journal: &mut Journal, host: &mut Host) -> Res
     let database = setup.database(host).await?.called(&journal.name);
     if !journal.existed {
         // Only what this deployment has made.
-        if database.find().await?.is_some() && database.program().await? == Some(journal.module) {
-            database.delete().await?;
+        if database.find().await?.is_none() {
+            return Ok("the database was not there before and is not there now".into());
         }
+        if database.program().await? != Some(journal.module) {
+            return Ok("the database runs another program by now and is left alone".into());
+        }
+        database.delete().await?;
         return Ok("the database, which was not there before, was removed".into());
     }
     if !journal.publishes {
@@ -170,8 +174,6 @@ pub async fn leave_no_data_dir(setup: &Setup, journal: &Journal) -> Result<bool,
         return Ok(false);
     }
     let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
-    let mut name = root.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
-    name.push(format!(".failed-deploy-{stamp}"));
-    durable::rename(root, &durable::parent(root).join(name))?;
+    durable::rename(root, &durable::beside(root, &format!(".failed-deploy-{stamp}")))?;
     Ok(true)
 }

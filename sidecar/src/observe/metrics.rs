@@ -133,10 +133,22 @@ metrics! {
     EXPORTS: Kind::Counter, "inner_universe.exports", "{export}", ["outcome"];
     /// Rows that were exported.
     EXPORTED_ROWS: Kind::Counter, "inner_universe.export.rows", "{row}", ["table"];
+    /// Objects that prunes have deleted.
+    PRUNED_OBJECTS: Kind::Counter, "inner_universe.prune.objects", "{object}", [];
+    /// Their stored bytes.
+    PRUNED_BYTES: Kind::Counter, "inner_universe.prune.size", "By", [];
     /// Findings of the last verification that this process made.
     VERIFY_FINDINGS: Kind::Gauge, "inner_universe.verify.findings", "{finding}", [];
     /// When a verification last ended without findings in this process, Unix time.
     VERIFY_TIME: Kind::Gauge, "inner_universe.verify.last.time", "s", [];
+    /// When the newest drill began, Unix time.
+    DRILL_TIME: Kind::Gauge, "inner_universe.drill.last.time", "s", [];
+    /// 1 when the newest drill passed, else 0.
+    DRILL_OK: Kind::Gauge, "inner_universe.drill.last.ok", "{drill}", [];
+    /// The recovery time that the newest drill measured: from the start of the restore until a server served.
+    DRILL_RTO: Kind::Gauge, "inner_universe.drill.rto", "s", [];
+    /// The recovery point that the newest drill measured: how far the archive was behind the live log.
+    DRILL_RPO: Kind::Gauge, "inner_universe.drill.rpo", "s", [];
     /// 1 while the supervised server runs, else 0. Absent when the sidecar supervises none.
     SERVER_UP: Kind::Gauge, "inner_universe.server.up", "{server}", [];
     /// How often the supervised server was started. Absent when the sidecar supervises none.

@@ -273,6 +273,34 @@ impl Database {
         parse(&self.sql(statement).await?)
     }
 
+    /// Every row of a table as a JSON text; `None` when that is more than `limit` bytes.
+    ///
+    /// # Errors
+    /// When the server refuses or cannot be asked.
+    pub async fn row_texts(&self, table: &str, limit: usize) -> Result<Option<Vec<String>>, SourceError> {
+        let mut request = self.client.post(self.path("sql")).body(format!("SELECT * FROM {table}"));
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        let unreachable =
+            |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
+        let mut answer = request.send().await.map_err(unreachable)?;
+        let status = answer.status();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
+            if bytes.len() + chunk.len() > limit {
+                return Ok(None);
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        if !status.is_success() {
+            let said = String::from_utf8_lossy(&bytes).chars().take(300).collect();
+            return Err(SourceError::Refused { status: status.as_u16(), said });
+        }
+        let rows: Vec<serde_json::Value> = parse(&bytes)?;
+        Ok(Some(rows.iter().map(ToString::to_string).collect()))
+    }
+
     async fn sql(&self, statement: String) -> Result<bytes::Bytes, SourceError> {
         self.post("sql", statement).await
     }

@@ -75,6 +75,11 @@ impl Keyring {
     }
 
     /// Are bodies sealed?
+    /// Is there any identity to open with?
+    pub fn can_open(&self) -> bool {
+        !self.identities.is_empty()
+    }
+
     pub fn seals(&self) -> bool {
         !self.recipients.is_empty()
     }

@@ -151,15 +151,28 @@ pub fn read(id: &ContentHash, bytes: &[u8], keys: &Keyring) -> Result<Vec<(Strin
     };
     let mut tar = tar::Archive::new(zstd::Decoder::new(compressed).map_err(damaged)?);
     let mut files = Vec::new();
+    // Text and programs do not compress beyond this; what does is made to fill memory.
+    let most = MOST_RATIO.saturating_mul(bytes.len() as u64).saturating_add(MOST_BASE);
+    let mut left = most;
     for entry in tar.entries().map_err(damaged)? {
-        let mut entry = entry.map_err(damaged)?;
+        let entry = entry.map_err(damaged)?;
         let name = entry.path().map_err(damaged)?.to_string_lossy().into_owned();
+        if !entry.header().entry_type().is_file() {
+            return Err(InstanceError::Damaged(format!("`{name}` is no file")));
+        }
         let mut content = Vec::new();
-        entry.read_to_end(&mut content).map_err(damaged)?;
+        entry.take(left.saturating_add(1)).read_to_end(&mut content).map_err(damaged)?;
+        left = left.checked_sub(content.len() as u64).ok_or_else(|| {
+            InstanceError::Damaged(format!("it is larger than {most} bytes when it is unpacked, which no capture is"))
+        })?;
         files.push((name, content));
     }
     Ok(files)
 }
+
+/// A capture may be so many times as large as it is stored, and then some.
+const MOST_RATIO: u64 = 64;
+const MOST_BASE: u64 = 64 << 20;
 
 fn is_secret(name: &str) -> bool {
     name.strip_prefix(KEYS).is_some_and(|rest| rest.starts_with('/'))

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::timeline::Hole;
 
 /// The repository format this release writes.
 pub const FORMAT: u32 = 1;
@@ -68,6 +69,27 @@ pub struct RestorePoint {
     /// Does the capture hold the token keys?
     pub has_keys: bool,
     pub databases: Vec<DatabasePoint>,
+    /// What the live server had at these offsets, where it could be asked; drills compare what they restored with it.
+    #[serde(default)]
+    pub promises: Vec<DatabasePromise>,
+}
+
+/// What the tables of one database held at a restore point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DatabasePromise {
+    pub database: Identity,
+    pub offset: Offset,
+    pub tables: Vec<TablePromise>,
+}
+
+/// What one table held.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct TablePromise {
+    pub name: String,
+    pub rows: u64,
+    /// The rows' hashes, added up in 32 sums of 64 bits by their first bits, so that their order does not matter; `None` for
+    /// a table that was too large to read.
+    pub hash: Option<String>,
 }
 
 /// Where a restore point stands in one database.
@@ -85,6 +107,64 @@ pub struct DatabasePoint {
     /// The log's chain hash after `offset`.
     pub chain: ContentHash,
     pub initial_program: ContentHash,
+}
+
+/// `retention/ID.json`: what retention has removed, and what it is about to remove. The newest counts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retention {
+    pub format: u32,
+    pub id: RestorePointId,
+    pub at: Timestamp,
+    /// Log that is missing on purpose.
+    pub removed: Vec<RemovedLog>,
+    /// Objects that nothing needs any more. They are deleted when their grace is over and still nothing needs them.
+    pub marked: Vec<Marked>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemovedLog {
+    pub database: Identity,
+    pub timeline: TimelineId,
+    /// Both ends included.
+    pub first: Offset,
+    pub last: Offset,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marked {
+    pub object: String,
+    pub bytes: u64,
+    pub since: Timestamp,
+}
+
+impl Retention {
+    pub(crate) fn has_removed(&self, database: &Identity, hole: &Hole) -> bool {
+        self.removed.iter().any(|removed| {
+            removed.database == *database
+                && removed.timeline == hole.timeline
+                && removed.first <= hole.missing
+                && removed.last >= hole.last()
+        })
+    }
+}
+
+/// `pins/ID.json`: a restore point that retention keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Pin {
+    pub restore_point: RestorePointId,
+    pub pinned_at: Timestamp,
+}
+
+/// What is needed most of `drills/ID.json`, the result of a drill.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct LastDrill {
+    pub started_at: Timestamp,
+    pub restore_point: RestorePointId,
+    pub passed: bool,
+    /// The measured recovery time: from the start of the restore until a server served. `None` if none ever did.
+    pub rto_ms: Option<u64>,
+    /// The measured recovery point: how far the archive was behind the live log.
+    pub rpo_ms: Option<u64>,
 }
 
 /// `snapshots/T/OFFSET.json`

@@ -61,6 +61,10 @@ pub fn parse_snapshot(key: &Key) -> Option<Offset> {
     Offset::from_padded(key.filename()?.strip_suffix(".json")?).ok()
 }
 
+pub fn packs(database: &Identity) -> Key {
+    Key::from(format!("databases/{database}/packs"))
+}
+
 pub fn pack(database: &Identity, id: ContentHash) -> Key {
     Key::from(format!("databases/{database}/packs/{id}.pack"))
 }
@@ -77,8 +81,38 @@ pub fn restore_point(id: RestorePointId) -> Key {
     Key::from(format!("restore-points/{id}.json"))
 }
 
+/// The id that the name of a restore point, a pin or a retention document tells.
 pub fn parse_restore_point(key: &Key) -> Option<RestorePointId> {
     key.filename()?.strip_suffix(".json")?.parse().ok()
+}
+
+/// Where a damaged object is kept that was written anew.
+pub fn damaged(key: &Key, at: jiff::Timestamp) -> Key {
+    Key::from(format!("damaged/{}/{key}", at.strftime("%Y%m%dT%H%M%S%3fZ")))
+}
+
+pub fn pins() -> Key {
+    Key::from("pins")
+}
+
+pub fn pin(id: RestorePointId) -> Key {
+    Key::from(format!("pins/{id}.json"))
+}
+
+pub fn retentions() -> Key {
+    Key::from("retention")
+}
+
+pub fn retention(id: RestorePointId) -> Key {
+    Key::from(format!("retention/{id}.json"))
+}
+
+pub fn drills() -> Key {
+    Key::from("drills")
+}
+
+pub fn drill(id: RestorePointId) -> Key {
+    Key::from(format!("drills/{id}.json"))
 }
 
 pub fn deployments() -> Key {

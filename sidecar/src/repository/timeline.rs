@@ -7,8 +7,8 @@ use bytes::Bytes;
 use object_store::path::Path as Key;
 
 use crate::ids::{Identity, Offset, TimelineId};
-use crate::repository::log_object::{HEADER_READ, LogHeader, check_name};
-use crate::repository::manifest::Timeline;
+use crate::repository::log_object::{ChainTip, HEADER_READ, LogHeader, check_name};
+use crate::repository::manifest::{Timeline, TimelineReason};
 use crate::repository::{InObject, Repository, RepositoryError, paths};
 
 /// One log object as its name tells.
@@ -36,12 +36,34 @@ pub struct OpenLog {
     whole: Option<Bytes>,
 }
 
-/// The unbroken row of log objects of one timeline and the ancestors it grew from.
+/// The row of log objects of one timeline and the ancestors it grew from.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LogChain {
     pub entries: Vec<LogEntry>,
-    /// Where the row breaks off although later objects are there: the first offset missing and the first found after.
-    pub hole: Option<(Offset, Offset)>,
+    /// Where the row breaks off although later objects are there, or an ancestor does not reach its fork.
+    pub holes: Vec<Hole>,
+}
+
+/// Transactions that a row of log objects lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hole {
+    pub timeline: TimelineId,
+    /// The first that is missing.
+    pub missing: Offset,
+    /// The first after it that is there, or belongs to a descendant.
+    pub found: Offset,
+    /// Retention took it away.
+    pub removed: bool,
+}
+
+impl Hole {
+    pub fn last(&self) -> Offset {
+        Offset(self.found.0.saturating_sub(1))
+    }
+
+    pub fn holds(&self, offset: Offset) -> bool {
+        self.missing <= offset && offset < self.found
+    }
 }
 
 impl LogChain {
@@ -52,6 +74,36 @@ impl LogChain {
 
     pub fn first(&self) -> Option<Offset> {
         self.entries.first().map(|entry| entry.first)
+    }
+
+    /// What is missing first, and was not removed on purpose.
+    pub fn loss(&self) -> Option<Hole> {
+        self.holes.iter().find(|hole| !hole.removed).copied()
+    }
+
+    /// The row up to its first loss.
+    pub fn before_loss(mut self) -> Self {
+        if let Some(loss) = self.loss() {
+            self.entries.retain(|entry| entry.first < loss.missing);
+        }
+        self
+    }
+
+    /// The objects from `first` to `last`, both included, if all of it is there.
+    pub fn unbroken(&self, first: Offset, last: Offset) -> Option<&[LogEntry]> {
+        let broken = self.holes.iter().any(|hole| hole.missing <= last && first < hole.found);
+        let row = self.range(first, last);
+        let whole =
+            row.first().is_some_and(|entry| entry.first <= first) && row.last().is_some_and(|entry| entry.last >= last);
+        (whole && !broken).then_some(row)
+    }
+
+    /// Where the unbroken piece begins that `offset` lies in.
+    pub fn piece_start(&self, offset: Offset) -> Option<Offset> {
+        let entry = self.range(offset, offset).first()?;
+        let after = self.holes.iter().map(|hole| hole.found).filter(|found| *found <= offset).max();
+        let start = after.or(self.first())?;
+        (start <= offset || entry.first <= offset).then_some(start)
     }
 
     /// The objects that hold any transaction from `first` to `last`, both included.
@@ -78,7 +130,92 @@ pub fn ancestry(timelines: &[Timeline], id: TimelineId) -> Vec<(Timeline, Option
     line
 }
 
+/// A database's timelines, oldest first, and whose documents are not what they should be.
+#[derive(Debug, Default)]
+pub struct FoundTimelines {
+    /// Those of which the log tells what their document did are here too.
+    pub timelines: Vec<Timeline>,
+    pub problems: Vec<(Key, RepositoryError)>,
+}
+
 impl Repository {
+    /// Every timeline of a database, from documents or, where these are missing or damaged, from the log itself.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn timelines_and_problems(&self, database: &Identity) -> Result<FoundTimelines, RepositoryError> {
+        let names = self.folders(&paths::timelines(database)).await?;
+        let mut ids: Vec<TimelineId> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        ids.sort_unstable();
+        let mut found = FoundTimelines::default();
+        for id in ids {
+            let key = paths::timeline(database, id);
+            let error = match self.get_document(&key).await {
+                Ok(timeline) => {
+                    found.timelines.push(timeline);
+                    continue;
+                }
+                Err(error) if error.is_permanent() => error,
+                Err(error) => return Err(error),
+            };
+            let mut entries = self.log_entries(database, id).await?;
+            entries.sort_by_key(|entry| entry.first);
+            // A folder without a document and without log holds nothing that was promised.
+            if entries.is_empty() && matches!(error, RepositoryError::Missing { .. }) {
+                continue;
+            }
+            if let Some(first) = entries.first() {
+                found.timelines.extend(self.timeline_from_log(database, id, first).await?);
+            }
+            found.problems.push((key, error));
+        }
+        Ok(found)
+    }
+
+    /// What the first log object of a timeline tells of it; `None` when that is not enough.
+    async fn timeline_from_log(
+        &self,
+        database: &Identity,
+        id: TimelineId,
+        first: &LogEntry,
+    ) -> Result<Option<Timeline>, RepositoryError> {
+        let header = match self.log_header(&first.key).await {
+            Ok(header) => header,
+            Err(error) if error.is_permanent() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let created_at = jiff::Timestamp::from_microsecond(header.archived_at).unwrap_or_default();
+        let root =
+            |start, reason| Timeline { timeline: id, parent: None, fork_offset: None, start, reason, created_at };
+        if header.previous_chain == ChainTip::origin(database, header.first).chain {
+            let reason = if header.first == Offset(0) { TimelineReason::First } else { TimelineReason::Gap };
+            return Ok(Some(root(header.first, reason)));
+        }
+        let Some(before) = header.first.0.checked_sub(1).map(Offset) else { return Ok(None) };
+        for parent in (1..id.0).rev().map(TimelineId) {
+            for entry in self.log_entries(database, parent).await? {
+                if entry.first > before || entry.last < before {
+                    continue;
+                }
+                let Ok(other) = self.log_header(&entry.key).await else { continue };
+                if other.links.iter().any(|link| link.last == before && link.chain == header.previous_chain) {
+                    let fork = Timeline {
+                        parent: Some(parent),
+                        fork_offset: Some(before),
+                        ..root(header.first, TimelineReason::Fork)
+                    };
+                    return Ok(Some(fork));
+                }
+            }
+        }
+        // Retention may have taken what came before.
+        let removed = self.retention().await?.into_iter().flat_map(|retention| retention.removed);
+        let mut before = removed.filter(|removed| removed.database == *database && removed.timeline == id);
+        Ok(before
+            .find(|removed| removed.last.0 + 1 == header.first.0)
+            .map(|removed| root(removed.first, TimelineReason::First)))
+    }
+
     /// The log of timeline `id`, through its ancestors.
     ///
     /// # Errors
@@ -94,9 +231,18 @@ impl Repository {
         let mut rows = Vec::new();
         for (timeline, until) in line {
             let entries = self.log_entries(database, timeline.timeline).await?;
-            rows.push((timeline.start, until, entries));
+            rows.push(Row { timeline: timeline.timeline, start: timeline.start, until, entries });
         }
-        Ok(assemble(rows))
+        let mut chain = assemble(rows);
+        // What is missing is rare, so it is looked up only then whether that was meant.
+        if !chain.holes.is_empty()
+            && let Some(retention) = self.retention().await?
+        {
+            for hole in &mut chain.holes {
+                hole.removed = retention.has_removed(database, hole);
+            }
+        }
+        Ok(chain)
     }
 
     /// Every log object of one timeline, of every level.
@@ -152,13 +298,16 @@ impl Repository {
         timelines: &[Timeline],
         id: TimelineId,
     ) -> Result<bool, RepositoryError> {
-        let line = ancestry(timelines, id);
-        if line.last().is_some_and(|(root, _)| root.start == Offset(0)) {
+        let chain = self.log_chain(database, timelines, id).await?;
+        let Some(start) = chain.last().and_then(|last| chain.piece_start(last)) else {
+            // Nothing is archived on it yet, and so nothing promised.
+            return Ok(ancestry(timelines, id).last().is_some_and(|(root, _)| root.start == Offset(0)));
+        };
+        if start == Offset(0) {
             return Ok(true);
         }
-        for (timeline, until) in &line {
+        for (timeline, until) in &ancestry(timelines, id) {
             let snapshots = self.snapshots(database, timeline.timeline).await?;
-            let start = line.last().map_or(Offset(0), |(root, _)| root.start);
             if snapshots.iter().any(|found| *found >= start && until.is_none_or(|until| *found <= until)) {
                 return Ok(true);
             }
@@ -215,39 +364,48 @@ impl Repository {
     }
 }
 
-/// Puts the objects of a line of timelines into one row: oldest timeline first, `until` the last offset taken of each.
+/// The objects of one timeline.
+struct Row {
+    timeline: TimelineId,
+    start: Offset,
+    /// The last offset that is taken of it.
+    until: Option<Offset>,
+    entries: Vec<LogEntry>,
+}
+
+/// Puts the objects of a line of timelines into one row, oldest timeline first.
 ///
 /// Of the objects that start where the row stands, the one is taken from which the row reaches furthest, and of these the
 /// largest: so what compaction made is preferred to what it was made from, and what a writer who had lost its lease still
-/// wrote, cut otherwise, leads nowhere. Objects that do not start where the row stands are passed over.
-fn assemble(rows: Vec<(Offset, Option<Offset>, Vec<LogEntry>)>) -> LogChain {
+/// wrote, cut otherwise, leads nowhere. Where nothing goes on, the row goes on after a hole.
+fn assemble(rows: Vec<Row>) -> LogChain {
     let mut chain = LogChain::default();
     let mut next: Option<Offset> = None;
-    for (start, until, entries) in rows {
+    for Row { timeline, start, until, entries } in rows {
         let by_first = furthest(entries);
         let mut at = next.unwrap_or(start);
-        while until.is_none_or(|until| at <= until) {
-            let Some((entry, _)) = by_first.get(&at) else { break };
-            at = Offset(entry.last.0.saturating_add(1));
-            let last = until.map_or(entry.last, |until| entry.last.min(until));
-            chain.entries.push(LogEntry { last, ..entry.clone() });
+        let is_ours = |offset: Offset| until.is_none_or(|until| offset <= until);
+        while is_ours(at) {
+            if let Some((entry, _)) = by_first.get(&at) {
+                at = Offset(entry.last.0.saturating_add(1));
+                let last = until.map_or(entry.last, |until| entry.last.min(until));
+                chain.entries.push(LogEntry { last, ..entry.clone() });
+                continue;
+            }
+            let Some(found) = by_first.range(at..).map(|(first, _)| *first).find(|first| is_ours(*first)) else {
+                break;
+            };
+            chain.holes.push(Hole { timeline, missing: at, found, removed: false });
+            at = found;
         }
-        let stray =
-            by_first.range(at..).map(|(first, _)| *first).find(|first| until.is_none_or(|until| *first <= until));
-        if chain.hole.is_none() {
-            chain.hole = stray.map(|found| (at, found));
+        if let Some(until) = until {
+            let found = Offset(until.0.saturating_add(1));
+            if at < found {
+                chain.holes.push(Hole { timeline, missing: at, found, removed: false });
+            }
+            at = found;
         }
-        if chain.hole.is_some() {
-            break;
-        }
-        next = Some(until.map_or(at, |until| Offset(until.0 + 1)));
-        if let Some(until) = until
-            && at <= until
-        {
-            // The ancestor does not reach the fork: nothing after it can be reached either.
-            chain.hole = Some((at, Offset(until.0 + 1)));
-            break;
-        }
+        next = Some(at);
     }
     chain
 }
@@ -289,12 +447,26 @@ mod tests {
         chain.entries.iter().map(|entry| (entry.first.0, entry.last.0)).collect()
     }
 
+    fn row(timeline: u32, until: Option<u64>, entries: Vec<LogEntry>) -> Row {
+        let start = entries.first().map_or(Offset(0), |entry| entry.first);
+        Row {
+            timeline: TimelineId(timeline),
+            start: if timeline == 1 { Offset(0) } else { start },
+            until: until.map(Offset),
+            entries,
+        }
+    }
+
+    fn holes(chain: &LogChain) -> Vec<(u32, u64, u64)> {
+        chain.holes.iter().map(|hole| (hole.timeline.0, hole.missing.0, hole.found.0)).collect()
+    }
+
     #[test]
     fn the_object_that_reaches_furthest_is_taken() {
         let objects = vec![entry(1, 0, 4), entry(1, 0, 9), entry(1, 5, 9), entry(1, 10, 11)];
-        let chain = assemble(vec![(Offset(0), None, objects)]);
+        let chain = assemble(vec![row(1, None, objects)]);
         assert_eq!(ranges(&chain), [(0, 9), (10, 11)]);
-        assert_eq!(chain.hole, None);
+        assert_eq!(chain.holes, []);
         assert_eq!(chain.range(Offset(9), Offset(9)).len(), 1);
         assert_eq!(chain.range(Offset(9), Offset(10)).len(), 2);
         assert_eq!(chain.range(Offset(12), Offset(20)).len(), 0);
@@ -303,28 +475,34 @@ mod tests {
     #[test]
     fn an_object_that_leads_nowhere_is_passed_over_although_it_is_larger() {
         let objects = vec![entry(1, 0, 9), entry(1, 10, 19), entry(1, 10, 24), entry(1, 20, 29), entry(1, 30, 31)];
-        let chain = assemble(vec![(Offset(0), None, objects)]);
-        assert_eq!((ranges(&chain), chain.hole), (vec![(0, 9), (10, 19), (20, 29), (30, 31)], None));
+        let chain = assemble(vec![row(1, None, objects)]);
+        assert_eq!((ranges(&chain), holes(&chain)), (vec![(0, 9), (10, 19), (20, 29), (30, 31)], vec![]));
     }
 
     #[test]
-    fn a_missing_object_is_a_hole() {
-        let chain = assemble(vec![(Offset(0), None, vec![entry(1, 0, 4), entry(1, 7, 9)])]);
-        assert_eq!((ranges(&chain), chain.hole), (vec![(0, 4)], Some((Offset(5), Offset(7)))));
+    fn a_missing_object_is_a_hole_after_which_the_row_goes_on() {
+        let chain = assemble(vec![row(1, None, vec![entry(1, 0, 4), entry(1, 7, 9), entry(1, 10, 12)])]);
+        assert_eq!((ranges(&chain), holes(&chain)), (vec![(0, 4), (7, 9), (10, 12)], vec![(1, 5, 7)]));
+        assert_eq!(chain.unbroken(Offset(0), Offset(4)).map(<[LogEntry]>::len), Some(1));
+        assert_eq!(chain.unbroken(Offset(8), Offset(11)).map(<[LogEntry]>::len), Some(2));
+        for (first, last) in [(0, 5), (4, 7), (5, 6), (6, 9), (8, 13)] {
+            assert_eq!(chain.unbroken(Offset(first), Offset(last)), None, "{first} to {last}");
+        }
+        assert_eq!(chain.piece_start(Offset(3)), Some(Offset(0)));
+        assert_eq!(chain.piece_start(Offset(5)), None);
+        assert_eq!(chain.piece_start(Offset(11)), Some(Offset(7)));
+        assert_eq!(ranges(&chain.before_loss()), [(0, 4)]);
     }
 
     #[test]
     fn a_fork_takes_its_parent_up_to_the_fork_only() {
         let parent = vec![entry(1, 0, 4), entry(1, 5, 9), entry(1, 10, 14)];
-        let chain =
-            assemble(vec![(Offset(0), Some(Offset(9)), parent.clone()), (Offset(10), None, vec![entry(2, 10, 12)])]);
+        let chain = assemble(vec![row(1, Some(9), parent.clone()), row(2, None, vec![entry(2, 10, 12)])]);
         assert_eq!(ranges(&chain), [(0, 4), (5, 9), (10, 12)]);
-        let inside = assemble(vec![
-            (Offset(0), Some(Offset(7)), vec![entry(1, 0, 4), entry(1, 5, 20)]),
-            (Offset(8), None, vec![entry(2, 8, 12)]),
-        ]);
-        assert_eq!((ranges(&inside), inside.hole), (vec![(0, 4), (5, 7), (8, 12)], None));
-        let broken = assemble(vec![(Offset(0), Some(Offset(9)), vec![entry(1, 0, 4)]), (Offset(10), None, parent)]);
-        assert_eq!(broken.hole, Some((Offset(5), Offset(10))));
+        let inside =
+            assemble(vec![row(1, Some(7), vec![entry(1, 0, 4), entry(1, 5, 20)]), row(2, None, vec![entry(2, 8, 12)])]);
+        assert_eq!((ranges(&inside), holes(&inside)), (vec![(0, 4), (5, 7), (8, 12)], vec![]));
+        let broken = assemble(vec![row(1, Some(9), vec![entry(1, 0, 4)]), row(2, None, vec![entry(2, 10, 12)])]);
+        assert_eq!((ranges(&broken), holes(&broken)), (vec![(0, 4), (10, 12)], vec![(1, 5, 10)]));
     }
 }

@@ -15,7 +15,7 @@ use crate::datadir::commit::{Frame, SegmentHeader};
 use crate::datadir::lock::{self, ServerLock};
 use crate::datadir::log::segment_name;
 use crate::datadir::{DataDir, control_db, snapshot};
-use crate::durable::{self, FileError, OnPath};
+use crate::durable::{self, FileError, OnPath, beside};
 use crate::ids::{ContentHash, Identity, Offset};
 use crate::progress::{Progress, Tally};
 use crate::repository::log_object::LogHeader;
@@ -40,6 +40,17 @@ pub struct ApplyOptions {
     pub key_dir: Option<PathBuf>,
     /// Move what is there aside, and start even if space looks short.
     pub force: bool,
+    /// The name that the one database gets; its own when left out.
+    pub name: Option<String>,
+    /// New token keys instead of those that were captured, if any were.
+    pub new_keys: bool,
+}
+
+impl ApplyOptions {
+    /// Into a directory that is not there yet, everything as it was.
+    pub fn to(data_dir: PathBuf) -> Self {
+        Self { data_dir, key_dir: None, force: false, name: None, new_keys: false }
+    }
 }
 
 /// What a restore did. Field names are stable.
@@ -50,6 +61,9 @@ pub struct RestoreReport {
     pub moved_aside: Option<PathBuf>,
     /// Where the token keys are, if the restore point holds any.
     pub keys: Option<PathBuf>,
+    /// The sidecar's own token, signed anew with new keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<PathBuf>,
     pub databases: Vec<DatabaseReport>,
     pub left_out: Vec<String>,
     pub bytes_read: u64,
@@ -79,7 +93,12 @@ pub async fn apply(
     let stopwatch = Stopwatch::start();
     let before = inspect_target(options)?;
     let key_dir = options.key_dir.clone().unwrap_or_else(|| beside(&options.data_dir, ".keys"));
-    if plan.instance.has_keys && !is_free(&key_dir)? {
+    if options.name.is_some() && plan.databases.len() != 1 {
+        let names: Vec<_> = plan.databases.iter().map(|database| database.name.as_str()).collect();
+        let names = names.join(", ");
+        return Err(RestoreError::Usage(format!("a new name is for one database; name it with --database ({names})")));
+    }
+    if (plan.instance.has_keys || options.new_keys) && !is_free(&key_dir)? {
         return Err(RestoreError::WouldOverwrite(key_dir));
     }
     let parent = durable::parent(&options.data_dir);
@@ -89,7 +108,14 @@ pub async fn apply(
     let staging = Staging::create(&options.data_dir, &key_dir)?;
     let tally = Arc::new(Tally::default());
     let build = Build { repository, staging: &staging, tally: &tally, progress: &progress };
-    let has_keys = build.run(plan).await.map_err(RestoreError::with_disk_full)?;
+    let mut has_keys = build.run(plan, options.name.as_deref()).await.map_err(RestoreError::with_disk_full)?;
+    if options.new_keys {
+        if has_keys {
+            fs::remove_dir_all(&staging.keys).on("remove", &staging.keys)?;
+        }
+        make_keys(&staging.keys)?;
+        has_keys = true;
+    }
     progress.phase("self-check", None);
     check::check(&staging.data, plan).await?;
     progress.phase("making it durable", None);
@@ -131,6 +157,7 @@ pub async fn apply(
         data_dir: options.data_dir.clone(),
         moved_aside,
         keys: has_keys.then_some(key_dir),
+        token: None,
         databases: plan.databases.iter().map(DatabasePlan::report).collect(),
         left_out: plan.left_out.clone(),
         bytes_read: tally.bytes_read(),
@@ -149,6 +176,16 @@ impl DatabasePlan {
             time: self.time,
         }
     }
+}
+
+#[cfg(feature = "client")]
+fn make_keys(dir: &Path) -> Result<(), RestoreError> {
+    crate::standalone::keys::make(dir).map_err(RestoreError::SelfCheck)
+}
+
+#[cfg(not(feature = "client"))]
+fn make_keys(_: &Path) -> Result<(), RestoreError> {
+    Err(RestoreError::Usage("this build makes no keys".into()))
 }
 
 /// May the target be replaced?
@@ -177,13 +214,6 @@ fn is_free(path: &Path) -> Result<bool, FileError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => Ok(false),
         Err(error) => Err(error).on("list", path),
     }
-}
-
-/// `PATH` with something put after its last component.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
-    name.push(suffix);
-    durable::parent(path).join(name)
 }
 
 fn check_space(parent: &Path, plan: &RestorePlan, force: bool) -> Result<(), RestoreError> {
@@ -253,8 +283,8 @@ struct Build<'a> {
 
 impl Build<'_> {
     /// Returns whether token keys were extracted.
-    async fn run(&self, plan: &RestorePlan) -> Result<bool, RestoreError> {
-        let has_keys = self.extract_instance(plan).await?;
+    async fn run(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
+        let has_keys = self.extract_instance(plan, name).await?;
         let data = DataDir::open(&self.staging.data)?;
         for database in &plan.databases {
             let replica = data.replica(database.replica);
@@ -270,7 +300,7 @@ impl Build<'_> {
         Ok(has_keys)
     }
 
-    async fn extract_instance(&self, plan: &RestorePlan) -> Result<bool, RestoreError> {
+    async fn extract_instance(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
         self.progress.phase("instance", None);
         let id = plan.instance.instance;
         let bytes = self.repository.get(&paths::instance(id)).await?;
@@ -278,9 +308,15 @@ impl Build<'_> {
         let (keys, data, keys_to) =
             (self.repository.keys.clone(), self.staging.data.clone(), self.staging.keys.clone());
         let keep: Vec<Identity> = plan.databases.iter().map(|database| database.identity).collect();
+        let name = name.map(ToOwned::to_owned);
         let extracted = blocking(move || {
             let extracted = instance::extract(&id, &bytes, &keys, &data, &keys_to)?;
-            control_db::keep_only(&data.join("control-db"), &keep)
+            let control = data.join("control-db");
+            let mut changed = control_db::keep_only(&control, &keep);
+            if let (Ok(()), Some(name), Some(database)) = (&changed, &name, keep.first()) {
+                changed = control_db::rename(&control, database, name);
+            }
+            changed
                 .map_err(|reason| RestoreError::SelfCheck(format!("the control database does not open: {reason}")))?;
             Ok::<_, RestoreError>(extracted)
         })

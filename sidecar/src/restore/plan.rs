@@ -3,14 +3,16 @@
 //! Order is by offset. A transaction's time counts as the latest time up to it, since clocks step back; so times only grow
 //! along a timeline and the search for one can halve.
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 
 use crate::datadir::commit::Frame;
 use crate::ids::{Identity, Offset, TimelineId};
 use crate::repository::log_object::{ChainTip, Link};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
-use crate::repository::timeline::{LogChain, LogEntry, ancestry};
-use crate::repository::{Repository, RepositoryError};
+use crate::repository::timeline::{Hole, LogChain, LogEntry, ancestry};
+use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
 use crate::restore::target::Target;
 
@@ -52,6 +54,8 @@ pub struct RestoreRequest {
     pub timeline: Option<TimelineId>,
     /// Replay the whole log instead of starting from a snapshot.
     pub no_snapshot: bool,
+    /// Snapshots that were found to be of no use.
+    pub avoid: BTreeSet<(Identity, Offset)>,
 }
 
 /// Makes the plan. Nothing is written.
@@ -60,7 +64,7 @@ pub struct RestoreRequest {
 /// [`RestoreError::NothingToRestore`] when the target cannot be reached, [`RestoreError::Usage`] when it is ambiguous.
 pub async fn plan(repository: &Repository, request: &RestoreRequest) -> Result<RestorePlan, RestoreError> {
     let points = load_points(repository).await?;
-    let instance = choose_instance(&points, request)?.clone();
+    let instance = choose_whole_instance(repository, &points, request).await?;
     let chosen = choose_databases(&instance, &points, &request.databases)?;
     if matches!(request.target, Target::Offset(_)) && chosen.len() > 1 {
         let names: Vec<_> = chosen.iter().map(|database| database.name.as_str()).collect();
@@ -103,6 +107,22 @@ pub async fn plan(repository: &Repository, request: &RestoreRequest) -> Result<R
     Ok(plan)
 }
 
+impl RestorePlan {
+    /// The snapshot of this plan that `error` is about.
+    pub(crate) fn snapshot_at_fault(&self, error: &RestoreError) -> Option<(Identity, Offset)> {
+        let RestoreError::Repository(RepositoryError::Missing { key } | RepositoryError::Damaged { key, .. }) = error
+        else {
+            return None;
+        };
+        let is_its_pack = |database: &&DatabasePlan| {
+            let packs = paths::packs(&database.identity);
+            database.snapshot.is_some() && key.starts_with(packs.as_ref())
+        };
+        let database = self.databases.iter().find(is_its_pack)?;
+        database.snapshot.as_ref().map(|snapshot| (database.identity, snapshot.offset))
+    }
+}
+
 impl DatabasePlan {
     pub fn bytes_to_read(&self) -> u64 {
         let packs: u64 = self.snapshot.iter().flat_map(|snapshot| &snapshot.packs).map(|pack| pack.stored_bytes).sum();
@@ -130,6 +150,29 @@ async fn load_points(repository: &Repository) -> Result<Vec<RestorePoint>, Resto
             "the repository has no restore point; take one with `backup create`".into(),
         )),
         _ => Ok(points),
+    }
+}
+
+/// As [`choose_instance`]. Where a moment is asked for and no restore point, one whose capture is lost is passed over.
+async fn choose_whole_instance(
+    repository: &Repository,
+    points: &[RestorePoint],
+    request: &RestoreRequest,
+) -> Result<RestorePoint, RestoreError> {
+    let mut left = points.to_vec();
+    loop {
+        let chosen = match choose_instance(&left, request) {
+            Ok(chosen) => chosen.clone(),
+            // None is whole: the first choice says which is missing.
+            Err(_) if left.len() < points.len() => return choose_instance(points, request).cloned(),
+            Err(error) => return Err(error),
+        };
+        let by_name = matches!(request.target, Target::Label(_) | Target::Point(_));
+        if by_name || repository.exists(&paths::instance(chosen.instance)).await? {
+            return Ok(chosen);
+        }
+        tracing::warn!(restore_point = %chosen.id, "its instance capture is missing; another one's is taken");
+        left.retain(|point| point.instance != chosen.instance);
     }
 }
 
@@ -234,19 +277,19 @@ async fn plan_database(
         Target::Offset(offset) => (*offset, None),
         Target::Time(time) => at_time(repository, &chain, *time).await?,
     };
-    let reachable = reachable(&chain, timeline)?;
-    if matches!(request.target, Target::Latest | Target::Time(_)) && offset == reachable {
-        all_promised_is_there(points, point, &timelines, timeline, &chain)?;
+    let end = end_of(&chain, timeline)?;
+    if matches!(request.target, Target::Latest | Target::Time(_)) && offset == end {
+        all_promised_is_there(points, point, &timelines, timeline, end)?;
     }
-    if offset > reachable {
-        let reason = match chain.hole {
-            Some((missing, found)) if offset >= missing => format!(
-                "transactions {missing} to {} are missing from timeline {timeline}; the last one that can be restored is \
-                 {reachable}",
-                found.0.saturating_sub(1)
-            ),
-            _ => format!("timeline {timeline} ends at transaction {reachable}"),
-        };
+    if let Target::Time(time) = request.target
+        && let Some(hole) = chain.holes.iter().find(|hole| hole.missing.0 == offset.0 + 1)
+    {
+        // What was there at that time lies in the hole, as far as anybody knows.
+        return Err(RestoreError::NothingToRestore(format!("the state at {time} is gone: {}", describe(hole))));
+    }
+    let hole = chain.holes.iter().find(|hole| hole.holds(offset));
+    if offset > end || hole.is_some() {
+        let reason = hole.map_or_else(|| format!("timeline {timeline} ends at transaction {end}"), describe);
         return Err(if fixed {
             RestoreError::Unreachable { wanted: offset, reason }
         } else {
@@ -262,19 +305,29 @@ async fn plan_database(
     };
     let snapshot = match request.no_snapshot {
         true => None,
-        false => choose_snapshot(repository, &point.identity, &timelines, timeline, &chain, offset).await?,
+        false => {
+            let avoid = |found| request.avoid.contains(&(point.identity, found));
+            choose_snapshot(repository, &point.identity, &timelines, timeline, &chain, offset, avoid).await?
+        }
     };
     let log_from = match &snapshot {
         Some(snapshot) => start_of_link(repository, &chain, snapshot.offset).await?,
         None => Offset(0),
     };
-    let log = chain.range(log_from, offset).to_vec();
-    if log.first().is_none_or(|entry| entry.first > log_from) {
-        return Err(RestoreError::NothingToRestore(format!(
-            "the archive of timeline {timeline} starts at transaction {} and holds no snapshot at or before {offset}",
-            chain.first().unwrap_or(Offset(0))
-        )));
-    }
+    let Some(log) = chain.unbroken(log_from, offset).map(<[LogEntry]>::to_vec) else {
+        let start = chain.piece_start(offset).unwrap_or(offset);
+        let hole = chain.holes.iter().rev().find(|hole| hole.missing <= offset);
+        let is_loss = hole.is_some_and(|hole| !hole.removed);
+        let hole = hole.map(describe);
+        let reason = format!(
+            "there is no snapshot for transaction {offset}, and its log is there from transaction {start} on only{}",
+            hole.map(|hole| format!(": {hole}")).unwrap_or_default()
+        );
+        return Err(match fixed || is_loss {
+            true => RestoreError::Unreachable { wanted: offset, reason },
+            false => RestoreError::NothingToRestore(reason),
+        });
+    };
     let time = time.and_then(|micros| Timestamp::from_microsecond(micros).ok());
     Ok(DatabasePlan {
         identity: point.identity,
@@ -295,9 +348,8 @@ fn all_promised_is_there(
     database: &DatabasePoint,
     timelines: &[Timeline],
     timeline: TimelineId,
-    chain: &LogChain,
+    end: Offset,
 ) -> Result<(), RestoreError> {
-    let reachable = reachable(chain, timeline)?;
     let line = ancestry(timelines, timeline);
     let on_line = |point: &&DatabasePoint| {
         point.identity == database.identity
@@ -306,14 +358,12 @@ fn all_promised_is_there(
             })
     };
     let promised = points.iter().flat_map(|point| &point.databases).filter(on_line).map(|point| point.offset).max();
-    let missing = promised.filter(|promised| *promised > reachable).or(chain.hole.map(|(missing, _)| missing));
-    match missing {
+    match promised.filter(|promised| *promised > end) {
         None => Ok(()),
         Some(wanted) => Err(RestoreError::Unreachable {
             wanted,
             reason: format!(
-                "transactions after {reachable} are missing from timeline {timeline}; `--to offset:{reachable}` restores \
-                 what is there"
+                "transactions after {end} are missing from timeline {timeline}; `--to offset:{end}` restores what is there"
             ),
         }),
     }
@@ -337,17 +387,30 @@ async fn chain_is_as_promised(
     })
 }
 
-fn reachable(chain: &LogChain, timeline: TimelineId) -> Result<Offset, RestoreError> {
+fn end_of(chain: &LogChain, timeline: TimelineId) -> Result<Offset, RestoreError> {
     chain.last().ok_or_else(|| {
-        RestoreError::NothingToRestore(match chain.hole {
-            Some((missing, _)) => format!("timeline {timeline} lacks its log from transaction {missing} on"),
+        RestoreError::NothingToRestore(match chain.holes.last() {
+            Some(hole) => format!("timeline {timeline} has no log of its own, and {}", describe(hole)),
             None => format!("nothing is archived on timeline {timeline}"),
         })
     })
 }
 
+/// What a hole is, in words.
+pub(crate) fn describe(hole: &Hole) -> String {
+    let (missing, last, timeline) = (hole.missing, hole.last(), hole.timeline);
+    match hole.removed {
+        true => format!("transactions {missing} to {last} of timeline {timeline} were removed by retention"),
+        false => format!("transactions {missing} to {last} are missing from timeline {timeline}"),
+    }
+}
+
 /// The first transaction of the link that holds `offset`.
-async fn start_of_link(repository: &Repository, chain: &LogChain, offset: Offset) -> Result<Offset, RestoreError> {
+pub(crate) async fn start_of_link(
+    repository: &Repository,
+    chain: &LogChain,
+    offset: Offset,
+) -> Result<Offset, RestoreError> {
     let Some(entry) = chain.range(offset, offset).first() else { return Ok(offset) };
     let header = repository.log_header(&entry.key).await?;
     let before = header.links.iter().rev().find(|link| link.last < offset);
@@ -458,7 +521,7 @@ async fn at_offset(
     Ok(found)
 }
 
-/// The newest snapshot at or before `offset` on this history whose transaction the log still holds.
+/// The newest whole snapshot at or before `offset` on this history from which the log leads on.
 async fn choose_snapshot(
     repository: &Repository,
     database: &Identity,
@@ -466,19 +529,26 @@ async fn choose_snapshot(
     timeline: TimelineId,
     chain: &LogChain,
     offset: Offset,
+    avoid: impl Fn(Offset) -> bool,
 ) -> Result<Option<SnapshotManifest>, RestoreError> {
-    let mut best: Option<(Offset, TimelineId)> = None;
+    let mut usable: Vec<(Offset, TimelineId)> = Vec::new();
     for (ancestor, until) in ancestry(timelines, timeline) {
         for found in repository.snapshots(database, ancestor.timeline).await? {
-            let usable =
-                found <= offset && until.is_none_or(|until| found <= until) && !chain.range(found, found).is_empty();
-            if usable && best.is_none_or(|(other, _)| found > other) {
-                best = Some((found, ancestor.timeline));
+            let leads = found <= offset && until.is_none_or(|until| found <= until);
+            if leads && !avoid(found) && chain.unbroken(found, offset).is_some() {
+                usable.push((found, ancestor.timeline));
             }
         }
     }
-    match best {
-        Some((offset, timeline)) => Ok(Some(repository.snapshot(database, timeline, offset).await?)),
-        None => Ok(None),
+    usable.sort_unstable();
+    for (offset, timeline) in usable.into_iter().rev() {
+        match repository.snapshot(database, timeline, offset).await {
+            Ok(snapshot) => return Ok(Some(snapshot)),
+            Err(error) if error.is_permanent() => {
+                tracing::warn!(%error, %offset, "a snapshot cannot be used and is passed over");
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
+    Ok(None)
 }

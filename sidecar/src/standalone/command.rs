@@ -62,12 +62,8 @@ pub fn page_pool_bytes(config: &Config) -> u64 {
 
 /// Where the server's token keys are, or are to be made.
 pub fn key_dir(config: &Config, data_dir: &Path) -> PathBuf {
-    config.spacetimedb_config.key_dir.clone().unwrap_or_else(|| {
-        let mut name = data_dir.file_name().map(ToOwned::to_owned).unwrap_or_else(|| "data".into());
-        // Where a restore puts captured keys, too.
-        name.push(".keys");
-        crate::durable::parent(data_dir).join(name)
-    })
+    // Where a restore puts captured keys, too.
+    config.spacetimedb_config.key_dir.clone().unwrap_or_else(|| crate::durable::beside(data_dir, ".keys"))
 }
 
 /// Where the configuration has the server listen.

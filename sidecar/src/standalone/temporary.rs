@@ -75,6 +75,13 @@ impl TemporaryServer {
         }
     }
 
+    /// Ends it at once, where what it serves is thrown away.
+    pub async fn kill(mut self) {
+        if let Err(error) = self.child.kill().await {
+            tracing::error!(%error, "the server could not be killed");
+        }
+    }
+
     /// Asks it to end, and kills it when it does not.
     pub async fn stop(mut self, clock: &dyn Clock) {
         let pid = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);

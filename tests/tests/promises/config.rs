@@ -77,7 +77,7 @@ fn each_malformed_configuration_gives_one_exact_message() {
         (
             "a.toml",
             "[archive]\nflush_interval = \"soon\"",
-            &["archive.flush_interval", "write it as 250ms, 30s, 5m or 1h"],
+            &["archive.flush_interval", "write it as 250ms, 30s, 5m, 1h or 7d"],
         ),
         ("a.toml", "[archive]\nflush_interval = \"-1s\"", &["archive.flush_interval", "no length of time"]),
         ("a.toml", "[archive]\nflush_interval = \"1ms\"", &["archive.flush_interval", "less than"]),

@@ -30,7 +30,7 @@ async fn assert_archive_holds(repository: &Repository, reported: &BTreeMap<u32, 
         let timelines = repository.timelines(&identity).await.expect("timelines");
         for timeline in &timelines {
             let chain = repository.log_chain(&identity, &timelines, timeline.timeline).await.expect("the chain");
-            assert_eq!(chain.hole, None, "timeline {}", timeline.timeline);
+            assert_eq!(chain.holes, [], "timeline {}", timeline.timeline);
             if let Some(offset) = reported.get(&timeline.timeline.0) {
                 assert!(chain.last() >= Some(Offset(*offset)), "{:?} was reported, {offset} is there", chain.last());
             }

@@ -1,123 +1,20 @@
-//! Deployments: what is published can be taken back, whatever fails and whenever it is killed; server mode; the checklist.
+//! Deployments: what is published can be taken back, whatever fails.
 
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use harness::client::{Client, Rows, none};
+use harness::client::{Client, none};
 use harness::collector::{Certified, Collector};
 use harness::daemon::Daemon;
 use harness::gate::TlsFront;
-use harness::server::free_port;
-use harness::sidecar::{Sidecar, path};
+use harness::sidecar::path;
+use harness::stage::{NAME, Stage, TABLES, call, fill, settled};
 use harness::tools;
 use inner_universe::config::Config;
 use inner_universe::database::link::Link;
 use serde_json::{Value, json};
-
-const NAME: &str = "inner-universe";
-const TABLES: &[&str] =
-    &["config", "event_log", "entity", "relation", "state_version", "admin", "member", "metric", "annotation"];
-
-/// A place for a deployment: a data directory that is not there yet, a port, and modules as files.
-struct Stage {
-    scratch: tempfile::TempDir,
-    sidecar: Sidecar,
-    data: PathBuf,
-    port: u16,
-}
-
-impl Stage {
-    fn new() -> Self {
-        Self::with(&[])
-    }
-
-    fn with(more: &[(&str, &str)]) -> Self {
-        let scratch = tempfile::tempdir().expect("a temporary directory");
-        for name in ["inner_universe_module", "inner_universe_module_more", "inner_universe_module_broken"] {
-            std::fs::write(scratch.path().join(format!("{name}.wasm")), tools::wasm(name)).expect("a module");
-        }
-        let (data, port) = (scratch.path().join("data"), free_port());
-        let mut stage = Self { sidecar: Sidecar::at(&scratch.path().join("repository")), scratch, data, port };
-        stage.configure(more);
-        stage
-    }
-
-    fn configure(&mut self, more: &[(&str, &str)]) {
-        let (port, server) = (self.port.to_string(), tools::server());
-        let settings = [
-            ("SPACETIMEDB_CONFIG__DB_PATH", path(&self.data)),
-            ("SPACETIMEDB_CONFIG__PORT", &port),
-            ("SPACETIMEDB_CONFIG__SERVER_BIN", path(&server)),
-        ];
-        let settings = settings.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        self.sidecar = self.sidecar.clone().configured(settings.collect());
-    }
-
-    /// A module by the end of its name; empty for the bundled one.
-    fn module(&self, which: &str) -> String {
-        let dash = if which.is_empty() { "" } else { "_" };
-        path(&self.scratch.path().join(format!("inner_universe_module{dash}{which}.wasm"))).to_owned()
-    }
-
-    fn deploy(&self, which: &str) -> Value {
-        self.sidecar.run(["deploy", "--module-path", &self.module(which)]).ok()
-    }
-
-    fn server(&self, verb: &str) -> Value {
-        self.sidecar.run(["server", verb]).ok()
-    }
-
-    /// The sidecar's own identity, at the server on the stage's port.
-    async fn owner(&self) -> Client {
-        let client = Client::new(&format!("http://127.0.0.1:{}", self.port)).await;
-        let state = std::fs::read_dir(self.sidecar.state_dir()).expect("the state directory").flatten();
-        let token = state.map(|dir| dir.path().join("token")).find(|path| path.is_file()).expect("a token");
-        client.with_token(&std::fs::read_to_string(token).expect("the token"))
-    }
-
-    /// Every row of the bundled module's tables, by a server that is there for this look alone.
-    async fn rows(&self) -> Rows {
-        self.server("start");
-        let rows = self.owner().await.rows(NAME, TABLES).await;
-        self.server("stop");
-        rows
-    }
-
-    fn history(&self) -> Vec<String> {
-        let history = self.sidecar.run(["deploy", "history"]).ok();
-        let outcome = |record: &Value| record["outcome"].as_str().expect("an outcome").to_owned();
-        history["deployments"].as_array().expect("records").iter().map(outcome).collect()
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        // Nothing of a failed test is left running.
-        let _ = self.sidecar.command().args(["server", "stop"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
-    }
-}
-
-async fn call(client: &Client, reducer: &str, arguments: Value) {
-    let called = client.call(NAME, reducer, arguments).await;
-    called.unwrap_or_else(|error| panic!("{reducer}: {error}"));
-}
-
-async fn fill(client: &Client, count: u64) {
-    for n in 0..count {
-        call(client, "create_entity", json!([format!("e{n}"), "thing", format!("{{\"n\": {n}}}")])).await;
-    }
-    call(client, "record_metric", json!(["load", 0.5, "1", []])).await;
-}
-
-/// Without what a verification leaves.
-fn settled(mut rows: Rows) -> Rows {
-    rows.remove("system_status");
-    rows
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_seeds_configuration_drives_deploy_server_start_a_client_call_and_stop() {
     let stage = Stage::new();
@@ -307,51 +204,6 @@ async fn a_failed_deployment_in_deployment_mode_leaves_every_row_and_a_failed_fi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deployment_that_is_killed_at_any_step_is_finished_or_taken_back_by_the_next_run() {
-    let stage = Stage::new();
-    stage.deploy("");
-    stage.server("start");
-    fill(&stage.owner().await, 10).await;
-    stage.server("stop");
-    let entities = |rows: &Rows| rows["entity"].clone();
-    let before = entities(&stage.rows().await);
-    let seed = u64::from(std::process::id());
-    println!("seed {seed}");
-    let mut random = seed;
-    let rounds = if tools::all() { 40 } else { 10 };
-    let mut steps = std::collections::BTreeMap::new();
-    for round in 0..rounds {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let mut command = stage.sidecar.command();
-        command.args(["deploy", "--force", "--module-path", &stage.module("more")]);
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a deployment");
-        tokio::time::sleep(Duration::from_millis((random >> 33) % 1200)).await;
-        let _ = child.kill();
-        let _ = child.wait();
-        let journal = std::fs::read_dir(stage.sidecar.state_dir()).expect("state").flatten();
-        let journal = journal.filter_map(|dir| std::fs::read(dir.path().join("deploy.json")).ok()).next();
-        let journal: Option<Value> = journal.map(|bytes| serde_json::from_slice(&bytes).expect("a whole journal"));
-        let step = journal.map_or_else(|| "none".to_owned(), |journal| journal["step"].to_string());
-        *steps.entry(step).or_insert(0) += 1;
-        // Every other time the next run deploys what was there before, and so has to take it back first.
-        let which = if round % 2 == 0 { "more" } else { "" };
-        let run = stage.sidecar.run(["deploy", "--force", "--module-path", &stage.module(which)]);
-        // Where it had been finished, taking its table away is refused: only a rollback goes back.
-        let had_finished = which.is_empty() && run.code == 6;
-        assert!(had_finished || run.code == 0, "round {round}: {}", run.stderr);
-        let running = if had_finished { "more" } else { which };
-        let rows = stage.rows().await;
-        assert_eq!(entities(&rows), before, "round {round}");
-        assert_eq!(rows["annotation"].is_empty(), running == "more", "round {round}: {rows:?}");
-        if running == "more" {
-            stage.sidecar.run(["deploy", "rollback", "--data", "--module-path", &stage.module("more")]).ok();
-            assert_eq!(stage.rows().await["annotation"], ["no such table"], "round {round}");
-        }
-    }
-    println!("killed at {steps:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_deployment_is_undone_by_its_program_alone_or_with_its_rows() {
     let stage = Stage::new();
     stage.deploy("");
@@ -473,54 +325,6 @@ async fn patiently(stage: &Stage, client: &Client) -> Link {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn server_mode_keeps_a_log_restarts_after_a_crash_and_touches_no_server_of_others() {
-    let mut stage = Stage::with(&[("SPACETIMEDB_CONFIG__LOG_LEVEL", "error")]);
-    stage.deploy("");
-    let started = stage.server("start");
-    let log = PathBuf::from(started["log"].as_str().expect("a log"));
-    let quiet = std::fs::read_to_string(&log).expect("the log");
-    assert!(!quiet.contains("DEBUG") && !quiet.contains("INFO"), "{quiet}");
-    // A crash: it is started again, and its lock does no harm.
-    let pid = started["server_pid"].as_u64().expect("a process");
-    let killed = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status();
-    assert!(killed.is_ok_and(|status| status.success()));
-    let mut again = Value::Null;
-    for _ in 0..200 {
-        again = stage.sidecar.run(["server", "status"]).json;
-        if again["ready"] == true && again["server_pid"] != started["server_pid"] {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    assert_eq!((&again["ready"], &again["starts"]), (&json!(true), &json!(2)), "{again}");
-    stage.server("stop");
-    let status = stage.sidecar.run(["server", "status"]);
-    assert_eq!((status.code, &status.json["running"]), (3, &json!(false)));
-
-    stage.configure(&[("SPACETIMEDB_CONFIG__LOG_LEVEL", "debug")]);
-    stage.server("start");
-    let loud = std::fs::read_to_string(&log).expect("the log");
-    assert!(loud.contains("DEBUG"), "{loud}");
-    stage.server("stop");
-
-    // A server that somebody else started.
-    let other = harness::server::Server::start(&stage.data, &stage.scratch.path().join("data.keys")).await;
-    let message = stage.sidecar.run(["server", "start"]).fails_with(6);
-    assert!(message.contains("already"), "{message}");
-    let message = stage.sidecar.run(["server", "stop"]).fails_with(6);
-    assert!(message.contains(&other.pid().to_string()), "{message}");
-    other.stop();
-    let taken = std::net::TcpListener::bind(("127.0.0.1", stage.port)).expect("the port");
-    let message = stage.sidecar.run(["server", "start"]).fails_with(6);
-    assert!(message.contains("is taken"), "{message}");
-    drop(taken);
-    stage.configure(&[("SPACETIMEDB_CONFIG__SERVER_BIN", "/nowhere/server")]);
-    let message = stage.sidecar.run(["server", "start"]).fails_with(2);
-    assert!(message.contains("/nowhere/server") && message.contains("server_bin"), "{message}");
-    stage.configure(&[]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn the_sidecar_serves_deploys_beside_itself_and_takes_back_what_fails() {
     let stage = Stage::new();
     stage.deploy("");
@@ -601,75 +405,4 @@ async fn a_server_behind_tls_of_a_private_authority_is_trusted_with_its_certific
     println!("{n} events were recorded until one came");
     assert_eq!(daemon.stop(), 0);
     stage.configure(&[]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_checklist_passes_where_all_is_well_and_names_what_is_not() {
-    let mut stage = Stage::new();
-    let module = stage.module("");
-    let good = [
-        ("MODULE_CONFIG__MODULE_PATH", module.as_str()),
-        ("SCHEDULE__RESTORE_POINT", "0 0 * * * *"),
-        ("SCHEDULE__VERIFY", "0 30 3 * * *"),
-        ("TELEMETRY__HEARTBEAT_URL", "http://127.0.0.1:1/alarm"),
-    ];
-    stage.configure(&good);
-    stage.sidecar.run(["deploy"]).ok();
-    stage.sidecar.run(["backup", "create"]).ok();
-    stage.server("start");
-    let run = stage.sidecar.run(["doctor"]);
-    assert_eq!((run.code, &run.json["ok"]), (0, &json!(true)), "{}", run.json);
-    let verdict = |json: &Value, name: &str| {
-        let checks = json["checks"].as_array().expect("checks").clone();
-        let found = checks.into_iter().find(|check| check["check"] == name);
-        found.unwrap_or_else(|| panic!("no check `{name}`: {json}"))["verdict"].as_str().expect("a verdict").to_owned()
-    };
-    for name in [
-        "server",
-        "module",
-        "data directory",
-        "port",
-        "authentication",
-        "token",
-        "repository",
-        "conditional writes",
-        "backup",
-        "monitoring",
-        "schedule",
-        "configuration",
-        "disk",
-        "clock",
-    ] {
-        assert_eq!(verdict(&run.json, name), "pass", "{name}: {}", run.json);
-    }
-    stage.server("stop");
-    let state = std::fs::read_dir(stage.sidecar.state_dir()).expect("state").flatten();
-    let token = state.map(|dir| dir.path().join("token")).find(|path| path.is_file()).expect("a token");
-    use std::os::unix::fs::PermissionsExt as _;
-    assert_eq!(std::fs::metadata(&token).expect("the token").permissions().mode() & 0o777, 0o600);
-    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o644)).expect("loosen it");
-    let taken = std::net::TcpListener::bind(("127.0.0.1", stage.port)).expect("the port");
-    let bad = [
-        ("MODULE_CONFIG__MODULE_PATH", "/nowhere.wasm"),
-        ("SERVER_CONFIG__AUTH_REQUIRED", "false"),
-        ("REPOSITORY__REQUEST_TIMEOUT", "1s"),
-        ("HTTP__ENABLED", "false"),
-    ];
-    stage.configure(&bad);
-    let run = stage.sidecar.run(["doctor"]);
-    assert_eq!((run.code, &run.json["ok"]), (3, &json!(false)), "{}", run.json);
-    for (name, expected) in [
-        ("module", "fail"),
-        ("port", "fail"),
-        ("monitoring", "fail"),
-        ("authentication", "warn"),
-        ("token", "warn"),
-        ("schedule", "warn"),
-    ] {
-        assert_eq!(verdict(&run.json, name), expected, "{name}: {}", run.json);
-    }
-    let unfixed = |check: &Value| check["verdict"] != "pass" && check["fix"] == "";
-    assert!(!run.json["checks"].as_array().expect("checks").iter().any(unfixed), "each says what to do: {}", run.json);
-    assert!(!run.json.to_string().contains("eyJ"), "no token is told");
-    drop(taken);
 }

@@ -112,6 +112,91 @@ fn it_is_backed_up_and_restored_at_every_snapshot_and_between() {
 }
 
 #[test]
+fn local_log_goes_only_where_it_is_proven_to_be_archived_and_two_whole_snapshots_stand_for_it() {
+    let fixture = Fixture::unpack();
+    let data = fixture.data();
+    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"));
+    sidecar.backup(&data);
+    let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
+    let all = segments(&replica.log_path()).expect("list");
+    let snapshots = snapshot::list(&replica.snapshots_path()).expect("list");
+    let original = oracle::transactions(&replica.log_path());
+    let prune = |more: &[&str]| sidecar.run([&["prune-local", "--data-dir", path(&data)], more].concat());
+    let oldest = |keep: usize| snapshots[snapshots.len() - keep].offset;
+    let expected = |keep: usize| -> Vec<u64> {
+        all.windows(2).filter(|pair| pair[1].first <= oldest(keep)).map(|pair| pair[0].first.0).collect()
+    };
+    let named = |report: &Value| -> Vec<u64> {
+        let segments = report["databases"][0]["segments"].as_array().expect("segments");
+        segments.iter().map(|segment| segment["first"].as_u64().expect("an offset")).collect()
+    };
+    let plan = prune(&[]).ok();
+    assert_eq!((named(&plan), &plan["applied"]), (expected(2), &Value::Bool(false)));
+    assert!(!expected(2).is_empty() && expected(2).len() < expected(1).len(), "{:?}", expected(2));
+    assert_eq!(segments(&replica.log_path()).expect("list").len(), all.len(), "a plan changes nothing");
+
+    // An object that cannot be read back proves nothing.
+    let logs =
+        files(&fixture.scratch.path().join("repository")).into_iter().filter(|file| path(file).ends_with(".iulog"));
+    let object = logs.min().expect("a log object");
+    let good = std::fs::read(&object).expect("read");
+    let mut bad = good.clone();
+    *bad.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&object, &bad).expect("damage");
+    let refused = prune(&["--apply"]).ok();
+    assert_eq!(named(&refused), Vec::<u64>::new());
+    assert!(
+        refused["databases"][0]["stays"].as_str().is_some_and(|stays| stays.contains("cannot be read back")),
+        "{refused}"
+    );
+    std::fs::remove_file(&object).expect("lose");
+    let refused = prune(&["--apply"]).ok();
+    assert!(
+        refused["databases"][0]["stays"].as_str().is_some_and(|stays| stays.contains("are not in timeline")),
+        "{refused}"
+    );
+    std::fs::write(&object, &good).expect("put back");
+    // Neither does a snapshot that is damaged stand for anything.
+    let newest = snapshots.last().expect("a snapshot");
+    let (manifest, _) = newest.manifest().expect("a manifest");
+    let page = newest.path().join(snapshot::object_path(&manifest.objects[0].0));
+    let whole = std::fs::read(&page).expect("read");
+    std::fs::remove_file(&page).expect("lose");
+    let run = prune(&[]);
+    assert!(run.stderr.contains("a snapshot cannot be used"), "{}", run.stderr);
+    assert_eq!(named(&run.json), expected(3), "older ones stand for it");
+    std::fs::write(&page, whole).expect("put back");
+
+    let done = prune(&["--apply"]).ok();
+    assert_eq!((named(&done), &done["applied"]), (expected(2), &Value::Bool(true)));
+    let left = segments(&replica.log_path()).expect("list");
+    assert_eq!(left.len() + expected(2).len(), all.len());
+    assert_eq!(oracle::transactions(&replica.log_path()), original[left[0].first.0 as usize..]);
+    assert_eq!(named(&prune(&["--apply"]).ok()), Vec::<u64>::new(), "nothing is left to do");
+    // The archive goes on, and what was removed here is restored from there.
+    let report = sidecar.backup(&data);
+    assert_eq!(
+        (report["problems"].as_array().map(Vec::len), &report["databases"][0]["timeline"]),
+        (Some(0), &Value::from(1))
+    );
+    let target = fixture.scratch.path().join("restored");
+    let inside = expected(2)[expected(2).len() / 2] + 7;
+    sidecar.run(["restore", "--data-dir", path(&target), "--to", &format!("offset:{inside}")]).ok();
+    let restored = oracle::transactions(&target.join(format!("replicas/{}/clog", replica.id)));
+    assert_eq!(restored, original[restored[0].offset as usize..=inside as usize]);
+}
+
+fn files(dir: &std::path::Path) -> Vec<PathBuf> {
+    let (mut found, mut dirs) = (Vec::new(), vec![dir.to_owned()]);
+    while let Some(next) = dirs.pop() {
+        for entry in std::fs::read_dir(next).expect("list").flatten() {
+            if entry.path().is_dir() { dirs.push(entry.path()) } else { found.push(entry.path()) }
+        }
+    }
+    found
+}
+
+#[test]
 fn a_restored_or_pruned_log_continues_its_timeline() {
     let fixture = Fixture::unpack();
     let data = fixture.data();

@@ -132,6 +132,13 @@ async fn every_metric_that_is_told_is_declared_with_its_type_and_labels_and_says
         // In the room of exports.
         "inner_universe_exports_total",
         "inner_universe_export_rows_total",
+        // In the room of drills.
+        "inner_universe_prune_objects_total",
+        "inner_universe_prune_size_bytes_total",
+        "inner_universe_drill_last_time_seconds",
+        "inner_universe_drill_last_ok",
+        "inner_universe_drill_rto_seconds",
+        "inner_universe_drill_rpo_seconds",
     ];
     let of_module = |name: &str| name.starts_with("inner_universe_module_");
     for name in declared.keys().filter(|name| !elsewhere.contains(&name.as_str()) && !of_module(name)) {

@@ -2,9 +2,9 @@
 
 use std::num::NonZeroU16;
 use std::path::Path;
-use std::sync::Arc;
 
 use harness::oracle;
+use harness::synthetic::table;
 use inner_universe::datadir::commit::Frame;
 use inner_universe::datadir::log::LogReader;
 use inner_universe::datadir::snapshot;
@@ -13,17 +13,12 @@ use inner_universe::restore::plan::RestoreRequest;
 use inner_universe::restore::target::Target;
 use proptest::prelude::*;
 use spacetimedb_commitlog::{Commitlog, Options};
-use spacetimedb_lib::db::auth::{StAccess, StTableType};
 use spacetimedb_paths::FromPathUnchecked as _;
 use spacetimedb_paths::server::{CommitLogDir, SnapshotsPath};
-use spacetimedb_primitives::TableId;
-use spacetimedb_sats::{AlgebraicType, AlgebraicValue, ProductValue, product};
-use spacetimedb_schema::schema::{ColumnSchema, TableSchema};
+use spacetimedb_sats::{AlgebraicValue, ProductValue, product};
 use spacetimedb_snapshot::SnapshotRepository;
 use spacetimedb_table::blob_store::HashMapBlobStore;
-use spacetimedb_table::indexes::SquashedOffset;
 use spacetimedb_table::page_pool::PagePool;
-use spacetimedb_table::table::Table;
 
 use crate::synthetic::{self, Synthetic, log_of, record};
 
@@ -120,22 +115,6 @@ fn a_log_of_version_0_reads_the_same() {
     synthetic.segment(1, 30, &records[30..]);
     assert_eq!(ours(&synthetic.log()), theirs(&synthetic.log()));
     assert_eq!(ours(&synthetic.log()).len(), 50);
-}
-
-/// A table with fixed columns, strings inside pages, and strings large enough to become blobs.
-fn table(pool: &PagePool, blobs: &mut HashMapBlobStore, rows: std::ops::Range<u64>) -> Table {
-    let column = |position: u16, name: &str, kind| ColumnSchema::for_test(position, name, kind);
-    let columns = vec![column(0, "id", AlgebraicType::U64), column(1, "text", AlgebraicType::String)];
-    let (kind, access) = (StTableType::User, StAccess::Public);
-    let (id, name) = (TableId(4096), "official".into());
-    let schema = TableSchema::new(id, name, columns, vec![], vec![], vec![], kind, access, None, None);
-    let mut table = Table::new(Arc::new(schema), SquashedOffset::COMMITTED_STATE);
-    for id in rows {
-        let len = if id % 97 == 0 { 20_000 } else { id as usize % 300 };
-        let text = format!("{id}:").repeat(len / 2 + 1);
-        table.insert(pool, blobs, &product![id, text.as_str()]).expect("insert");
-    }
-    table
 }
 
 #[test]

@@ -12,7 +12,7 @@ use inner_universe::repository::Repository;
 use inner_universe::repository::store::Store;
 use inner_universe::restore::plan::RestoreRequest;
 use inner_universe::restore::target::Target;
-use inner_universe::verify;
+use inner_universe::verify::{self, VerifyOptions};
 use object_store::{ObjectStore as _, ObjectStoreExt as _};
 use proptest::prelude::*;
 
@@ -127,7 +127,7 @@ proptest! {
             let url = "memory://";
             let opened = Repository::open_in(Store::around(store.clone()), url, Default::default()).await;
             if let Ok(repository) = opened {
-                let found = verify::verify(&repository, &[], Arc::new(Silent)).await.expect("verify");
+                let found = verify::verify(&repository, &VerifyOptions::default(), Arc::new(Silent)).await.expect("verify");
                 // A restore point that is gone altogether leaves nothing behind that could be missed.
                 let forgotten = kind == 3 && key.as_ref().starts_with("restore-points");
                 prop_assert!(forgotten || !found.findings.is_empty(), "{} was damaged and not found", key);

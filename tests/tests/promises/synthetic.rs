@@ -37,6 +37,6 @@ pub async fn restore(
     to: &Path,
 ) -> Result<RestoreReport, RestoreError> {
     let plan = plan(repository, request).await?;
-    let options = ApplyOptions { data_dir: to.to_owned(), key_dir: None, force: false };
+    let options = ApplyOptions::to(to.to_owned());
     apply::apply(repository, &plan, &options, Arc::new(SystemClock), Arc::new(Silent)).await
 }

@@ -1,0 +1,312 @@
+//! Retention: which restore points are kept, what they need, and taking away the rest in two steps.
+//!
+//! Invariants: every kept restore point is proven restorable before anything is deleted, or nothing is; what is deleted was
+//! marked a grace period ago, by a document in the repository, and is needed by nothing now; documents go before what they
+//! name, so that a crash at any moment leaves kept restore points whole and the rest to the next run.
+
+pub mod local;
+pub mod needs;
+pub mod policy;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use object_store::path::Path as Key;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
+use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::manifest::{self, Marked, RemovedLog, RestorePoint, Retention};
+use crate::repository::ranges::{merged, without};
+use crate::repository::{Repository, RepositoryError, paths};
+use crate::retention::needs::{Listing, Needs};
+use crate::retention::policy::{Candidate, Policy, Reason, choose};
+
+/// What can go wrong with retention.
+#[derive(Debug, thiserror::Error)]
+pub enum RetentionError {
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(
+        "retention says nothing, and so everything is kept; give retention.window or a retention.keep_* in the configuration"
+    )]
+    NoPolicy,
+    #[error("nothing was removed: {}; run `inner-universe verify`", .0.join("; "))]
+    Unproven(Vec<String>),
+}
+
+/// What a prune is about to do, as a value.
+#[derive(Debug, Clone)]
+pub struct PrunePlan {
+    pub kept: Vec<KeptPoint>,
+    /// Restore points that are not kept, oldest first.
+    pub removed: Vec<RemovedPoint>,
+    /// Everything that nothing needs.
+    pub unneeded: Vec<Marked>,
+    /// What of it is deleted now.
+    pub due: Vec<Marked>,
+    needs: Needs,
+    /// What the repository will lack on purpose.
+    removed_log: Vec<RemovedLog>,
+    points: Vec<RestorePoint>,
+    window_start: Option<Timestamp>,
+}
+
+/// A restore point that stays.
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct KeptPoint {
+    pub id: RestorePointId,
+    pub label: Option<String>,
+    pub created_at: Timestamp,
+    pub reasons: BTreeSet<Reason>,
+}
+
+/// A restore point that goes.
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct RemovedPoint {
+    pub id: RestorePointId,
+    pub label: Option<String>,
+    pub created_at: Timestamp,
+    /// When a prune will delete it.
+    pub deleted_from: Timestamp,
+}
+
+/// Some objects and their stored bytes.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Amount {
+    pub objects: u64,
+    pub bytes: u64,
+}
+
+/// The report of a prune. Field names are stable.
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct PruneReport {
+    /// `false` for a plan.
+    pub applied: bool,
+    pub kept: Vec<KeptPoint>,
+    pub removed: Vec<RemovedPoint>,
+    /// What nothing needs and is deleted by a prune after its grace.
+    pub marked: Amount,
+    /// What was deleted now, or would be.
+    pub deleted: Amount,
+    /// Objects that the store would not delete, as under object lock. They stay marked.
+    pub refused: Vec<String>,
+    /// Kept restore points that cannot be restored.
+    pub problems: Vec<String>,
+}
+
+/// Makes the plan. Nothing is written.
+///
+/// # Errors
+/// When there is no policy, or the repository fails.
+pub async fn plan(
+    repository: &Repository,
+    policy: &Policy,
+    grace: Duration,
+    now: Timestamp,
+) -> Result<PrunePlan, RetentionError> {
+    if policy.is_empty() {
+        return Err(RetentionError::NoPolicy);
+    }
+    let listing: Listing = repository.list(&Key::default()).await?.into_iter().collect();
+    let pins: BTreeSet<RestorePointId> = repository.pins().await?.into_iter().collect();
+    let found = repository.restore_points().await?;
+    if !found.problems.is_empty() {
+        return Err(RetentionError::Unproven(found.problems));
+    }
+    let points = found.restore_points;
+    let candidates: Vec<_> = points
+        .iter()
+        .map(|point| Candidate { id: point.id, created_at: point.created_at, pinned: pins.contains(&point.id) })
+        .collect();
+    let chosen = choose(&candidates, policy, now);
+    let (kept, gone): (Vec<_>, Vec<_>) = points.into_iter().partition(|point| chosen.contains_key(&point.id));
+    let window_start = policy.window_start(now);
+    let mut needs = needs::find(repository, &listing, &kept, window_start).await?;
+    needs.objects.extend(pins.iter().filter(|id| chosen.contains_key(*id)).map(|id| paths::pin(*id)));
+
+    let before = repository.retention().await?;
+    let since: HashMap<&str, Timestamp> =
+        before.iter().flat_map(|before| &before.marked).map(|marked| (marked.object.as_str(), marked.since)).collect();
+    let grace = SignedDuration::try_from(grace).unwrap_or(SignedDuration::MAX);
+    let mut unneeded = Vec::new();
+    // Without a restore point nothing says what is needed.
+    let nothing_known = kept.is_empty();
+    for (key, bytes) in listing.iter().filter(|(key, _)| !nothing_known && is_prunable(key)) {
+        if !needs.objects.contains(key) {
+            let since = since.get(key.as_ref()).copied().unwrap_or(now);
+            unneeded.push(Marked { object: key.to_string(), bytes: *bytes, since });
+        }
+    }
+    let is_due = |marked: &&Marked| now.duration_since(marked.since) >= grace;
+    let due: Vec<Marked> = unneeded.iter().filter(is_due).cloned().collect();
+    let removed_log = removed_log(before.as_ref(), &listing, &due);
+    let ends = |id: RestorePointId| {
+        let name = paths::restore_point(id);
+        let since = since.get(name.as_ref()).copied().unwrap_or(now);
+        since.checked_add(grace).unwrap_or(Timestamp::MAX)
+    };
+    let removed = gone.iter().map(|point| RemovedPoint {
+        id: point.id,
+        label: point.label.clone(),
+        created_at: point.created_at,
+        deleted_from: ends(point.id),
+    });
+    let stays = kept.iter().map(|point| KeptPoint {
+        id: point.id,
+        label: point.label.clone(),
+        created_at: point.created_at,
+        reasons: chosen.get(&point.id).cloned().unwrap_or_default(),
+    });
+    Ok(PrunePlan {
+        kept: stays.collect(),
+        removed: removed.collect(),
+        unneeded,
+        due,
+        needs,
+        removed_log,
+        points: kept,
+        window_start,
+    })
+}
+
+impl PrunePlan {
+    /// The report of a plan that is not carried out.
+    pub fn report(&self) -> PruneReport {
+        let amount = |marked: &[Marked]| Amount {
+            objects: marked.len() as u64,
+            bytes: marked.iter().map(|marked| marked.bytes).sum(),
+        };
+        PruneReport {
+            applied: false,
+            kept: self.kept.clone(),
+            removed: self.removed.clone(),
+            marked: amount(&self.unneeded),
+            deleted: amount(&self.due),
+            refused: Vec::new(),
+            problems: self.needs.problems.clone(),
+        }
+    }
+}
+
+/// Carries out a plan that was just made: marks what nothing needs, and deletes what was marked long enough.
+///
+/// # Errors
+/// [`RetentionError::Unproven`] when a kept restore point cannot be restored, before or after; or when the repository fails.
+pub async fn apply(
+    repository: &Repository,
+    plan: &PrunePlan,
+    clock: &dyn Clock,
+) -> Result<PruneReport, RetentionError> {
+    if !plan.needs.problems.is_empty() {
+        return Err(RetentionError::Unproven(plan.needs.problems.clone()));
+    }
+    let now = clock.now();
+    let older: Vec<Key> = repository.list(&paths::retentions()).await?.into_iter().map(|(key, _)| key).collect();
+    // It must sort after those before, also when the clock was set back.
+    let newest = older.last().and_then(paths::parse_restore_point);
+    let id = RestorePointId(id_after(newest, now));
+    let document = Retention {
+        format: manifest::FORMAT,
+        id,
+        at: now,
+        removed: plan.removed_log.clone(),
+        marked: plan.unneeded.clone(),
+    };
+    if !document.marked.is_empty() || !document.removed.is_empty() || !older.is_empty() {
+        repository.put_document(&paths::retention(id), &document).await?;
+    }
+    let mut report = PruneReport { applied: true, deleted: Amount::default(), ..plan.report() };
+    let mut due = plan.due.clone();
+    due.sort_by_key(|marked| (order(&marked.object), marked.object.clone()));
+    for marked in due {
+        match repository.delete(&Key::from(marked.object.as_str())).await {
+            Ok(()) => {
+                report.deleted.objects += 1;
+                report.deleted.bytes += marked.bytes;
+            }
+            Err(RepositoryError::Denied { .. }) => report.refused.push(marked.object),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    for key in older {
+        match repository.delete(&key).await {
+            Ok(()) | Err(RepositoryError::Denied { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    report.marked.objects -= report.deleted.objects.min(report.marked.objects);
+    report.marked.bytes -= report.deleted.bytes.min(report.marked.bytes);
+    if report.deleted.objects > 0 {
+        let listing: Listing = repository.list(&Key::default()).await?.into_iter().collect();
+        let after = needs::find(repository, &listing, &plan.points, plan.window_start).await?;
+        if !after.problems.is_empty() {
+            return Err(RetentionError::Unproven(after.problems));
+        }
+    }
+    Ok(report)
+}
+
+fn id_after(newest: Option<RestorePointId>, now: Timestamp) -> ulid::Ulid {
+    let millis = u64::try_from(now.as_millisecond()).unwrap_or(0);
+    let millis = newest.map_or(millis, |newest| millis.max(newest.0.timestamp_ms() + 1));
+    ulid::Ulid::from_parts(millis, ulid::Ulid::new().random())
+}
+
+/// Restore points, what they name, what that names.
+fn order(object: &str) -> u8 {
+    match object {
+        object if object.starts_with("restore-points/") => 0,
+        object if object.starts_with("pins/") => 1,
+        object if object.contains("/snapshots/") => 2,
+        _ => 3,
+    }
+}
+
+/// What retention may take away at all. Exports, deployments and the documents of timelines are not its business.
+fn is_prunable(key: &Key) -> bool {
+    let parts: Vec<&str> = key.as_ref().split('/').collect();
+    match parts.as_slice() {
+        ["restore-points" | "pins", name] => name.ends_with(".json"),
+        ["instance", name] => name.ends_with(".tar.zst"),
+        ["databases", _, "timelines", _, "log", ..] => paths::parse_log(key).is_some(),
+        ["databases", _, "snapshots", ..] => paths::parse_snapshot(key).is_some(),
+        ["databases", _, "packs", name] => name.ends_with(".pack"),
+        _ => false,
+    }
+}
+
+/// The log that is gone once `due` is deleted: what was gone before, and what no object holds after that.
+fn removed_log(before: Option<&Retention>, listing: &Listing, due: &[Marked]) -> Vec<RemovedLog> {
+    let going: BTreeSet<&str> = due.iter().map(|marked| marked.object.as_str()).collect();
+    let mut gone: BTreeMap<(Identity, TimelineId), Vec<(u64, u64)>> = BTreeMap::new();
+    let mut held: BTreeMap<(Identity, TimelineId), Vec<(u64, u64)>> = BTreeMap::new();
+    for key in listing.keys() {
+        let Some((place, range)) = log_place(key) else { continue };
+        let side = if going.contains(key.as_ref()) { &mut gone } else { &mut held };
+        side.entry(place).or_default().push(range);
+    }
+    for removed in before.iter().flat_map(|before| &before.removed) {
+        let place = (removed.database, removed.timeline);
+        gone.entry(place).or_default().push((removed.first.0, removed.last.0));
+    }
+    let mut all = Vec::new();
+    for (place, ranges) in gone {
+        let held = merged(held.remove(&place).unwrap_or_default());
+        for (first, last) in merged(ranges) {
+            for (first, last) in without((first, last), &held) {
+                let (database, timeline) = place;
+                all.push(RemovedLog { database, timeline, first: Offset(first), last: Offset(last) });
+            }
+        }
+    }
+    all
+}
+
+fn log_place(key: &Key) -> Option<((Identity, TimelineId), (u64, u64))> {
+    let parts: Vec<&str> = key.as_ref().split('/').collect();
+    let ["databases", database, "timelines", timeline, "log", ..] = parts.as_slice() else { return None };
+    let (first, last) = paths::parse_log(key)?;
+    Some(((database.parse().ok()?, timeline.parse().ok()?), (first.0, last.0)))
+}

@@ -1,0 +1,263 @@
+//! What a set of restore points needs: the proof that a restore of each can be done, and the objects it would read.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use jiff::Timestamp;
+use object_store::path::Path as Key;
+
+use crate::ids::{Identity, Offset, TimelineId};
+use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
+use crate::repository::timeline::{LogChain, ancestry};
+use crate::repository::{Repository, RepositoryError, paths};
+use crate::restore::RestoreError;
+use crate::restore::plan::start_of_link;
+
+/// Every object of a repository, with its size.
+pub type Listing = BTreeMap<Key, u64>;
+
+/// What is needed, and what cannot be restored although it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Needs {
+    pub objects: BTreeSet<Key>,
+    pub problems: Vec<String>,
+}
+
+/// Transactions of one timeline, both ends included.
+type Ranges = HashMap<TimelineId, Vec<(Offset, Offset)>>;
+
+/// Finds out what `kept` restore points need, and every moment since `window_start`.
+///
+/// # Errors
+/// When the store fails.
+pub async fn find(
+    repository: &Repository,
+    listing: &Listing,
+    kept: &[RestorePoint],
+    window_start: Option<Timestamp>,
+) -> Result<Needs, RepositoryError> {
+    let mut needs = Needs::default();
+    for point in kept {
+        needs.objects.insert(paths::restore_point(point.id));
+        let instance = paths::instance(point.instance);
+        if !listing.contains_key(&instance) {
+            needs.problems.push(format!("restore point {}: its instance capture {instance} is missing", point.id));
+        }
+        needs.objects.insert(instance);
+    }
+    for database in repository.databases().await? {
+        let timelines = repository.timelines(&database).await?;
+        let points: Vec<(String, &DatabasePoint)> = kept
+            .iter()
+            .flat_map(|point| point.databases.iter().map(move |database| (point.id.to_string(), database)))
+            .filter(|(_, point)| point.identity == database)
+            .collect();
+        let in_newest = kept.last().is_some_and(|point| point.databases.iter().any(|d| d.identity == database));
+        let mut look =
+            Look { repository, listing, database, timelines: &timelines, needs: &mut needs, ranges: Ranges::new() };
+        look.database(&points, in_newest, window_start).await?;
+    }
+    Ok(needs)
+}
+
+struct Look<'a> {
+    repository: &'a Repository,
+    listing: &'a Listing,
+    database: Identity,
+    timelines: &'a [Timeline],
+    needs: &'a mut Needs,
+    ranges: Ranges,
+}
+
+/// One timeline with the history that leads to it.
+struct Line {
+    timeline: TimelineId,
+    ancestry: Vec<(Timeline, Option<Offset>)>,
+    chain: LogChain,
+    /// Newest first.
+    snapshots: Vec<(Offset, TimelineId)>,
+}
+
+impl Look<'_> {
+    async fn database(
+        &mut self,
+        points: &[(String, &DatabasePoint)],
+        in_newest: bool,
+        window_start: Option<Timestamp>,
+    ) -> Result<(), RepositoryError> {
+        let newest = self.repository.newest_timeline(&self.database, self.timelines).await?;
+        let newest = newest.max(self.timelines.last().map(|timeline| timeline.timeline));
+        for timeline in self.timelines {
+            let id = timeline.timeline;
+            let line = self.line(id).await?;
+            for (name, point) in points.iter().filter(|(_, point)| point.timeline == id) {
+                if !self.reach(&line, point.offset).await? {
+                    self.needs.problems.push(format!(
+                        "restore point {name}: transaction {} of database {} cannot be reached on timeline {id}",
+                        point.offset, point.name
+                    ));
+                }
+            }
+            let is_current = Some(id) == newest && (in_newest || points.is_empty());
+            if is_current || self.is_recent(&line, window_start).await? {
+                self.tail(&line, points, window_start).await?;
+            }
+        }
+        self.collect();
+        Ok(())
+    }
+
+    async fn line(&self, timeline: TimelineId) -> Result<Line, RepositoryError> {
+        let ancestry = ancestry(self.timelines, timeline);
+        let chain = self.repository.log_chain(&self.database, self.timelines, timeline).await?;
+        let mut snapshots = Vec::new();
+        for (ancestor, until) in &ancestry {
+            let folder = paths::snapshots(&self.database, ancestor.timeline);
+            let found = self.listing.keys().filter(|key| key.prefix_matches(&folder)).filter_map(paths::parse_snapshot);
+            let counts = |offset: &Offset| until.is_none_or(|until| *offset <= until);
+            snapshots.extend(found.filter(counts).map(|offset| (offset, ancestor.timeline)));
+        }
+        snapshots.sort_by_key(|(offset, _)| std::cmp::Reverse(*offset));
+        Ok(Line { timeline, ancestry, chain, snapshots })
+    }
+
+    /// Needs what a restore to `offset` reads. Returns whether it can be done.
+    async fn reach(&mut self, line: &Line, offset: Offset) -> Result<bool, RepositoryError> {
+        let Some(from) = self.base(line, offset).await? else { return Ok(false) };
+        self.need(line, from, offset);
+        Ok(true)
+    }
+
+    /// Where the log begins that a restore to `offset` reads; the snapshot before it is needed.
+    async fn base(&mut self, line: &Line, offset: Offset) -> Result<Option<Offset>, RepositoryError> {
+        for (at, timeline) in line.snapshots.iter().filter(|(at, _)| *at <= offset) {
+            if line.chain.unbroken(*at, offset).is_none() {
+                break;
+            }
+            if self.need_snapshot(*timeline, *at).await? {
+                return start_of_link(self.repository, &line.chain, *at).await.map(Some).or_else(store_error);
+            }
+        }
+        Ok(line.chain.unbroken(Offset(0), offset).map(|_| Offset(0)))
+    }
+
+    /// Needs a snapshot with all that it names. Returns whether it is whole.
+    async fn need_snapshot(&mut self, timeline: TimelineId, offset: Offset) -> Result<bool, RepositoryError> {
+        let key = paths::snapshot(&self.database, timeline, offset);
+        if self.needs.objects.contains(&key) {
+            return Ok(true);
+        }
+        let manifest: SnapshotManifest = match self.repository.snapshot(&self.database, timeline, offset).await {
+            Ok(manifest) => manifest,
+            Err(error) if error.is_permanent() => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let packs: Vec<Key> = manifest.packs.iter().map(|used| paths::pack(&self.database, used.pack)).collect();
+        if packs.iter().any(|pack| !self.listing.contains_key(pack)) {
+            return Ok(false);
+        }
+        self.needs.objects.extend(packs);
+        self.needs.objects.insert(key);
+        Ok(true)
+    }
+
+    fn need(&mut self, line: &Line, from: Offset, to: Offset) {
+        for (timeline, until) in &line.ancestry {
+            let to = until.map_or(to, |until| until.min(to));
+            if from <= to {
+                self.ranges.entry(timeline.timeline).or_default().push((from, to));
+            }
+        }
+    }
+
+    /// Was it written to since the window began?
+    async fn is_recent(&self, line: &Line, window_start: Option<Timestamp>) -> Result<bool, RepositoryError> {
+        let Some(start) = window_start else { return Ok(false) };
+        let own = line.chain.entries.iter().rev().find(|entry| entry.timeline == line.timeline);
+        let Some(entry) = own else { return Ok(false) };
+        match self.repository.log_header(&entry.key).await {
+            Ok(header) => Ok(header.archived_at >= start.as_microsecond()),
+            // What cannot be read is not what to take away.
+            Err(error) if error.is_permanent() => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Needs everything from the start of the window, or the newest kept restore point, to the end.
+    async fn tail(
+        &mut self,
+        line: &Line,
+        points: &[(String, &DatabasePoint)],
+        window_start: Option<Timestamp>,
+    ) -> Result<(), RepositoryError> {
+        let Some(end) = line.chain.last() else { return Ok(()) };
+        let on_line = |point: &DatabasePoint| {
+            let counts = |(ancestor, until): &(Timeline, Option<Offset>)| {
+                ancestor.timeline == point.timeline && until.is_none_or(|until| point.offset <= until)
+            };
+            line.ancestry.iter().any(counts)
+        };
+        let newest = points.iter().filter(|(_, point)| on_line(point)).map(|(_, point)| point.offset).max();
+        let first = line.chain.first().unwrap_or(Offset(0));
+        let from = match window_start {
+            Some(start) => self.before_window(line, start).await?.unwrap_or(first),
+            None => newest.unwrap_or(first),
+        };
+        // Never more than the newest restore point leaves.
+        let from = newest.map_or(from, |newest| newest.min(from));
+        let base = match self.base(line, from).await? {
+            Some(base) => base,
+            None => line.chain.piece_start(from).unwrap_or(from),
+        };
+        self.need(line, base, end);
+        for (offset, timeline) in &line.snapshots {
+            if *offset >= base {
+                self.need_snapshot(*timeline, *offset).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A transaction at or before the last one of before the window; `None` when all are of the window. Told by headers alone:
+    /// the bodies of a sealed repository cannot be read here.
+    async fn before_window(&self, line: &Line, start: Timestamp) -> Result<Option<Offset>, RepositoryError> {
+        let entries = &line.chain.entries;
+        let (mut within, mut later) = (0, entries.len());
+        while within < later {
+            let middle = within + (later - within) / 2;
+            let Some(entry) = entries.get(middle) else { break };
+            let is_later = match self.repository.log_header(&entry.key).await {
+                Ok(header) => header.tip_until(entry.last).max_time.is_some_and(|max| max > start.as_microsecond()),
+                // What cannot be read is kept, and all after it.
+                Err(error) if error.is_permanent() => true,
+                Err(error) => return Err(error),
+            };
+            if is_later {
+                later = middle;
+            } else {
+                within = middle + 1;
+            }
+        }
+        Ok(within.checked_sub(1).and_then(|before| entries.get(before)).map(|entry| entry.last))
+    }
+
+    /// The log objects that hold any transaction that is needed, of every level.
+    fn collect(&mut self) {
+        let is_needed = |key: &&Key, ranges: &[(Offset, Offset)]| {
+            paths::parse_log(key)
+                .is_some_and(|(first, last)| ranges.iter().any(|(from, to)| first <= *to && *from <= last))
+        };
+        for (timeline, ranges) in &self.ranges {
+            let folder = paths::logs(&self.database, *timeline);
+            let objects = self.listing.keys().filter(|key| key.prefix_matches(&folder));
+            self.needs.objects.extend(objects.filter(|key| is_needed(key, ranges)).cloned());
+        }
+    }
+}
+
+/// What is damaged cannot be needed; a store that fails ends the look.
+fn store_error<T>(error: RestoreError) -> Result<Option<T>, RepositoryError> {
+    match error {
+        RestoreError::Repository(error) if !error.is_permanent() => Err(error),
+        _ => Ok(None),
+    }
+}

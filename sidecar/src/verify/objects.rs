@@ -1,0 +1,259 @@
+//! Reading and checking each kind of object, and turning what is wrong into findings.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use object_store::path::Path as Key;
+
+use crate::ids::ContentHash;
+use crate::repository::log_object::LogHeader;
+use crate::repository::pack::{self, EntryKind};
+use crate::repository::timeline::LogEntry;
+use crate::repository::{InObject, RepositoryError, crypto::CryptoError, instance};
+use crate::verify::{Finding, FindingKind, Severity, Walk};
+
+impl Walk<'_> {
+    /// Reads and checks one log object, once. `None` when it is not whole; the finding is made already.
+    pub(super) async fn log_object(
+        &mut self,
+        entry: &LogEntry,
+        database: &str,
+    ) -> Result<Option<LogHeader>, RepositoryError> {
+        let key = &entry.key;
+        if let Some(known) = self.logs.get(key) {
+            return Ok(known.clone());
+        }
+        let opened = self.repository.open_log(entry).await;
+        let mut whole = None;
+        if let Some(open) = self.sort_out_log(entry, opened, database)? {
+            self.report.objects += 1;
+            self.report.bytes += open.header.object_len();
+            whole = Some(open.header.as_ref().clone());
+            let parts = if self.is_drawn(key) { open.header.parts.len() } else { 0 };
+            for index in 0..parts {
+                let stored = self.repository.log_part(&open, index).await;
+                let Some(stored) = self.sort_out_log(entry, stored, database)? else {
+                    whole = None;
+                    break;
+                };
+                self.progress.advance(stored.len() as u64);
+                let (header, owned, keys) = (Arc::clone(&open.header), key.clone(), self.repository.keys.clone());
+                let checked = tokio::task::spawn_blocking(move || {
+                    // The parts' hashes can be checked without any key.
+                    header.check_part(index, &stored).in_object(&owned)?;
+                    Ok(header.decode_part(&owned, index, &stored, &keys).map(|_| ()))
+                });
+                match flatten(checked.await, key) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(key, &error),
+                    Ok(Err(error)) => self.damaged(key, &reason(&error)),
+                    Err(error) => {
+                        self.sort_out_log(entry, Err::<(), _>(error), database)?;
+                        whole = None;
+                        break;
+                    }
+                }
+            }
+        }
+        self.logs.insert(key.clone(), whole.clone());
+        Ok(whole)
+    }
+
+    /// As [`Self::sort_out`], and says which transactions a damaged log object takes along.
+    fn sort_out_log<T>(
+        &mut self,
+        entry: &LogEntry,
+        result: Result<T, RepositoryError>,
+        database: &str,
+    ) -> Result<Option<T>, RepositoryError> {
+        match result {
+            Err(RepositoryError::Damaged { reason, .. }) => {
+                let (first, last) = (entry.first, entry.last);
+                let lost = format!("{reason}; transactions {first} to {last} of {database} are not readable");
+                self.damaged(&entry.key, &lost);
+                Ok(None)
+            }
+            result => self.sort_out(&entry.key, result),
+        }
+    }
+
+    /// Reads and checks one pack, once, and that it holds every entry in `wanted`.
+    pub(super) async fn pack(
+        &mut self,
+        key: &Key,
+        id: ContentHash,
+        stored: u64,
+        wanted: &[ContentHash],
+    ) -> Result<bool, RepositoryError> {
+        self.used.insert(key.clone());
+        if !self.packs.contains_key(key) {
+            let found = self.look_at_pack(key, id, stored).await?;
+            self.packs.insert(key.clone(), found);
+        }
+        let lacking = match self.packs.get(key) {
+            Some(Some(Some(entries))) => wanted.iter().find(|hash| !entries.contains(*hash)).copied(),
+            Some(Some(None)) => None,
+            Some(None) | None => return Ok(false),
+        };
+        if let Some(hash) = lacking {
+            self.damaged(key, &format!("it lacks entry {hash}"));
+        }
+        Ok(lacking.is_none())
+    }
+
+    async fn look_at_pack(
+        &mut self,
+        key: &Key,
+        id: ContentHash,
+        stored: u64,
+    ) -> Result<Option<Option<HashSet<ContentHash>>>, RepositoryError> {
+        let Some(size) = self.pack_sizes.get(key).copied() else {
+            self.sort_out::<()>(key, Err(RepositoryError::Missing { key: key.to_string() }))?;
+            return Ok(None);
+        };
+        if size != stored {
+            self.damaged(key, &format!("it has {size} bytes where {stored} were written"));
+            return Ok(None);
+        }
+        if !self.is_drawn(key) {
+            return Ok(Some(None));
+        }
+        let Some(bytes) = self.fetch(key).await? else { return Ok(None) };
+        let (owned, keys) = (key.clone(), self.repository.keys.clone());
+        let checked = tokio::task::spawn_blocking(move || {
+            pack::check(&id, &bytes).map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
+            let mut entries = HashSet::new();
+            pack::read(
+                &owned,
+                &id,
+                &bytes,
+                &keys,
+                |_| true,
+                |hash, _: EntryKind, _| {
+                    entries.insert(hash);
+                    Ok::<_, RepositoryError>(())
+                },
+            )?;
+            Ok(entries)
+        });
+        match flatten(checked.await, key) {
+            Ok(found) => Ok(Some(Some(found))),
+            // Its bytes are those that were written; what is in them only a key can tell.
+            Err(RepositoryError::Crypto(error)) => {
+                self.not_readable(key, &error);
+                Ok((!matches!(error, CryptoError::Damaged(_))).then_some(None))
+            }
+            Err(error) => {
+                self.damaged(key, &reason(&error));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Reads and checks an instance capture.
+    pub(super) async fn capture(&mut self, key: &Key, id: ContentHash) -> Result<(), RepositoryError> {
+        if !self.is_drawn(key) {
+            let exists = self.repository.exists(key).await?;
+            let missing = || RepositoryError::Missing { key: key.to_string() };
+            self.sort_out(key, if exists { Ok(()) } else { Err(missing()) })?;
+            return Ok(());
+        }
+        let Some(bytes) = self.fetch(key).await? else { return Ok(()) };
+        match instance::read(&id, &bytes, &self.repository.keys) {
+            Ok(_) => {}
+            Err(instance::InstanceError::Crypto(error)) => self.not_readable(key, &error),
+            Err(error) => self.damaged(key, &error.to_string()),
+        }
+        Ok(())
+    }
+
+    /// Is this one of the objects whose bodies are read?
+    pub(super) fn is_drawn(&self, key: &Key) -> bool {
+        if self.report.read_data >= 100 {
+            return true;
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.salt.to_le_bytes()).update(key.as_ref().as_bytes());
+        let drawn = hasher.finalize().as_bytes().iter().take(4).fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte));
+        drawn % 100 < u64::from(self.report.read_data)
+    }
+
+    pub(super) async fn fetch(&mut self, key: &Key) -> Result<Option<bytes::Bytes>, RepositoryError> {
+        let bytes = self.repository.get(key).await;
+        let bytes = self.sort_out(key, bytes)?;
+        if let Some(bytes) = &bytes {
+            self.report.objects += 1;
+            self.report.bytes += bytes.len() as u64;
+            self.progress.advance(bytes.len() as u64);
+        }
+        Ok(bytes)
+    }
+
+    /// What is missing or damaged becomes a finding; a store that fails ends the walk.
+    pub(super) fn sort_out<T>(
+        &mut self,
+        key: &Key,
+        result: Result<T, RepositoryError>,
+    ) -> Result<Option<T>, RepositoryError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(RepositoryError::Missing { key }) => {
+                self.find(
+                    Severity::Error,
+                    FindingKind::Missing,
+                    &Key::from(key),
+                    "the object is missing".into(),
+                    "put it back from a copy of the repository, or take a new backup",
+                );
+                Ok(None)
+            }
+            Err(RepositoryError::Crypto(error)) => {
+                self.not_readable(key, &error);
+                Ok(None)
+            }
+            Err(error) if error.is_permanent() => {
+                self.damaged(key, &reason(&error));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) fn damaged(&mut self, key: &Key, message: &str) {
+        self.find(
+            Severity::Error,
+            FindingKind::Damaged,
+            key,
+            message.to_owned(),
+            "put it back from a copy of the repository, or take a new backup",
+        );
+    }
+
+    pub(super) fn not_readable(&mut self, key: &Key, error: &CryptoError) {
+        let severity = if matches!(error, CryptoError::Damaged(_)) { Severity::Error } else { Severity::Warning };
+        self.find(severity, FindingKind::NotReadable, key, error.to_string(), "name the identity file with --identity");
+    }
+
+    pub(super) fn find(&mut self, severity: Severity, kind: FindingKind, object: &Key, message: String, fix: &str) {
+        let finding = Finding { severity, kind, object: object.to_string(), message, fix: fix.to_owned() };
+        if !self.report.findings.contains(&finding) {
+            self.report.findings.push(finding);
+        }
+    }
+}
+
+/// What is wrong, without the advice to run the very command that says it.
+pub(super) fn reason(error: &RepositoryError) -> String {
+    match error {
+        RepositoryError::Damaged { reason, .. } => reason.clone(),
+        error => error.to_string(),
+    }
+}
+
+/// A worker that died is as bad as an object that it could not read.
+pub(super) fn flatten<T>(
+    result: Result<Result<T, RepositoryError>, tokio::task::JoinError>,
+    key: &Key,
+) -> Result<T, RepositoryError> {
+    result.unwrap_or_else(|error| Err(RepositoryError::damaged(key, error)))
+}

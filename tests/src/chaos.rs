@@ -1,0 +1,388 @@
+//! Everything at once: a real server under load, a real sidecar that archives it to a real S3 server, and a seed that says
+//! who is killed, what fails, and when. Afterwards an oracle asks for everything that was promised.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use inner_universe::ids::{Offset, TimelineId};
+
+use crate::client::Client;
+use crate::daemon::Daemon;
+use crate::s3::{self, Proxy, S3};
+use crate::server::Server;
+use crate::shim::{self, Shim};
+use crate::sidecar::{Sidecar, path};
+use crate::tools;
+use crate::workload::{self, Random, TABLES};
+
+/// What was done, and seen.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub seed: u64,
+    /// Kinds of trouble and how often each was made.
+    pub troubles: BTreeMap<&'static str, u32>,
+    /// Calls of the file system that failed or were cut.
+    pub file_faults: u32,
+    /// Timelines that something was reported archived on.
+    pub timelines: usize,
+    /// Reducer calls that succeeded.
+    pub steps: u64,
+    pub archived: u64,
+    /// The most memory that a daemon held, MiB.
+    pub memory: u64,
+    /// Open files of the last daemon at the end.
+    pub files: usize,
+}
+
+/// Lines of a daemon's log that trouble explains.
+const EXPECTED: &[&str] = &[
+    "is tried again",
+    "tried again",
+    "the log no longer continues",
+    "begins anew",
+    "goes on after transaction",
+    "was not renewed",
+    "is not archived",
+    "waiting for the lease",
+    "a scheduled run failed",
+    "the run before is not done",
+    "the status was not written",
+    "the last status was not written",
+    "the time of the run was not kept",
+    "the store did not take what was left in time",
+    "a run was missed",
+    "cannot be used and is passed over",
+    "what was archived is not noted",
+    "waiting for the server",
+];
+
+struct Scene {
+    scratch: tempfile::TempDir,
+    sidecar: Sidecar,
+    shim: Option<Shim>,
+    proxy: Proxy,
+    identity: Option<PathBuf>,
+    server: Option<Server>,
+    daemon: Option<Daemon>,
+    /// The furthest that was reported archived on each timeline.
+    claims: BTreeMap<TimelineId, Offset>,
+    ahead: i32,
+    outcome: Outcome,
+}
+
+/// Runs for `length`, then checks. `None` where an S3 server could not be installed.
+///
+/// # Panics
+/// When a promise is broken.
+pub async fn run(seed: u64, length: Duration) -> Option<Outcome> {
+    println!("chaos seed {seed}");
+    let mut random = Random::new(seed);
+    let s3 = S3::moto().await?;
+    let mut scene = Scene::new(seed, &s3).await;
+    let server = scene.server.as_ref().expect("a server");
+    let (port, data) = (port_of(&server.url), server.data_dir.clone());
+    let client = server.client().await;
+    client.publish("ledger", tools::wasm("workload_module")).await;
+    let (stop, steps) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let writers: Vec<_> = (0..2)
+        .map(|_| {
+            let (client, stop, steps) = (client.clone(), Arc::clone(&stop), Arc::clone(&steps));
+            let mut random = Random::new(random.draw());
+            tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    steps.fetch_add(write_one(&client, &mut random).await, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    scene.start_daemon();
+    let end = Instant::now() + length;
+    while Instant::now() < end {
+        scene.trouble(&mut random, port).await;
+        scene.note_claims();
+    }
+    scene.calm(port).await;
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.expect("a writer");
+    }
+    scene.outcome.steps = steps.load(Ordering::Relaxed);
+    scene.check(&client, &data).await;
+    Some(scene.outcome)
+}
+
+/// One call, which may find no server. Returns whether it succeeded.
+async fn write_one(client: &Client, random: &mut Random) -> u64 {
+    let (reducer, arguments) = workload::next_call(random);
+    match client.call("ledger", reducer, arguments).await {
+        Ok(()) => 1,
+        Err(error) if error.starts_with("error sending request") => {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            0
+        }
+        Err(_) => 0,
+    }
+}
+
+fn port_of(url: &str) -> u16 {
+    url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")
+}
+
+impl Scene {
+    async fn new(seed: u64, s3: &S3) -> Self {
+        let scratch = tempfile::tempdir().expect("a temporary directory");
+        let proxy = Proxy::before(s3).await;
+        let mut settings = s3::settings(&proxy.endpoint, s3::ACCESS_KEY, s3::SECRET_KEY);
+        let more = [
+            ("ARCHIVE__FLUSH_INTERVAL", "100ms"),
+            ("ARCHIVE__COMPACTION_INTERVAL", "1s"),
+            ("ARCHIVE__COMPACTION_GRACE", "2s"),
+            ("REPOSITORY__LEASE_DURATION", "4s"),
+            ("REPOSITORY__REQUEST_TIMEOUT", "3s"),
+            ("SCHEDULE__RESTORE_POINT", "*/5 * * * * *"),
+            ("SCHEDULE__PRUNE", "*/7 * * * * *"),
+            ("RETENTION__KEEP_LAST", "3"),
+            ("RETENTION__WINDOW", "10s"),
+            ("RETENTION__GRACE", "60s"),
+        ];
+        settings.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let (data, keys) = (scratch.path().join("data"), scratch.path().join("keys"));
+        settings.push(("SPACETIMEDB_CONFIG__DB_PATH".into(), path(&data).into()));
+        settings.push(("SPACETIMEDB_CONFIG__SERVER_BIN".into(), path(&tools::server()).into()));
+        // Every other seed seals what it archives.
+        let mut identity = None;
+        if seed % 2 == 1 {
+            let file = scratch.path().join("identity.txt");
+            let key = Sidecar::at(scratch.path()).run(["key", "generate", "--output", path(&file)]).ok();
+            let recipient = key["recipient"].as_str().expect("a recipient").to_owned();
+            settings.push(("REPOSITORY__RECIPIENTS".into(), recipient));
+            identity = Some(file);
+        }
+        let shim = Shim::new(scratch.path(), seed);
+        let sidecar = Sidecar::with(&format!("s3://{}/chaos", s3::BUCKET)).configured(settings);
+        let server = Server::start(&data, &keys).await;
+        Self {
+            scratch,
+            sidecar,
+            shim,
+            proxy,
+            identity,
+            server: Some(server),
+            daemon: None,
+            claims: BTreeMap::new(),
+            ahead: 0,
+            outcome: Outcome { seed, ..Outcome::default() },
+        }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.scratch.path().join("data")
+    }
+
+    /// A daemon with faults in its files and clock. Commands run without.
+    fn start_daemon(&mut self) {
+        let environment = self.shim.as_ref().map(|shim| shim.environment(&std::env::temp_dir())).unwrap_or_default();
+        let sidecar = self.sidecar.clone().with_environment(environment);
+        self.daemon = Some(Daemon::start(&sidecar, &self.data(), &[], &[]));
+    }
+
+    fn note_claims(&mut self) {
+        let Some(daemon) = &self.daemon else { return };
+        self.outcome.memory = self.outcome.memory.max(memory(daemon.pid()));
+        for database in daemon.status().into_iter().flat_map(|status| status.databases) {
+            if let (Some(timeline), Some(offset)) = (database.timeline, database.archived_offset) {
+                let claim = self.claims.entry(timeline).or_insert(offset);
+                *claim = (*claim).max(offset);
+            }
+        }
+    }
+
+    async fn trouble(&mut self, random: &mut Random, port: u16) {
+        let pause = |random: &mut Random, most: u64| Duration::from_millis(100 + random.below(most));
+        let wait = pause(random, 2000);
+        let kind = match random.below(12) {
+            0 => {
+                if let Some(daemon) = self.daemon.take() {
+                    daemon.kill();
+                }
+                self.start_daemon();
+                "sidecar killed"
+            }
+            1 => {
+                let daemon = self.daemon.take().expect("a daemon");
+                daemon.stop();
+                self.start_daemon();
+                "sidecar stopped"
+            }
+            2 => {
+                self.server.take().expect("a server").kill();
+                tokio::time::sleep(pause(random, 500)).await;
+                self.start_server(port).await;
+                "server killed"
+            }
+            3 => {
+                self.server.take().expect("a server").kill();
+                // What the server had not synced when the power went.
+                self.cut_log(random.below(3000));
+                self.start_server(port).await;
+                "power cut"
+            }
+            4..=6 => {
+                let faults = [s3::Fault::Down, s3::Fault::Hang, s3::Fault::Slow, s3::Fault::Flaky, s3::Fault::Full];
+                self.proxy.set(faults[random.below(5) as usize]);
+                tokio::time::sleep(wait).await;
+                self.proxy.set(s3::Fault::None);
+                "store out"
+            }
+            7 => self.in_files(shim::Fault::Full, 300, wait).await,
+            8 => self.in_files(shim::Fault::Sync, 500, wait).await,
+            9 => self.in_files(shim::Fault::ShortRead, 400, wait).await,
+            10 => {
+                self.ahead = random.below(7200) as i32 - 3600;
+                if let Some(shim) = &self.shim {
+                    shim.set(shim::Fault::Clock, self.ahead);
+                }
+                "clock jumped"
+            }
+            _ => {
+                // It may fail, in the middle of other trouble; it may not panic, and not lie.
+                let run = self.sidecar.run(["backup", "create", "--data-dir", path(&self.data())]);
+                assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
+                "backup by hand"
+            }
+        };
+        *self.outcome.troubles.entry(kind).or_default() += 1;
+        self.note_claims();
+        tokio::time::sleep(pause(random, 1500)).await;
+        if let Some(daemon) = &mut self.daemon
+            && daemon.has_ended()
+        {
+            // Whoever runs it starts it again, as systemd and compose do.
+            *self.outcome.troubles.entry("sidecar ended").or_default() += 1;
+            self.start_daemon();
+        }
+    }
+
+    async fn in_files(&self, fault: shim::Fault, per_mille: i32, wait: Duration) -> &'static str {
+        if let Some(shim) = &self.shim {
+            shim.set(fault, per_mille);
+            tokio::time::sleep(wait).await;
+            shim.calm();
+        }
+        match fault {
+            shim::Fault::Full => "disk full",
+            shim::Fault::Sync => "syncs failed",
+            _ => "short reads",
+        }
+    }
+
+    async fn start_server(&mut self, port: u16) {
+        let (data, keys) = (self.data(), self.scratch.path().join("keys"));
+        self.server = Some(Server::start_at(&data, &keys, port).await);
+    }
+
+    fn cut_log(&self, bytes: u64) {
+        let data = inner_universe::datadir::DataDir::open(&self.data()).expect("a data directory");
+        for replica in data.replicas().expect("replicas") {
+            let segments = inner_universe::datadir::log::segments(&replica.log_path()).expect("segments");
+            let Some(last) = segments.last() else { continue };
+            let file = std::fs::File::options().write(true).open(&last.path).expect("a segment");
+            let len = file.metadata().expect("its length").len();
+            // The publish stays: without it there would be no database.
+            file.set_len(len.saturating_sub(bytes).max(len.min(200_000))).expect("cut");
+        }
+    }
+
+    async fn calm(&mut self, port: u16) {
+        self.proxy.set(s3::Fault::None);
+        if let Some(shim) = &self.shim {
+            shim.calm();
+            self.outcome.file_faults = shim.faults();
+        }
+        if self.server.is_none() {
+            self.start_server(port).await;
+        }
+        if self.daemon.as_mut().is_none_or(Daemon::has_ended) {
+            self.start_daemon();
+        }
+    }
+
+    async fn check(&mut self, client: &Client, data: &Path) {
+        let server = self.server.take().expect("a server");
+        server.written().await;
+        let truth = client.rows("ledger", &TABLES).await;
+        workload::assert_consistent(&truth);
+        let replica =
+            inner_universe::datadir::DataDir::open(data).expect("open").replicas().expect("replicas").remove(0);
+        let end = inner_universe::datadir::log::end(&replica.log_path()).expect("the log's end");
+        let last = end.0 - 1;
+        let mut daemon = self.daemon.take().expect("a daemon");
+        daemon.wait_archived(last);
+        self.daemon = Some(daemon);
+        self.note_claims();
+        let daemon = self.daemon.take().expect("a daemon");
+        self.outcome.files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).map_or(0, Iterator::count);
+        assert_eq!(daemon.stop(), 0);
+        self.outcome.archived = last;
+        self.outcome.timelines = self.claims.len();
+        let seed = self.outcome.seed;
+
+        let sidecar = self.reader();
+        let report = sidecar.run(["backup", "create", "--data-dir", path(data)]).ok();
+        assert_eq!(report["problems"].as_array().map(Vec::len), Some(0), "seed {seed}: {report}");
+        server.kill();
+        let verified = sidecar.run(["verify"]);
+        assert_eq!(verified.json["findings"].as_array().map(Vec::len), Some(0), "seed {seed}: {}", verified.json);
+        assert_eq!(verified.json["lost"].as_array().map(Vec::len), Some(0), "seed {seed}: {}", verified.json);
+        // Everything that was ever reported archived: each timeline at its furthest.
+        for (timeline, offset) in &self.claims {
+            let target = self.scratch.path().join(format!("timeline-{timeline}"));
+            let (timeline, to) = (timeline.to_string(), format!("offset:{offset}"));
+            let words = ["restore", "--data-dir", path(&target), "--timeline", &timeline, "--to", &to];
+            let report = sidecar.run(words).ok();
+            assert_eq!(report["databases"][0]["offset"], offset.0, "seed {seed}, timeline {timeline}");
+            std::fs::remove_dir_all(&target).expect("remove");
+        }
+        let restored = self.scratch.path().join("restored");
+        sidecar.restore(&restored, "latest");
+        let again = Server::start(&restored, &self.scratch.path().join("keys")).await;
+        assert_eq!(client.at(&again.url).rows("ledger", &TABLES).await, truth, "seed {seed}");
+        again.kill();
+        let drilled = sidecar.run(["drill"]);
+        assert_eq!(drilled.code, 0, "seed {seed}: {} {}", drilled.json, drilled.stderr);
+        self.check_log();
+        assert!(self.outcome.files < 128, "seed {seed}: {} files are open", self.outcome.files);
+        assert!(self.outcome.memory < 128, "seed {seed}: {} MiB", self.outcome.memory);
+    }
+
+    /// Commands of this machine, which may hold the key.
+    fn reader(&self) -> Sidecar {
+        let mut sidecar = self.sidecar.clone();
+        if let Some(identity) = &self.identity {
+            sidecar = sidecar.and("REPOSITORY__IDENTITY_FILES", path(identity));
+        }
+        sidecar
+    }
+
+    /// No panic, and nothing that trouble does not explain.
+    fn check_log(&self) {
+        let log = std::fs::read_to_string(self.sidecar.state_dir().join("daemon.log")).expect("the log");
+        assert!(!log.contains("panicked"), "seed {}: {log}", self.outcome.seed);
+        let odd = |line: &&str| {
+            (line.contains(" WARN ") || line.contains(" ERROR "))
+                && !EXPECTED.iter().any(|expected| line.contains(expected))
+        };
+        let odd: Vec<_> = log.lines().filter(odd).collect();
+        assert!(odd.is_empty(), "seed {}: {}", self.outcome.seed, odd.join("\n"));
+    }
+}
+
+/// The most memory that a process held, MiB.
+fn memory(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
