@@ -48,7 +48,7 @@ use crate::observe::provider::{Telemetry, TelemetryError};
 use crate::observe::{heartbeat, metrics};
 use crate::progress::Silent;
 use crate::repository::crypto::Keyring;
-use crate::repository::lease::Lease;
+use crate::repository::lease::{self, Lease, LeaseDocument};
 use crate::repository::manifest::{RestorePoint, RestorePointList};
 use crate::repository::{Repository, RepositoryError};
 use crate::retention::policy::Policy;
@@ -356,13 +356,21 @@ async fn wait_for_lease(
 ) -> Result<Option<Lease>, DaemonError> {
     let duration = options.config.repository.lease_duration.0;
     let mut told = false;
+    let mut seen: Option<(LeaseDocument, Stopwatch)> = None;
     loop {
-        match Lease::acquire(repository, duration, Arc::clone(clock), options.force).await {
+        // Clocks that are set back would have us wait for long after the holder is gone.
+        let is_stale = seen.as_ref().is_some_and(|(held, watch)| watch.elapsed_seconds() > patience_with(held));
+        match Lease::acquire(repository, duration, Arc::clone(clock), options.force || is_stale).await {
             Ok(lease) => return Ok(Some(lease)),
             Err(error @ RepositoryError::Locked { .. }) if options.wait => {
                 if !told {
                     tracing::warn!(%error, "waiting for the lease");
                     told = true;
+                }
+                if let Ok(Some(held)) = lease::holder(repository).await
+                    && seen.as_ref().is_none_or(|(before, _)| *before != held)
+                {
+                    seen = Some((held, Stopwatch::start()));
                 }
             }
             Err(error) if error.is_permanent() => return Err(error.into()),
@@ -373,6 +381,11 @@ async fn wait_for_lease(
             () = stop.cancelled() => return Ok(None),
         }
     }
+}
+
+/// Seconds after which a lease that nobody renews is nobody's, whatever the clocks say: its own length, and a quarter.
+fn patience_with(held: &LeaseDocument) -> f64 {
+    held.expires_at.duration_since(held.renewed_at).as_secs_f64().max(0.0) * 1.25
 }
 
 /// What the daemon's tasks share.

@@ -61,6 +61,7 @@ const EXPECTED: &[&str] = &[
 
 struct Scene {
     scratch: tempfile::TempDir,
+    copies: tempfile::TempDir,
     sidecar: Sidecar,
     shim: Option<Shim>,
     proxy: Proxy,
@@ -164,8 +165,10 @@ impl Scene {
         let shim = Shim::new(scratch.path(), seed);
         let sidecar = Sidecar::with(&format!("s3://{}/chaos", s3::BUCKET)).configured(settings);
         let server = Server::start(&data, &keys).await;
+        let copies = tempfile::Builder::new().prefix("inner-universe-copies-").tempdir().expect("a directory");
         Self {
             scratch,
+            copies,
             sidecar,
             shim,
             proxy,
@@ -184,7 +187,11 @@ impl Scene {
 
     /// A daemon with faults in its files and clock. Commands run without.
     fn start_daemon(&mut self) {
-        let environment = self.shim.as_ref().map(|shim| shim.environment(&std::env::temp_dir())).unwrap_or_default();
+        // What belongs to the scene, and not the copies of the control database: the library that opens them panics where
+        // a sync fails. That is caught, and the copy made anew, but it is no fault of ours to look for.
+        let root = std::env::temp_dir().join(".tmp");
+        let mut environment = self.shim.as_ref().map(|shim| shim.environment(&root)).unwrap_or_default();
+        environment.push(("TMPDIR".into(), path(self.copies.path()).into()));
         let sidecar = self.sidecar.clone().with_environment(environment);
         self.daemon = Some(Daemon::start(&sidecar, &self.data(), &[], &[]));
     }
