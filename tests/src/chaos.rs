@@ -55,7 +55,8 @@ const EXPECTED: &[&str] = &[
     "the store did not take what was left in time",
     "a run was missed",
     "cannot be used and is passed over",
-    "what was archived is not noted",
+    "the position was not written",
+    "no restore point was made for the changed instance",
     "waiting for the server",
 ];
 
@@ -233,7 +234,7 @@ impl Scene {
             3 => {
                 self.server.take().expect("a server").kill();
                 // What the server had not synced when the power went.
-                self.cut_log(random.below(3000));
+                self.cut_log(1 << random.below(19));
                 self.start_server(port).await;
                 "power cut"
             }

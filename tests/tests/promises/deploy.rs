@@ -185,7 +185,7 @@ async fn a_deployment_that_fails_its_verification_under_load_is_taken_back_witho
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_deployment_in_deployment_mode_leaves_every_row_and_a_failed_first_one_no_directory() {
-    let stage = Stage::new();
+    let mut stage = Stage::new();
     let message = stage.sidecar.run(["deploy", "--module-path", &stage.module("broken")]).fails_with(1);
     assert!(message.contains("moved aside"), "{message}");
     assert!(!stage.data.exists(), "nothing was there before");
@@ -194,6 +194,12 @@ async fn a_failed_deployment_in_deployment_mode_leaves_every_row_and_a_failed_fi
     fill(&stage.owner().await, 20).await;
     stage.server("stop");
     let before = stage.rows().await;
+    // Admins, members and settings that the failed deployment would have brought go with it.
+    stage.configure(&[
+        ("DEPLOY__ADMINS", &"ab".repeat(32)),
+        ("DEPLOY__MEMBERS", &"cd".repeat(32)),
+        ("SERVER_CONFIG__MAX_CONNECTIONS", "7"),
+    ]);
     let message = stage.sidecar.run(["deploy", "--module-path", &stage.module("broken")]).fails_with(1);
     assert!(message.contains("right before the publish"), "{message}");
     assert_eq!(settled(stage.rows().await), settled(before));
