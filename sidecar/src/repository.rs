@@ -295,8 +295,16 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn list(&self, prefix: &Key) -> Result<Vec<(Key, u64)>, RepositoryError> {
-        let objects = self.store.objects().list(Some(prefix)).map_ok(|object| (object.location, object.size));
-        let mut objects: Vec<_> = objects.try_collect().await.map_err(|error| RepositoryError::store(prefix, error))?;
+        let mut pages = self.store.objects().list(Some(prefix)).try_ready_chunks(PAGE);
+        let mut objects = Vec::new();
+        loop {
+            // Each page has the deadline of a request: one that is never answered must not hold everything up for ever.
+            let page = async { pages.try_next().await.map_err(|error| error.1) };
+            match self.store.within(Operation::List, prefix, 0, page).await? {
+                Some(page) => objects.extend(page.into_iter().map(|object| (object.location, object.size))),
+                None => break,
+            }
+        }
         objects.sort();
         Ok(objects)
     }
@@ -480,6 +488,9 @@ impl Repository {
     }
 }
 
+/// Objects that a store lists in one answer.
+const PAGE: usize = 1000;
+
 /// What S3 accepts as a part, and more than that.
 const LARGE_PART: usize = 8 << 20;
 
@@ -519,7 +530,8 @@ impl LargePut<'_> {
 
     /// Leaves nothing behind, as far as the store lets us.
     pub async fn abandon(mut self) {
-        if let Err(error) = self.upload.abort().await {
+        let store = self.repository.store.clone();
+        if let Err(error) = store.within(Operation::Delete, &self.key, 0, self.upload.abort()).await {
             tracing::debug!(key = %self.key, %error, "an unfinished upload was not cleared away");
         }
     }
