@@ -170,7 +170,7 @@ impl Store {
         self.objects.as_ref()
     }
 
-    /// Requests made so far through this store and its clones, listings of many pages counted once or not at all.
+    /// Requests made so far through this store and its clones; a listing counts once for each page, and once for its end.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
     }

@@ -65,34 +65,58 @@ async fn a_deployment_that_is_killed_at_any_step_is_finished_or_taken_back_by_th
     ];
     for round in 0..rounds {
         for (module, wanted) in steps {
+            // Later and later within the step, from its first moment on.
+            let after = Duration::from_millis(round * 17);
             // Every other time the next run deploys what was there before, and so has to take it back first.
             for which in ["more", ""] {
-                let case = format!("round {round}, {module} at {wanted}, then `{which}`");
-                // Later and later within the step, from its first moment on.
-                let hit = deploy_and_kill(&stage, module, wanted, Duration::from_millis(round * 17));
-                *killed.entry(hit.clone().unwrap_or_else(|| "none".into())).or_default() += 1;
-                let run = stage.sidecar.run(["deploy", "--force", "--module-path", &stage.module(which)]);
-                // Where it had been finished, taking its table away is refused: only a rollback goes back.
-                let had_finished = which.is_empty() && run.code == 6;
-                assert!(had_finished || run.code == 0, "{case}: {}", run.stderr);
-                if hit.as_deref() == Some("record") {
-                    assert_eq!(stage.history().last().map(String::as_str), Some("deployed"), "{case}");
-                }
-                let running = if had_finished { "more" } else { which };
-                let rows = stage.rows().await;
-                assert_eq!(entities(&rows), before, "{case}");
-                assert_eq!(rows["annotation"].is_empty(), running == "more", "{case}: {rows:?}");
-                if running == "more" {
-                    stage.sidecar.run(["deploy", "rollback", "--data", "--module-path", &stage.module("more")]).ok();
-                    assert_eq!(stage.rows().await["annotation"], ["no such table"], "{case}");
-                }
+                let hit = kill_and_mend(&stage, module, wanted, after, which, &before).await;
+                *killed.entry(hit).or_default() += 1;
             }
+        }
+    }
+    // A step that takes a moment only can be missed.
+    for (module, wanted) in steps {
+        for _ in 0..10 {
+            if killed.contains_key(wanted) {
+                break;
+            }
+            let hit = kill_and_mend(&stage, module, wanted, Duration::ZERO, "more", &before).await;
+            *killed.entry(hit).or_default() += 1;
         }
     }
     println!("killed at {killed:?}");
     for (_, wanted) in steps {
         assert!(killed.contains_key(wanted), "none was killed at {wanted}: {killed:?}");
     }
+}
+
+/// Kills a deployment of `module`, deploys `which`, and leaves the bundled module as it was. Returns the step that was hit.
+async fn kill_and_mend(
+    stage: &Stage,
+    module: &str,
+    wanted: &str,
+    after: Duration,
+    which: &str,
+    before: &[String],
+) -> String {
+    let case = format!("{module} {after:?} into {wanted}, then `{which}`");
+    let hit = deploy_and_kill(stage, module, wanted, after);
+    let run = stage.sidecar.run(["deploy", "--force", "--module-path", &stage.module(which)]);
+    // Where it had been finished, taking its table away is refused: only a rollback goes back.
+    let had_finished = which.is_empty() && run.code == 6;
+    assert!(had_finished || run.code == 0, "{case}: {}", run.stderr);
+    if hit.as_deref() == Some("record") {
+        assert_eq!(stage.history().last().map(String::as_str), Some("deployed"), "{case}");
+    }
+    let running = if had_finished { "more" } else { which };
+    let rows = stage.rows().await;
+    assert_eq!(entities(&rows), before, "{case}");
+    assert_eq!(rows["annotation"].is_empty(), running == "more", "{case}: {rows:?}");
+    if running == "more" {
+        stage.sidecar.run(["deploy", "rollback", "--data", "--module-path", &stage.module("more")]).ok();
+        assert_eq!(stage.rows().await["annotation"], ["no such table"], "{case}");
+    }
+    hit.unwrap_or_else(|| "none".into())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -103,7 +127,10 @@ async fn a_rollback_that_is_killed_while_the_server_is_stopped_for_it_leaves_the
     fill(&stage.owner().await, 10).await;
     let before = entities(&stage.owner().await.rows(NAME, &["entity"]).await);
     let mut stopped = 0;
-    for after in [0, 20, 60, 120, 250, 400] {
+    for after in [0, 20, 60, 120, 250, 400, 40, 90, 180, 320, 600, 900] {
+        if stopped > 1 {
+            break;
+        }
         let hit = deploy_and_kill(&stage, "broken", "roll_back", Duration::from_millis(after));
         stopped += u32::from(hit.is_some() && !running(&stage));
         // It warns of what it takes back.
