@@ -299,8 +299,8 @@ impl Scene {
             let Some(last) = segments.last() else { continue };
             let file = std::fs::File::options().write(true).open(&last.path).expect("a segment");
             let len = file.metadata().expect("its length").len();
-            // The publish stays: without it there would be no database.
-            file.set_len(len.saturating_sub(bytes).max(len.min(200_000))).expect("cut");
+            // The publish stays, with its program: without it there would be no database.
+            file.set_len(len.saturating_sub(bytes).max(len.min(4_000_000))).expect("cut");
         }
     }
 
