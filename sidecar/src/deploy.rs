@@ -8,6 +8,7 @@
 //! they were right before the publish, and no write that was acknowledged before it is lost; deploying what is deployed
 //! changes nothing.
 
+mod begin;
 pub mod configure;
 pub mod cut;
 mod history;
@@ -18,172 +19,37 @@ pub mod migration;
 pub mod module;
 mod plan;
 pub mod record;
+pub mod report;
 mod rollback;
 mod setup;
 pub mod verify;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use spacetimedb_lib::db::raw_def::v9::RawModuleDefV9;
 
-use crate::backup::BackupError;
 use crate::clock::Stopwatch;
 use crate::database::control::Preview;
 use crate::database::schema::Schema;
-use crate::datadir::{DataDir, DataDirError};
+use crate::deploy::begin::begin;
 use crate::deploy::configure::Changes;
 use crate::deploy::host::Host;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::migration::Migration;
 use crate::deploy::module::Module;
-use crate::durable::FileError;
-use crate::ids::{ContentHash, Identity, RestorePointId};
+use crate::deploy::report::Steps;
+use crate::ids::Identity;
 use crate::observe::server::{Database, SourceError};
-use crate::progress::Progress;
-use crate::repository::RepositoryError;
-use crate::restore::RestoreError;
-use crate::standalone::StandaloneError;
 use crate::standalone::command::Binary;
 
 pub use crate::deploy::history::{History, history, undo};
 pub use crate::deploy::keeper::Keeper;
 pub use crate::deploy::plan::{DeployPlan, plan};
+pub use crate::deploy::report::{DeployError, DeployReport, Mode, Outcome, StepReport};
 pub use crate::deploy::setup::{Setup, deployed_name, own_token};
 
 /// The database's name where the configuration gives none.
 pub const DEFAULT_NAME: &str = "inner-universe";
-
-/// What can go wrong with a deployment.
-#[derive(Debug, thiserror::Error)]
-pub enum DeployError {
-    #[error("no module is named; give --module-path FILE, or set module_config.module_path or build_module")]
-    NoModule,
-    #[error("module_config.build_module is on and no source directory is named; set module_config.module_dir")]
-    NoModuleDir,
-    #[error("the module in {} does not build:\n{reason}", dir.display())]
-    Build { dir: PathBuf, reason: String },
-    #[error("{}: {reason}", path.display())]
-    Module { path: PathBuf, reason: String },
-    #[error("another deployment works on this; wait for it")]
-    Busy,
-    #[error("a server runs on {} and does not answer: {error}", data_dir.display())]
-    Silent { data_dir: PathBuf, error: SourceError },
-    #[error("the server would refuse the module, nothing was changed: {0}")]
-    Breaking(String),
-    #[error("`{name}` belongs to another identity than this token's; give the owner's with --token-file")]
-    NotOwner { name: String },
-    #[error("the deployment does not pass its verification: {0}")]
-    Verification(String),
-    #[error("{reason}; {done}")]
-    RolledBack { reason: String, done: String },
-    #[error("{reason}; and what was changed could not be taken back: {error}; run `inner-universe deploy rollback`")]
-    NotRolledBack { reason: String, error: String },
-    #[error("the program {0} is neither on this machine nor in the repository")]
-    NoProgram(ContentHash),
-    #[error("nothing that was deployed to `{0}` can be taken back: its history holds no earlier program")]
-    NothingToUndo(String),
-    #[error(
-        "the older program does not take the tables that are there ({0}); `deploy rollback --data` takes the rows back too, \
-         to right before the publish"
-    )]
-    NeedsData(String),
-    #[error("rows can be taken back only where the server can be stopped: stop it, and roll back in deployment mode")]
-    CannotStop,
-    #[error("the daemon could not help: {0}")]
-    Daemon(String),
-    #[error("write the token in {}: {source}", path.display())]
-    Token { path: PathBuf, source: std::io::Error },
-    #[error(transparent)]
-    Server(#[from] SourceError),
-    #[error(transparent)]
-    Standalone(#[from] StandaloneError),
-    #[error(transparent)]
-    Repository(#[from] RepositoryError),
-    #[error(transparent)]
-    Backup(#[from] BackupError),
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
-    #[error(transparent)]
-    DataDir(#[from] DataDirError),
-    #[error(transparent)]
-    File(#[from] FileError),
-    #[error("a worker failed: {0}")]
-    Worker(String),
-}
-
-/// How a deployment reaches the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Mode {
-    /// On a server that is started for it, on loopback only.
-    Deployment,
-    /// On the server that runs.
-    Online,
-}
-
-/// How a deployment ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    Deployed,
-    /// All was as it should be already.
-    Unchanged,
-    /// A step failed, and everything is as before.
-    RolledBack,
-    /// A step failed, and what was changed stays: `--no-rollback`.
-    Failed,
-    /// An earlier deployment was taken back.
-    Undone,
-}
-
-/// What a deployment did. Field names are stable.
-#[derive(Debug, Clone, Serialize)]
-pub struct DeployReport {
-    pub deployment: RestorePointId,
-    pub database: Identity,
-    pub name: String,
-    pub mode: Mode,
-    pub outcome: Outcome,
-    pub module: ContentHash,
-    pub previous: Option<ContentHash>,
-    pub migration: Migration,
-    pub changes: Changes,
-    pub restore_point: Option<RestorePointId>,
-    pub steps: Vec<StepReport>,
-    /// What the operator should know although all went well.
-    pub problems: Vec<String>,
-    pub duration_ms: u64,
-}
-
-/// One step that was taken.
-#[derive(Debug, Clone, Serialize)]
-pub struct StepReport {
-    pub step: &'static str,
-    pub message: String,
-    pub duration_ms: u64,
-}
-
-/// Collects what was done.
-struct Steps {
-    progress: Arc<dyn Progress>,
-    done: Vec<StepReport>,
-}
-
-impl Steps {
-    async fn take<T>(
-        &mut self,
-        step: &'static str,
-        work: impl Future<Output = Result<(T, String), DeployError>>,
-    ) -> Result<T, DeployError> {
-        self.progress.phase(step, None);
-        let took = Stopwatch::start();
-        let (value, message) = work.await?;
-        self.done.push(StepReport { step, message, duration_ms: took.elapsed_ms() });
-        Ok(value)
-    }
-}
 
 /// Deploys the module of the configuration.
 ///
@@ -220,82 +86,6 @@ pub async fn deploy(setup: &Setup) -> Result<DeployReport, DeployError> {
             Err(error)
         }
     }
-}
-
-fn new_journal(setup: &Setup, module: &Module) -> Journal {
-    let now = setup.clock.now();
-    Journal {
-        id: RestorePointId(ulid_at(now)),
-        step: Step::Prepare,
-        started_at: now,
-        mode: Mode::Online,
-        name: setup.name.clone(),
-        server_port: None,
-        had_data_dir: setup.data_dir.as_ref().is_some_and(|dir| DataDir::open(dir).is_ok()),
-        existed: false,
-        identity: None,
-        module: module.hash,
-        previous: None,
-        publishes: true,
-        log_end: None,
-        restore_point: None,
-        settings_before: Vec::new(),
-        admins: Vec::new(),
-        members: Vec::new(),
-        restart: None,
-    }
-}
-
-fn ulid_at(now: jiff::Timestamp) -> ulid::Ulid {
-    ulid::Ulid::from_parts(u64::try_from(now.as_millisecond()).unwrap_or(0), ulid::Ulid::new().random())
-}
-
-/// Ends what an earlier run has left: its server, and its changes, unless they are of the same module and can go on.
-async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> Result<Journal, DeployError> {
-    let Some(left) = Journal::load(setup.dir())? else { return Ok(new_journal(setup, module)) };
-    end_orphan(setup, &left).await?;
-    if left.step == Step::Prepare {
-        // What a server made of an empty place before anything was published is no data.
-        let empty = !left.had_data_dir && setup.databases().await?.is_empty();
-        let fresh = new_journal(setup, module);
-        return Ok(Journal { had_data_dir: fresh.had_data_dir && !empty, ..fresh });
-    }
-    if left.step == Step::Record && (left.module != module.hash || left.name != setup.name) {
-        complete(setup, &left).await?;
-        return Ok(new_journal(setup, module));
-    }
-    if left.step != Step::RollBack && left.module == module.hash && left.name == setup.name {
-        tracing::warn!(deployment = %left.id, step = ?left.step, "a deployment that was broken off goes on");
-        return Ok(left);
-    }
-    take_back(setup, left, steps).await?;
-    Ok(new_journal(setup, module))
-}
-
-/// Ends a deployment that was done but for its record. It may have been used for long: nothing of it is taken back.
-async fn complete(setup: &Setup, left: &Journal) -> Result<(), DeployError> {
-    let offset = setup.publish_offset(left).await;
-    setup.record(left, Outcome::Deployed, "recorded by a later run", offset, None).await?;
-    setup.remember_deployed(left)?;
-    Ok(Journal::close(setup.dir())?)
-}
-
-async fn end_orphan(setup: &Setup, left: &Journal) -> Result<(), DeployError> {
-    match (left.server_port, &setup.data_dir) {
-        (Some(port), Some(data_dir)) => host::end_orphan(data_dir, port, setup.clock.as_ref()).await,
-        _ => Ok(()),
-    }
-}
-
-async fn take_back(setup: &Setup, mut left: Journal, steps: &mut Steps) -> Result<(), DeployError> {
-    steps
-        .take("end a deployment that was broken off", async {
-            let done = rollback::roll_back(setup, &mut left, None).await?;
-            tracing::warn!(deployment = %left.id, done, "a deployment that was broken off was taken back");
-            Ok(((), done))
-        })
-        .await?;
-    Ok(Journal::close(setup.dir())?)
 }
 
 async fn run(

@@ -189,6 +189,15 @@ impl fmt::Display for RestorePointId {
     }
 }
 
+impl RestorePointId {
+    /// A new one that sorts after `newest`, also when the clock was set back since.
+    pub fn after(newest: Option<Self>, now: jiff::Timestamp) -> Self {
+        let millis = u64::try_from(now.as_millisecond()).unwrap_or(0);
+        let millis = newest.map_or(millis, |newest| millis.max(newest.0.timestamp_ms().saturating_add(1)));
+        Self(ulid::Ulid::from_parts(millis, ulid::Ulid::new().random()))
+    }
+}
+
 impl FromStr for RestorePointId {
     type Err = ParseIdError;
 

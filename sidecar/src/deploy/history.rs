@@ -2,11 +2,13 @@
 
 use serde::Serialize;
 
+use crate::deploy::begin::{complete, end_orphan, take_back};
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::migration::Migration;
 use crate::deploy::module::Module;
 use crate::deploy::record::{self, DeploymentRecord};
-use crate::deploy::{DeployError, Outcome, Setup, Steps, complete, end_orphan, rollback, take_back, ulid_at, verify};
+use crate::deploy::report::Steps;
+use crate::deploy::{DeployError, Outcome, Setup, rollback, verify};
 use crate::ids::{ContentHash, RestorePointId};
 use crate::observe::server::SourceError;
 use crate::repository::{Repository, RepositoryError};
@@ -98,7 +100,7 @@ pub async fn undo(
     }
     let now = setup.clock.now();
     let mut journal = Journal {
-        id: RestorePointId(ulid_at(now)),
+        id: RestorePointId::after(None, now),
         step: Step::Prepare,
         started_at: now,
         mode: newest.mode,
