@@ -359,9 +359,10 @@ async fn seal_restore_point(
     };
     let instance = upload_instance(work, &capture).await?;
     let created_at = work.clock.now();
+    let newest = work.repository.restore_point_ids().await?.pop();
     let point = RestorePoint {
         format: manifest::FORMAT,
-        id: RestorePointId(new_id(created_at)),
+        id: RestorePointId::after(newest, created_at),
         label: options.label.clone(),
         created_at,
         server_version: data.metadata()?.map(|metadata| metadata.version),
@@ -397,10 +398,6 @@ async fn upload_instance(work: &Work, capture: &Capture) -> Result<crate::ids::C
 async fn copy_control_db(data: &DataDir) -> Result<ControlDbCopy, BackupError> {
     let data = data.clone();
     Ok(blocking(move || ControlDbCopy::take(&data)).await??)
-}
-
-fn new_id(at: Timestamp) -> ulid::Ulid {
-    ulid::Ulid::from_parts(u64::try_from(at.as_millisecond()).unwrap_or(0), ulid::Ulid::new().random())
 }
 
 /// Runs `work` on a thread that may block.

@@ -28,6 +28,10 @@ pub enum BundleError {
     Repository(#[from] RepositoryError),
     #[error(transparent)]
     File(#[from] FileError),
+    #[error(
+        "{name} has {len} bytes, and a bundle takes {LARGEST} at the most; use a repository that both machines reach"
+    )]
+    TooLarge { name: String, len: u64 },
     #[error("{} is there already; name another file", .0.display())]
     Exists(PathBuf),
     #[error("{} is no bundle: {reason}", path.display())]
@@ -89,6 +93,10 @@ impl Writer<'_> {
     }
 
     fn record(&mut self, name: &str, content: &[u8]) -> Result<(), BundleError> {
+        // What would be refused on the other machine is refused here.
+        if content.len() as u64 > LARGEST || name.len() > LONGEST_NAME {
+            return Err(BundleError::TooLarge { name: name.to_owned(), len: content.len() as u64 });
+        }
         let mut head = u32::try_from(name.len()).unwrap_or(u32::MAX).to_le_bytes().to_vec();
         head.extend_from_slice(&(content.len() as u64).to_le_bytes());
         head.extend_from_slice(name.as_bytes());

@@ -150,10 +150,11 @@ pub async fn drill(
     let scratch = tempfile::Builder::new().prefix("inner-universe-drill-").tempdir_in(&base);
     let scratch = scratch.map_err(|source| DrillError::Scratch { path: base, source })?;
     let started_at = clock.now();
-    let millis = u64::try_from(started_at.as_millisecond()).unwrap_or(0);
+    let kept = repository.list(&paths::drills()).await?;
+    let newest = kept.last().and_then(|(key, _)| paths::parse_restore_point(key));
     let mut result = DrillResult {
         format: crate::repository::manifest::FORMAT,
-        id: RestorePointId(ulid::Ulid::from_parts(millis, ulid::Ulid::new().random())),
+        id: RestorePointId::after(newest, started_at),
         started_at,
         restore_point: point.id,
         passed: false,
@@ -183,7 +184,7 @@ pub async fn results(repository: &Repository) -> Result<Vec<DrillResult>, Reposi
     for (key, _) in repository.list(&paths::drills()).await? {
         match repository.get_document(&key).await {
             Ok(result) => results.push(result),
-            Err(error) if error.is_permanent() => tracing::warn!(%error, "the result of a drill cannot be read"),
+            Err(error) if error.is_damage() => tracing::warn!(%error, "the result of a drill cannot be read"),
             Err(error) => return Err(error),
         }
     }
@@ -263,7 +264,7 @@ impl Run<'_> {
         };
         match restored.await {
             Ok(_) => {}
-            Err(RestoreError::Repository(error)) if !error.is_permanent() => return Err(error.into()),
+            Err(RestoreError::Repository(error)) if !error.is_damage() => return Err(error.into()),
             Err(error) => {
                 let fix = "run `inner-universe verify`, and try an older restore point with `drill ID`";
                 find(result, DrillFindingKind::NotRestored, error.to_string(), fix);

@@ -75,6 +75,11 @@ impl RepositoryError {
         !matches!(self, Self::Store { .. } | Self::Timeout { .. } | Self::LeaseLost { expired: true })
     }
 
+    /// Is something wrong with what is stored? Not so where the store failed, or refused: it may yet hold all of it.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Missing { .. } | Self::Damaged { .. } | Self::Crypto(_))
+    }
+
     pub(crate) fn damaged(key: &Key, reason: impl ToString) -> Self {
         Self::Damaged { key: key.to_string(), reason: reason.to_string() }
     }
@@ -349,7 +354,7 @@ impl Repository {
         for id in self.restore_point_ids().await? {
             match self.restore_point(id).await {
                 Ok(point) => listing.restore_points.push(point),
-                Err(error) if error.is_permanent() => listing.problems.push(error.to_string()),
+                Err(error) if error.is_damage() => listing.problems.push(error.to_string()),
                 Err(error) => return Err(error),
             }
         }
@@ -375,11 +380,23 @@ impl Repository {
     /// # Errors
     /// When the store fails, or the document is damaged.
     pub async fn retention(&self) -> Result<Option<Retention>, RepositoryError> {
-        let newest = self.list(&paths::retentions()).await?.pop();
-        match newest {
-            Some((key, _)) => self.get_document(&key).await.map(Some),
-            None => Ok(None),
+        let mut result = Ok(None);
+        for _ in 0..2 {
+            for (key, _) in self.list(&paths::retentions()).await?.into_iter().rev() {
+                match self.get_document(&key).await {
+                    Ok(found) => return Ok(Some(found)),
+                    // A prune has put a newer one in its place meanwhile.
+                    Err(RepositoryError::Missing { .. }) => {}
+                    // The one before says nearly the same: what was removed stays so.
+                    Err(error) if error.is_damage() => {
+                        tracing::warn!(%error, "what retention did is read from the document before");
+                        result = Err(error);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
         }
+        result
     }
 
     /// The newest drill; `None` before the first.
@@ -411,7 +428,15 @@ impl Repository {
         if self.exists(&paths::pin(id)).await? {
             return Ok(());
         }
-        self.put_document(&paths::pin(id), &Pin { restore_point: id, pinned_at: at }).await.map(|_| ())
+        self.put_document(&paths::pin(id), &Pin { restore_point: id, pinned_at: at }).await?;
+        // A prune that had read the pins before may have taken it.
+        match self.restore_point(id).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.unpin(id).await?;
+                Err(error)
+            }
+        }
     }
 
     /// Leaves a restore point to retention.
@@ -440,7 +465,12 @@ impl Repository {
         for (key, error) in found.problems {
             let id = key.parts().rev().nth(1).and_then(|id| id.as_ref().parse::<TimelineId>().ok());
             if !found.timelines.iter().any(|timeline| Some(timeline.timeline) == id) {
-                return Err(error);
+                let Some(id) = id else { return Err(error) };
+                if !self.list(&paths::logs(database, id)).await?.is_empty() {
+                    return Err(error);
+                }
+                tracing::warn!(%error, "the timeline has no log, and is passed over");
+                continue;
             }
             tracing::warn!(%error, "what the timeline was is told by its log; `inner-universe verify --repair` writes it anew");
         }

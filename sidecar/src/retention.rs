@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
-use crate::repository::manifest::{self, Marked, RemovedLog, RestorePoint, Retention};
+use crate::repository::manifest::{self, Marked, RemovedLog, Retention};
 use crate::repository::ranges::{merged, without};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::retention::needs::{Listing, Needs};
@@ -32,6 +32,8 @@ pub enum RetentionError {
         "retention says nothing, and so everything is kept; give retention.window or a retention.keep_* in the configuration"
     )]
     NoPolicy,
+    #[error("restore point {0} was pinned meanwhile, and nothing was removed; run `prune --apply` again")]
+    Pinned(RestorePointId),
     #[error("nothing was removed: {}; run `inner-universe verify`", .0.join("; "))]
     Unproven(Vec<String>),
 }
@@ -49,8 +51,6 @@ pub struct PrunePlan {
     needs: Needs,
     /// What the repository will lack on purpose.
     removed_log: Vec<RemovedLog>,
-    points: Vec<RestorePoint>,
-    window_start: Option<Timestamp>,
 }
 
 /// A restore point that stays.
@@ -159,16 +159,7 @@ pub async fn plan(
         created_at: point.created_at,
         reasons: chosen.get(&point.id).cloned().unwrap_or_default(),
     });
-    Ok(PrunePlan {
-        kept: stays.collect(),
-        removed: removed.collect(),
-        unneeded,
-        due,
-        needs,
-        removed_log,
-        points: kept,
-        window_start,
-    })
+    Ok(PrunePlan { kept: stays.collect(), removed: removed.collect(), unneeded, due, needs, removed_log })
 }
 
 impl PrunePlan {
@@ -206,7 +197,7 @@ pub async fn apply(
     let older: Vec<Key> = repository.list(&paths::retentions()).await?.into_iter().map(|(key, _)| key).collect();
     // It must sort after those before, also when the clock was set back.
     let newest = older.last().and_then(paths::parse_restore_point);
-    let id = RestorePointId(id_after(newest, now));
+    let id = RestorePointId::after(newest, now);
     let document = Retention {
         format: manifest::FORMAT,
         id,
@@ -218,9 +209,20 @@ pub async fn apply(
         repository.put_document(&paths::retention(id), &document).await?;
     }
     let mut report = PruneReport { applied: true, deleted: Amount::default(), ..plan.report() };
+    // A pin that was set since the plan was made counts: it is another process that sets it.
+    let pins = repository.pins().await?;
+    let is_due = |id: &RestorePointId| plan.due.iter().any(|due| due.object == paths::restore_point(*id).as_ref());
+    if let Some(pinned) = pins.into_iter().find(is_due) {
+        return Err(RetentionError::Pinned(pinned));
+    }
     let mut due = plan.due.clone();
     due.sort_by_key(|marked| (order(&marked.object), marked.object.clone()));
     for marked in due {
+        // What a restore point names stays as long as the restore point does.
+        if order(&marked.object) > RESTORE_POINTS && report.refused.iter().any(|object| order(object) == RESTORE_POINTS)
+        {
+            break;
+        }
         match repository.delete(&Key::from(marked.object.as_str())).await {
             Ok(()) => {
                 report.deleted.objects += 1;
@@ -230,7 +232,8 @@ pub async fn apply(
             Err(error) => return Err(error.into()),
         }
     }
-    for key in older {
+    // The one before stays beside the newest: without either, nobody knows what is missing on purpose.
+    for key in older.into_iter().rev().skip(1) {
         match repository.delete(&key).await {
             Ok(()) | Err(RepositoryError::Denied { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -240,24 +243,21 @@ pub async fn apply(
     report.marked.bytes -= report.deleted.bytes.min(report.marked.bytes);
     if report.deleted.objects > 0 {
         let listing: Listing = repository.list(&Key::default()).await?.into_iter().collect();
-        let after = needs::find(repository, &listing, &plan.points, plan.window_start).await?;
-        if !after.problems.is_empty() {
-            return Err(RetentionError::Unproven(after.problems));
+        let missing = plan.needs.objects.iter().filter(|key| !listing.contains_key(*key));
+        let missing: Vec<_> = missing.map(|key| format!("{key} is missing")).collect();
+        if !missing.is_empty() {
+            return Err(RetentionError::Unproven(missing));
         }
     }
     Ok(report)
 }
 
-fn id_after(newest: Option<RestorePointId>, now: Timestamp) -> ulid::Ulid {
-    let millis = u64::try_from(now.as_millisecond()).unwrap_or(0);
-    let millis = newest.map_or(millis, |newest| millis.max(newest.0.timestamp_ms() + 1));
-    ulid::Ulid::from_parts(millis, ulid::Ulid::new().random())
-}
+const RESTORE_POINTS: u8 = 0;
 
 /// Restore points, what they name, what that names.
 fn order(object: &str) -> u8 {
     match object {
-        object if object.starts_with("restore-points/") => 0,
+        object if object.starts_with("restore-points/") => RESTORE_POINTS,
         object if object.starts_with("pins/") => 1,
         object if object.contains("/snapshots/") => 2,
         _ => 3,

@@ -55,6 +55,13 @@ pub struct VerifyReport {
     pub orphans: Vec<String>,
 }
 
+impl VerifyReport {
+    /// Was nothing found that is wrong? That bodies could not be opened for want of a key is no damage.
+    pub fn is_sound(&self) -> bool {
+        self.findings.iter().all(|finding| finding.severity < Severity::Error)
+    }
+}
+
 /// One thing that is wrong.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq, schemars::JsonSchema)]
 pub struct Finding {
@@ -104,6 +111,10 @@ struct Walk<'a> {
     used: HashSet<Key>,
     /// Manifests and instance captures looked at already; restore points share most of what they name.
     seen: HashSet<Key>,
+    /// Log objects that compaction or retention took away after they were listed.
+    moved: HashSet<Key>,
+    /// Was it said that bodies cannot be opened?
+    told_of_keys: bool,
     /// Captures that are missing, damaged or cannot be opened.
     bad_instances: HashSet<ContentHash>,
     /// Log objects looked at already: the header of those that are whole.
@@ -130,6 +141,8 @@ pub async fn verify(
         salt: ulid::Ulid::new().random(),
         used: HashSet::new(),
         seen: HashSet::new(),
+        moved: HashSet::new(),
+        told_of_keys: false,
         bad_instances: HashSet::new(),
         logs: HashMap::new(),
         packs: HashMap::new(),
@@ -212,7 +225,7 @@ impl Walk<'_> {
             let chain = self.repository.log_chain(&database, &timelines, timeline.timeline).await?;
             // Of single restore points, what comes later is of no interest.
             let until = if whole { None } else { promised.iter().map(|point| point.offset).max() };
-            self.log(database, &name, timeline, &chain, until, &mut bad).await?;
+            self.log(database, &name, &chain, until, &mut bad).await?;
             self.promises(&points, &chain, timeline.timeline).await?;
             self.snapshots(database, timeline, until, &mut bad).await?;
             let line = ancestry(&timelines, timeline.timeline);
@@ -240,7 +253,6 @@ impl Walk<'_> {
         &mut self,
         database: Identity,
         name: &str,
-        timeline: &Timeline,
         chain: &LogChain,
         until: Option<Offset>,
         bad: &mut losses::Bad,
@@ -262,7 +274,9 @@ impl Walk<'_> {
                 tip = None;
             }
             let Some(header) = self.log_object(entry, name).await? else {
-                bad.logs.insert(entry.key.clone());
+                if !self.moved.contains(&entry.key) {
+                    bad.logs.insert(entry.key.clone());
+                }
                 tip = None;
                 continue;
             };
@@ -281,12 +295,6 @@ impl Walk<'_> {
                 );
             }
             tip = Some(header.tip_until(entry.last));
-        }
-        if timeline.start > Offset(0)
-            && chain.holes.is_empty()
-            && chain.first().is_some_and(|first| first > timeline.start)
-        {
-            tracing::debug!(timeline = %timeline.timeline, "its log begins later than the timeline");
         }
         Ok(())
     }
@@ -314,6 +322,16 @@ impl Walk<'_> {
                     "restore to an offset before the gap, or put the missing objects back from a copy of the repository",
                 );
                 continue;
+            }
+            if let Some(hole) = chain.holes.iter().find(|hole| hole.removed && hole.holds(point.offset)) {
+                let message = format!("a restore point stands in what is gone: {} of {}", describe(hole), point.name);
+                self.find(
+                    Severity::Error,
+                    FindingKind::Gap,
+                    &folder,
+                    message,
+                    "use another restore point; `prune --apply` takes this one away",
+                );
             }
             let Some(entry) = chain.range(point.offset, point.offset).first() else { continue };
             let Some(Some(header)) = self.logs.get(&entry.key) else { continue };

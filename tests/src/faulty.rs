@@ -31,6 +31,8 @@ pub enum Moment {
     During,
     /// It was done, and the answer is lost.
     After,
+    /// The store says that it will not, as under object lock.
+    Refused,
 }
 
 /// Which requests fail.
@@ -124,12 +126,17 @@ impl FaultyStore {
         match self.script.next(operation, Some(key)) {
             None => work.await,
             Some(Moment::Before | Moment::During) => Err(fault()),
+            Some(Moment::Refused) => Err(refusal(key)),
             Some(Moment::After) => {
                 work.await?;
                 Err(fault())
             }
         }
     }
+}
+
+fn refusal(key: &Path) -> Error {
+    Error::PermissionDenied { path: key.to_string(), source: "AccessDenied: the object is locked".into() }
 }
 
 fn fault() -> Error {
@@ -160,8 +167,10 @@ impl ObjectStore for FaultyStore {
 
     async fn get_opts(&self, key: &Path, options: GetOptions) -> Result<GetResult> {
         let moment = self.script.next(Operation::Get, Some(key));
-        if matches!(moment, Some(Moment::Before | Moment::After)) {
-            return Err(fault());
+        match moment {
+            Some(Moment::Before | Moment::After) => return Err(fault()),
+            Some(Moment::Refused) => return Err(refusal(key)),
+            Some(Moment::During) | None => {}
         }
         let result = self.inner.get_opts(key, options).await?;
         if moment.is_none() {
@@ -183,8 +192,10 @@ impl ObjectStore for FaultyStore {
             async move {
                 let key = key?;
                 let moment = script.next(Operation::Delete, Some(&key));
-                if matches!(moment, Some(Moment::Before | Moment::During)) {
-                    return Err(fault());
+                match moment {
+                    Some(Moment::Before | Moment::During) => return Err(fault()),
+                    Some(Moment::Refused) => return Err(refusal(&key)),
+                    Some(Moment::After) | None => {}
                 }
                 let mut done = inner.delete_stream(futures::stream::iter([Ok(key.clone())]).boxed());
                 if let Some(result) = done.next().await {

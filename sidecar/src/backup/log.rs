@@ -296,7 +296,7 @@ pub(crate) async fn find_continuation(
         let start = first_segment.first;
         return begin(work, database, Beginning::root(TimelineId::FIRST, TimelineReason::First, start)).await.map(Some);
     };
-    let next_id = TimelineId(current.timeline.0 + 1);
+    let next_id = repository.next_timeline(&database).await?;
     let mut chain = repository.log_chain(&database, &timelines, current.timeline).await?;
     let mut lost = chain.loss().map(|hole| {
         format!("transactions {} to {} are missing from timeline {}", hole.missing, hole.last(), current.timeline)
@@ -307,7 +307,7 @@ pub(crate) async fn find_continuation(
     while let Some(entry) = chain.entries.last() {
         match repository.log_header(&entry.key).await {
             Ok(_) => break,
-            Err(error) if error.is_permanent() => {
+            Err(error) if error.is_damage() => {
                 lost = Some(error.to_string());
                 chain.entries.pop();
             }
@@ -328,8 +328,10 @@ pub(crate) async fn find_continuation(
         return begin_after_gap(work, database, next_id, lost).await.map(Some);
     }
     let tail_header = repository.log_header(&tail.key).await?;
-    if lost.is_none() && shared_links(dir, &tail_header).await? == Some(tail_header.links.len()) {
-        let (timeline, tip) = (current.timeline, tail_header.tip());
+    // Of an object that a fork leaves in its middle, only what lies before the fork is of this history.
+    let within = tail_header.links.partition_point(|link| link.last <= tail.last);
+    if lost.is_none() && within > 0 && shared_links(dir, &tail_header).await?.is_some_and(|shared| shared >= within) {
+        let (timeline, tip) = (current.timeline, tail_header.tip_until(tail.last));
         return Ok(Some(Continuation { timeline, tip, has_past: true, events: Vec::new() }));
     }
     let fork = find_fork(repository, dir, &chain.entries, first_segment.first).await?;

@@ -84,7 +84,7 @@ impl Known {
                     let newest = match work.repository.snapshot(&database, ancestor.timeline, offset).await {
                         Ok(newest) => newest,
                         // Nothing can be shared with what is damaged.
-                        Err(error) if error.is_permanent() => continue,
+                        Err(error) if error.is_damage() => continue,
                         Err(error) => return Err(error.into()),
                     };
                     for pack in newest.packs {

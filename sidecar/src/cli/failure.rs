@@ -153,6 +153,7 @@ impl From<RetentionError> for Failure {
             RetentionError::Repository(error) => of_repository(error),
             RetentionError::NoPolicy => ExitStatus::Usage,
             RetentionError::Unproven(_) => ExitStatus::Findings,
+            RetentionError::Pinned(_) => ExitStatus::Failed,
         };
         Self::new(status, error)
     }
@@ -305,7 +306,7 @@ fn of_instance(error: &InstanceError) -> ExitStatus {
         InstanceError::DataDir(error) => of_data_dir(error),
         InstanceError::Crypto(error) => of_crypto(error),
         InstanceError::NoKeys { .. } => ExitStatus::Usage,
-        InstanceError::File(_) | InstanceError::Damaged(_) => ExitStatus::Failed,
+        InstanceError::File(_) | InstanceError::Damaged(_) | InstanceError::TooLarge { .. } => ExitStatus::Failed,
     }
 }
 

@@ -40,6 +40,8 @@ pub enum InstanceError {
     Crypto(#[from] CryptoError),
     #[error("the instance capture is damaged: {0}; run `inner-universe verify`")]
     Damaged(String),
+    #[error("the instance has {len} bytes and compresses to so few that no more than {most} are taken back; report it")]
+    TooLarge { len: u64, most: u64 },
     #[error(
         "{} has no {file}; name the directory given to the server as --jwt-key-dir",
         dir.display()
@@ -89,6 +91,11 @@ impl Capture {
         }
         let compressed = tar.into_inner().and_then(zstd::Encoder::finish).map_err(damaged)?;
         let bytes = keys.seal(compressed)?;
+        // What would be refused when it is needed is refused now.
+        let len = self.files.values().map(|content| content.len() as u64).sum::<u64>();
+        if len > most(bytes.len()) {
+            return Err(InstanceError::TooLarge { len, most: most(bytes.len()) });
+        }
         Ok((ContentHash::of(&bytes), bytes))
     }
 }
@@ -149,10 +156,11 @@ pub fn read(id: &ContentHash, bytes: &[u8], keys: &Keyring) -> Result<Vec<(Strin
     } else {
         bytes
     };
-    let mut tar = tar::Archive::new(zstd::Decoder::new(compressed).map_err(damaged)?);
+    // Text and programs do not compress beyond this; what does is made to fill memory. Names and headers count too.
+    let most = most(bytes.len());
+    let unpacked = zstd::Decoder::new(compressed).map_err(damaged)?.take(most.saturating_mul(2));
+    let mut tar = tar::Archive::new(unpacked);
     let mut files = Vec::new();
-    // Text and programs do not compress beyond this; what does is made to fill memory.
-    let most = MOST_RATIO.saturating_mul(bytes.len() as u64).saturating_add(MOST_BASE);
     let mut left = most;
     for entry in tar.entries().map_err(damaged)? {
         let entry = entry.map_err(damaged)?;
@@ -173,6 +181,10 @@ pub fn read(id: &ContentHash, bytes: &[u8], keys: &Keyring) -> Result<Vec<(Strin
 /// A capture may be so many times as large as it is stored, and then some.
 const MOST_RATIO: u64 = 64;
 const MOST_BASE: u64 = 64 << 20;
+
+fn most(stored: usize) -> u64 {
+    MOST_RATIO.saturating_mul(stored as u64).saturating_add(MOST_BASE)
+}
 
 fn is_secret(name: &str) -> bool {
     name.strip_prefix(KEYS).is_some_and(|rest| rest.starts_with('/'))

@@ -155,7 +155,7 @@ impl Repository {
                     found.timelines.push(timeline);
                     continue;
                 }
-                Err(error) if error.is_permanent() => error,
+                Err(error) if error.is_damage() => error,
                 Err(error) => return Err(error),
             };
             let mut entries = self.log_entries(database, id).await?;
@@ -181,7 +181,7 @@ impl Repository {
     ) -> Result<Option<Timeline>, RepositoryError> {
         let header = match self.log_header(&first.key).await {
             Ok(header) => header,
-            Err(error) if error.is_permanent() => return Ok(None),
+            Err(error) if error.is_damage() => return Ok(None),
             Err(error) => return Err(error),
         };
         let created_at = jiff::Timestamp::from_microsecond(header.archived_at).unwrap_or_default();
@@ -197,7 +197,11 @@ impl Repository {
                 if entry.first > before || entry.last < before {
                     continue;
                 }
-                let Ok(other) = self.log_header(&entry.key).await else { continue };
+                let other = match self.log_header(&entry.key).await {
+                    Ok(other) => other,
+                    Err(error) if error.is_damage() => continue,
+                    Err(error) => return Err(error),
+                };
                 if other.links.iter().any(|link| link.last == before && link.chain == header.previous_chain) {
                     let fork = Timeline {
                         parent: Some(parent),
@@ -208,12 +212,15 @@ impl Repository {
                 }
             }
         }
-        // Retention may have taken what came before.
-        let removed = self.retention().await?.into_iter().flat_map(|retention| retention.removed);
-        let mut before = removed.filter(|removed| removed.database == *database && removed.timeline == id);
-        Ok(before
-            .find(|removed| removed.last.0 + 1 == header.first.0)
-            .map(|removed| root(removed.first, TimelineReason::First)))
+        // Retention may have taken what came before, here or on the timeline that this one grew from.
+        let retention = self.retention().await?.into_iter().flat_map(|retention| retention.removed);
+        let gone: Vec<_> =
+            retention.filter(|removed| removed.database == *database && removed.last >= before).collect();
+        let own = gone.iter().find(|removed| removed.timeline == id && removed.last == before);
+        Ok(match own {
+            Some(own) => Some(root(own.first, TimelineReason::First)),
+            None => gone.iter().any(|removed| removed.first <= before).then(|| root(header.first, TimelineReason::Gap)),
+        })
     }
 
     /// The log of timeline `id`, through its ancestors.
@@ -235,14 +242,51 @@ impl Repository {
         }
         let mut chain = assemble(rows);
         // What is missing is rare, so it is looked up only then whether that was meant.
-        if !chain.holes.is_empty()
-            && let Some(retention) = self.retention().await?
-        {
+        if !chain.holes.is_empty() {
+            let retention = match self.retention().await {
+                Ok(None) => return Ok(chain),
+                Ok(Some(retention)) => Some(retention),
+                // What cannot be known must neither stop a restore nor look like a loss, on which archives fork.
+                Err(error) if error.is_damage() => {
+                    tracing::warn!(%error, "whether missing log was removed on purpose is not known");
+                    None
+                }
+                Err(error) => return Err(error),
+            };
             for hole in &mut chain.holes {
-                hole.removed = retention.has_removed(database, hole);
+                hole.removed = retention.as_ref().is_none_or(|retention| retention.has_removed(database, hole));
             }
         }
         Ok(chain)
+    }
+
+    /// Did retention take away what followed `end` on this timeline?
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn is_removed_after(
+        &self,
+        database: &Identity,
+        timeline: TimelineId,
+        end: Offset,
+    ) -> Result<bool, RepositoryError> {
+        let removed = match self.retention().await {
+            Ok(retention) => retention.into_iter().flat_map(|retention| retention.removed),
+            Err(error) if error.is_damage() => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let mut here = removed.filter(|removed| removed.database == *database && removed.timeline == timeline);
+        Ok(here.any(|removed| removed.first <= Offset(end.0.saturating_add(1)) && removed.last > end))
+    }
+
+    /// The number that the next timeline gets: above all that were ever begun.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn next_timeline(&self, database: &Identity) -> Result<TimelineId, RepositoryError> {
+        let names = self.folders(&paths::timelines(database)).await?;
+        let highest = names.iter().filter_map(|name| name.parse::<TimelineId>().ok()).max();
+        Ok(highest.map_or(TimelineId::FIRST, |highest| TimelineId(highest.0.saturating_add(1))))
     }
 
     /// Every log object of one timeline, of every level.

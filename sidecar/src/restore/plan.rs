@@ -141,6 +141,8 @@ async fn load_points(repository: &Repository) -> Result<Vec<RestorePoint>, Resto
                 tracing::warn!(%error, "a restore point is damaged and passed over");
                 damaged = Some(error);
             }
+            // A prune took it between the two looks.
+            Err(RepositoryError::Missing { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -171,8 +173,16 @@ async fn choose_whole_instance(
         if by_name || repository.exists(&paths::instance(chosen.instance)).await? {
             return Ok(chosen);
         }
-        tracing::warn!(restore_point = %chosen.id, "its instance capture is missing; another one's is taken");
         left.retain(|point| point.instance != chosen.instance);
+        // Everything is not everything without a database that came later.
+        let is_left = |database: &DatabasePoint| {
+            left.last().is_some_and(|point| point.databases.iter().any(|found| found.identity == database.identity))
+        };
+        let is_everything = request.target == Target::Latest && request.databases.is_empty();
+        if is_everything && !chosen.databases.iter().all(is_left) {
+            return Ok(chosen);
+        }
+        tracing::warn!(restore_point = %chosen.id, "its instance capture is missing; another one's is taken");
     }
 }
 
@@ -247,7 +257,10 @@ async fn plan_database(
 ) -> Result<DatabasePlan, RestoreError> {
     let timelines = repository.timelines(&point.identity).await?;
     let fixed = matches!(request.target, Target::Label(_) | Target::Point(_));
-    let newest = repository.newest_timeline(&point.identity, &timelines).await?.unwrap_or(point.timeline);
+    // A timeline that a restore point names is there, whether or not it has log of its own: yet, or any more.
+    let named = points.iter().flat_map(|point| &point.databases).filter(|found| found.identity == point.identity);
+    let named = named.map(|found| found.timeline).max();
+    let newest = repository.newest_timeline(&point.identity, &timelines).await?.max(named).unwrap_or(point.timeline);
     let timeline = match request.timeline {
         Some(id) if !timelines.iter().any(|timeline| timeline.timeline == id) => {
             let known: Vec<_> = timelines.iter().map(|timeline| timeline.timeline.to_string()).collect();
@@ -280,6 +293,12 @@ async fn plan_database(
     let end = end_of(&chain, timeline)?;
     if matches!(request.target, Target::Latest | Target::Time(_)) && offset == end {
         all_promised_is_there(points, point, &timelines, timeline, end)?;
+        if repository.is_removed_after(&point.identity, timeline, end).await? {
+            return Err(RestoreError::NothingToRestore(format!(
+                "transactions after {end} of timeline {timeline} were removed by retention; `--to offset:{end}` restores \
+                 what is there"
+            )));
+        }
     }
     if let Target::Time(time) = request.target
         && let Some(hole) = chain.holes.iter().find(|hole| hole.missing.0 == offset.0 + 1)
@@ -414,7 +433,7 @@ pub(crate) async fn start_of_link(
     let Some(entry) = chain.range(offset, offset).first() else { return Ok(offset) };
     let header = repository.log_header(&entry.key).await?;
     let before = header.links.iter().rev().find(|link| link.last < offset);
-    Ok(before.map_or(header.first, |link| Offset(link.last.0 + 1)))
+    Ok(before.map_or(header.first, |link| Offset(link.last.0.saturating_add(1))))
 }
 
 async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Option<i64>), RestoreError> {
@@ -446,7 +465,7 @@ async fn at_time(
             within = middle + 1;
         }
     }
-    let mut found = before.map(|tip| (Offset(tip.next.0 - 1), tip.max_time));
+    let mut found = before.map(|tip| (Offset(tip.next.0.saturating_sub(1)), tip.max_time));
     if let Some(entry) = chain.entries.get(within) {
         let later = |link: &Link| link.max_time.is_some_and(|max| max > micros);
         found = walk(repository, entry, found, later, |_, max| max.is_some_and(|max| max > micros)).await?;
@@ -474,7 +493,7 @@ async fn walk(
     let stored = repository.log_part(&open, part).await?;
     let commits = header.decode_part(&open.key, part, &stored, &repository.keys)?;
     let start = index.checked_sub(1).and_then(|index| header.tip_at(index));
-    let mut found = start.map(|tip| (Offset(tip.next.0 - 1), tip.max_time)).or(before);
+    let mut found = start.map(|tip| (Offset(tip.next.0.saturating_sub(1)), tip.max_time)).or(before);
     let mut at = 0;
     while let Frame::Commit(commit) = Frame::parse(header.log_version, &commits[at..]) {
         at += commit.bytes.len();
@@ -511,7 +530,7 @@ async fn at_offset(
         }
         None => None,
     };
-    let before = before.map(|tip| (Offset(tip.next.0 - 1), tip.max_time));
+    let before = before.map(|tip| (Offset(tip.next.0.saturating_sub(1)), tip.max_time));
     let found = walk(repository, entry, before, |link| link.last >= offset, |last, _| last > offset).await?;
     let found = found.ok_or_else(|| {
         RestoreError::NothingToRestore(format!(
@@ -544,7 +563,7 @@ async fn choose_snapshot(
     for (offset, timeline) in usable.into_iter().rev() {
         match repository.snapshot(database, timeline, offset).await {
             Ok(snapshot) => return Ok(Some(snapshot)),
-            Err(error) if error.is_permanent() => {
+            Err(error) if error.is_damage() => {
                 tracing::warn!(%error, %offset, "a snapshot cannot be used and is passed over");
             }
             Err(error) => return Err(error.into()),

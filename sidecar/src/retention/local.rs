@@ -229,7 +229,7 @@ async fn is_same(
 ) -> Result<Option<String>, LocalError> {
     let open = match repository.open_log(entry).await {
         Ok(open) => open,
-        Err(error) if error.is_permanent() => return Ok(Some(error.to_string())),
+        Err(error) if error.is_damage() => return Ok(Some(error.to_string())),
         Err(error) => return Err(error.into()),
     };
     for index in 0..open.header.parts.len() {

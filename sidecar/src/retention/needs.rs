@@ -1,16 +1,20 @@
 //! What a set of restore points needs: the proof that a restore of each can be done, and the objects it would read.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use jiff::Timestamp;
 use object_store::path::Path as Key;
 
-use crate::ids::{Identity, Offset, TimelineId};
+use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::log_object::{ChainTip, LogHeader};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
-use crate::repository::timeline::{LogChain, ancestry};
+use crate::repository::timeline::{LogChain, LogEntry, ancestry};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
 use crate::restore::plan::start_of_link;
+
+/// Headers that are read at once.
+const READ_AHEAD: usize = 8;
 
 /// Every object of a repository, with its size.
 pub type Listing = BTreeMap<Key, u64>;
@@ -44,19 +48,39 @@ pub async fn find(
         }
         needs.objects.insert(instance);
     }
+    let newest = kept.last();
+    let mut seen = HashSet::new();
     for database in repository.databases().await? {
         let timelines = repository.timelines(&database).await?;
-        let points: Vec<(String, &DatabasePoint)> = kept
+        seen.extend(timelines.iter().map(|timeline| (database, timeline.timeline)));
+        let points: Vec<Promised<'_>> = kept
             .iter()
-            .flat_map(|point| point.databases.iter().map(move |database| (point.id.to_string(), database)))
-            .filter(|(_, point)| point.identity == database)
+            .flat_map(|point| point.databases.iter().map(move |found| Promised { id: point.id, point: found }))
+            .filter(|promised| promised.point.identity == database)
             .collect();
-        let in_newest = kept.last().is_some_and(|point| point.databases.iter().any(|d| d.identity == database));
+        let in_newest = newest.is_some_and(|point| point.databases.iter().any(|found| found.identity == database));
+        let newest_at = newest.map_or(Timestamp::MIN, |point| point.created_at);
         let mut look =
             Look { repository, listing, database, timelines: &timelines, needs: &mut needs, ranges: Ranges::new() };
-        look.database(&points, in_newest, window_start).await?;
+        look.database(&points, in_newest, newest_at, window_start).await?;
+    }
+    // What is looked at is what is there; what is promised may be gone with its whole folder.
+    for point in kept {
+        for database in point.databases.iter().filter(|found| !seen.contains(&(found.identity, found.timeline))) {
+            let (name, timeline) = (&database.name, database.timeline);
+            needs
+                .problems
+                .push(format!("restore point {}: timeline {timeline} of database {name} is missing", point.id));
+        }
     }
     Ok(needs)
+}
+
+/// A database of a kept restore point.
+#[derive(Clone, Copy)]
+struct Promised<'a> {
+    id: RestorePointId,
+    point: &'a DatabasePoint,
 }
 
 struct Look<'a> {
@@ -80,30 +104,101 @@ struct Line {
 impl Look<'_> {
     async fn database(
         &mut self,
-        points: &[(String, &DatabasePoint)],
+        points: &[Promised<'_>],
         in_newest: bool,
+        newest_at: Timestamp,
         window_start: Option<Timestamp>,
     ) -> Result<(), RepositoryError> {
-        let newest = self.repository.newest_timeline(&self.database, self.timelines).await?;
-        let newest = newest.max(self.timelines.last().map(|timeline| timeline.timeline));
+        let current = self.timelines.last().map(|timeline| timeline.timeline);
+        let mut lines = Vec::new();
         for timeline in self.timelines {
-            let id = timeline.timeline;
-            let line = self.line(id).await?;
-            for (name, point) in points.iter().filter(|(_, point)| point.timeline == id) {
-                if !self.reach(&line, point.offset).await? {
-                    self.needs.problems.push(format!(
-                        "restore point {name}: transaction {} of database {} cannot be reached on timeline {id}",
-                        point.offset, point.name
-                    ));
+            let line = self.line(timeline.timeline).await?;
+            for promised in points.iter().filter(|promised| promised.point.timeline == line.timeline) {
+                if !self.reach(&line, promised.point.offset).await? {
+                    self.unreachable(promised);
                 }
             }
-            let is_current = Some(id) == newest && (in_newest || points.is_empty());
+            // A database that no restore point knows yet, or none knows any more, is current while it is written to.
+            let is_current = Some(line.timeline) == current
+                && (in_newest || timeline.created_at >= newest_at || self.is_recent(&line, Some(newest_at)).await?);
             if is_current || self.is_recent(&line, window_start).await? {
                 self.tail(&line, points, window_start).await?;
             }
+            lines.push(line);
+        }
+        for line in &lines {
+            self.prove(line, points).await?;
         }
         self.collect();
         Ok(())
+    }
+
+    fn unreachable(&mut self, promised: &Promised<'_>) {
+        let (id, point) = (promised.id, promised.point);
+        self.needs.problems.push(format!(
+            "restore point {id}: transaction {} of database {} cannot be reached on timeline {}",
+            point.offset, point.name, point.timeline
+        ));
+    }
+
+    /// Reads the headers of a timeline's own objects that are needed: each must be as long as it says and continue the one
+    /// before, and hold what restore points promised.
+    async fn prove(&mut self, line: &Line, points: &[Promised<'_>]) -> Result<(), RepositoryError> {
+        let mut tip: Option<ChainTip> = None;
+        let mut problems = Vec::new();
+        let needed = self.needed_of(line);
+        for some in needed.chunks(READ_AHEAD) {
+            let requests: Vec<_> =
+                some.iter().map(|entry| header_of(self.repository.clone(), entry.key.clone())).collect();
+            for (header, entry) in futures::future::join_all(requests).await.into_iter().zip(some) {
+                match header {
+                    Ok(header) => {
+                        problems.extend(self.wrong_with(&header, entry, tip.as_ref(), points));
+                        tip = Some(header.tip_until(entry.last));
+                    }
+                    Err(error) if error.is_damage() => {
+                        problems.push(format!("log that is kept cannot be read: {error}"));
+                        tip = None;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        self.needs.problems.extend(problems);
+        Ok(())
+    }
+
+    /// A timeline's own objects that are needed.
+    fn needed_of(&self, line: &Line) -> Vec<LogEntry> {
+        let ranges = self.ranges.get(&line.timeline).map_or(&[][..], Vec::as_slice);
+        let is_needed = |entry: &&LogEntry| {
+            entry.timeline == line.timeline && ranges.iter().any(|(from, to)| entry.first <= *to && *from <= entry.last)
+        };
+        line.chain.entries.iter().filter(is_needed).cloned().collect()
+    }
+
+    fn wrong_with(
+        &self,
+        header: &LogHeader,
+        entry: &LogEntry,
+        before: Option<&ChainTip>,
+        points: &[Promised<'_>],
+    ) -> Vec<String> {
+        let mut problems = Vec::new();
+        if header.object_len() != entry.size || header.database != self.database {
+            problems.push(format!("{} is not what its header says", entry.key));
+        }
+        if before.is_some_and(|tip| tip.next == header.first && tip.chain != header.previous_chain) {
+            problems.push(format!("{} does not continue the object before it", entry.key));
+        }
+        for promised in points.iter().filter(|promised| promised.point.timeline == entry.timeline) {
+            let point = promised.point;
+            let is_here = entry.first <= point.offset && point.offset <= entry.last;
+            if is_here && !header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain) {
+                problems.push(format!("restore point {}: {} holds another history", promised.id, entry.key));
+            }
+        }
+        problems
     }
 
     async fn line(&self, timeline: TimelineId) -> Result<Line, RepositoryError> {
@@ -148,14 +243,16 @@ impl Look<'_> {
         }
         let manifest: SnapshotManifest = match self.repository.snapshot(&self.database, timeline, offset).await {
             Ok(manifest) => manifest,
-            Err(error) if error.is_permanent() => return Ok(false),
+            Err(error) if error.is_damage() => return Ok(false),
             Err(error) => return Err(error),
         };
-        let packs: Vec<Key> = manifest.packs.iter().map(|used| paths::pack(&self.database, used.pack)).collect();
-        if packs.iter().any(|pack| !self.listing.contains_key(pack)) {
+        let packs = manifest.packs.iter().map(|used| (paths::pack(&self.database, used.pack), used.stored_bytes));
+        let packs: Vec<(Key, u64)> = packs.collect();
+        // A name alone proves nothing: a pack that was cut off is no pack.
+        if packs.iter().any(|(pack, stored)| self.listing.get(pack) != Some(stored)) {
             return Ok(false);
         }
-        self.needs.objects.extend(packs);
+        self.needs.objects.extend(packs.into_iter().map(|(pack, _)| pack));
         self.needs.objects.insert(key);
         Ok(true)
     }
@@ -177,7 +274,7 @@ impl Look<'_> {
         match self.repository.log_header(&entry.key).await {
             Ok(header) => Ok(header.archived_at >= start.as_microsecond()),
             // What cannot be read is not what to take away.
-            Err(error) if error.is_permanent() => Ok(true),
+            Err(error) if error.is_damage() => Ok(true),
             Err(error) => Err(error),
         }
     }
@@ -186,7 +283,7 @@ impl Look<'_> {
     async fn tail(
         &mut self,
         line: &Line,
-        points: &[(String, &DatabasePoint)],
+        points: &[Promised<'_>],
         window_start: Option<Timestamp>,
     ) -> Result<(), RepositoryError> {
         let Some(end) = line.chain.last() else { return Ok(()) };
@@ -196,7 +293,8 @@ impl Look<'_> {
             };
             line.ancestry.iter().any(counts)
         };
-        let newest = points.iter().filter(|(_, point)| on_line(point)).map(|(_, point)| point.offset).max();
+        let newest =
+            points.iter().map(|promised| promised.point).filter(|point| on_line(point)).map(|point| point.offset).max();
         let first = line.chain.first().unwrap_or(Offset(0));
         let from = match window_start {
             Some(start) => self.before_window(line, start).await?.unwrap_or(first),
@@ -228,7 +326,7 @@ impl Look<'_> {
             let is_later = match self.repository.log_header(&entry.key).await {
                 Ok(header) => header.tip_until(entry.last).max_time.is_some_and(|max| max > start.as_microsecond()),
                 // What cannot be read is kept, and all after it.
-                Err(error) if error.is_permanent() => true,
+                Err(error) if error.is_damage() => true,
                 Err(error) => return Err(error),
             };
             if is_later {
@@ -254,10 +352,14 @@ impl Look<'_> {
     }
 }
 
+async fn header_of(repository: Repository, key: Key) -> Result<LogHeader, RepositoryError> {
+    repository.log_header(&key).await
+}
+
 /// What is damaged cannot be needed; a store that fails ends the look.
 fn store_error<T>(error: RestoreError) -> Result<Option<T>, RepositoryError> {
     match error {
-        RestoreError::Repository(error) if !error.is_permanent() => Err(error),
+        RestoreError::Repository(error) if !error.is_damage() => Err(error),
         _ => Ok(None),
     }
 }

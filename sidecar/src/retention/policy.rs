@@ -10,7 +10,7 @@ use crate::config::RetentionConfig;
 use crate::ids::RestorePointId;
 
 /// What is kept.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Policy {
     pub last: u32,
     pub hourly: u32,
@@ -85,7 +85,8 @@ pub enum Reason {
 pub fn choose(candidates: &[Candidate], policy: &Policy, now: Timestamp) -> BTreeMap<RestorePointId, BTreeSet<Reason>> {
     let mut kept: BTreeMap<RestorePointId, BTreeSet<Reason>> = BTreeMap::new();
     let mut newest_first: Vec<_> = candidates.to_vec();
-    newest_first.sort_by_key(|point| std::cmp::Reverse((point.created_at, point.id)));
+    // Ids grow even where a clock was set back.
+    newest_first.sort_by_key(|point| std::cmp::Reverse(point.id));
     let mut keep = |point: &Candidate, reason| {
         kept.entry(point.id).or_default().insert(reason);
     };
@@ -113,13 +114,13 @@ pub fn choose(candidates: &[Candidate], policy: &Policy, now: Timestamp) -> BTre
         }
     }
     if let Some(start) = policy.window_start(now) {
-        for point in &newest_first {
-            keep(point, Reason::Window);
-            // The one before the window says what databases there were when it began.
-            if point.created_at <= start {
-                break;
-            }
-        }
+        newest_first.iter().filter(|point| point.created_at > start).for_each(|point| keep(point, Reason::Window));
+        // The one before the window says what databases there were when it began.
+        newest_first
+            .iter()
+            .find(|point| point.created_at <= start)
+            .into_iter()
+            .for_each(|point| keep(point, Reason::Window));
     }
     kept
 }
@@ -137,20 +138,6 @@ fn local(at: Timestamp, zone: chrono_tz::Tz) -> Option<DateTime<chrono_tz::Tz>> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn policy() -> Policy {
-        Policy {
-            last: 0,
-            hourly: 0,
-            daily: 0,
-            weekly: 0,
-            monthly: 0,
-            yearly: 0,
-            window: SignedDuration::ZERO,
-            minimum: 0,
-            zone: chrono_tz::UTC,
-        }
-    }
 
     fn points(times: &[&str]) -> Vec<Candidate> {
         let point = |(n, time): (usize, &&str)| {
@@ -175,15 +162,15 @@ mod tests {
             "2026-01-04T02:00:00Z",
             "2026-01-05T03:00:00Z",
         ]);
-        let daily = Policy { daily: 3, ..policy() };
+        let daily = Policy { daily: 3, ..Policy::default() };
         assert_eq!(
             kept(&points, &daily, "2026-01-06T00:00:00Z"),
             ["2026-01-01T20:00:00Z", "2026-01-04T02:00:00Z", "2026-01-05T03:00:00Z"]
         );
         // The fourth of January is a Sunday: it ends its ISO week.
-        let weekly = Policy { weekly: 2, ..policy() };
+        let weekly = Policy { weekly: 2, ..Policy::default() };
         assert_eq!(kept(&points, &weekly, "2026-01-06T00:00:00Z"), ["2026-01-04T02:00:00Z", "2026-01-05T03:00:00Z"]);
-        let minimum = Policy { minimum: 2, ..policy() };
+        let minimum = Policy { minimum: 2, ..Policy::default() };
         assert_eq!(kept(&points, &minimum, "2027-01-01T00:00:00Z"), ["2026-01-04T02:00:00Z", "2026-01-05T03:00:00Z"]);
     }
 
@@ -191,7 +178,7 @@ mod tests {
     fn the_window_keeps_all_in_it_and_the_last_one_before() {
         let points =
             points(&["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z", "2026-01-04T00:00:00Z"]);
-        let window = Policy { window: SignedDuration::from_hours(36), ..policy() };
+        let window = Policy { window: SignedDuration::from_hours(36), ..Policy::default() };
         assert_eq!(
             kept(&points, &window, "2026-01-04T06:00:00Z"),
             ["2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z", "2026-01-04T00:00:00Z"]
@@ -199,11 +186,24 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_is_the_one_that_was_made_last_whatever_the_clock_said() {
+        let mut points = points(&["2026-01-01T00:00:00Z", "2026-01-05T00:00:00Z", "2026-01-02T00:00:00Z"]);
+        let before = points[1].id;
+        points[2].id = RestorePointId::after(Some(before), points[2].created_at);
+        assert!(points[2].id > before);
+        let one = Policy { last: 1, ..Policy::default() };
+        assert_eq!(kept(&points, &one, "2026-01-02T01:00:00Z"), ["2026-01-02T00:00:00Z"]);
+        // A window that the others lie in keeps them, in whatever order they were made.
+        let window = Policy { window: SignedDuration::from_hours(48), ..Policy::default() };
+        assert_eq!(kept(&points, &window, "2026-01-05T12:00:00Z"), ["2026-01-05T00:00:00Z", "2026-01-02T00:00:00Z"]);
+    }
+
+    #[test]
     fn an_hour_that_comes_twice_is_two_and_days_begin_where_the_clocks_say() {
         // In Berlin, clocks went from three back to two on 25 October 2026, at one by UTC.
         let points =
             points(&["2026-10-25T00:10:00Z", "2026-10-25T00:40:00Z", "2026-10-25T01:10:00Z", "2026-10-25T23:30:00Z"]);
-        let berlin = Policy { zone: chrono_tz::Europe::Berlin, ..policy() };
+        let berlin = Policy { zone: chrono_tz::Europe::Berlin, ..Policy::default() };
         let hourly = Policy { hourly: 3, ..berlin.clone() };
         assert_eq!(
             kept(&points, &hourly, "2026-10-26T00:00:00Z"),

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use object_store::path::Path as Key;
 
-use crate::ids::ContentHash;
+use crate::ids::{ContentHash, Identity, Offset};
 use crate::repository::log_object::LogHeader;
 use crate::repository::pack::{self, EntryKind};
-use crate::repository::timeline::LogEntry;
+use crate::repository::ranges::{merged, without};
+use crate::repository::timeline::{Hole, LogEntry};
 use crate::repository::{InObject, RepositoryError, crypto::CryptoError, instance};
 use crate::verify::{Finding, FindingKind, Severity, Walk};
 
@@ -24,6 +25,11 @@ impl Walk<'_> {
             return Ok(known.clone());
         }
         let opened = self.repository.open_log(entry).await;
+        // Compaction and retention go on while a long verification reads what it listed.
+        if matches!(opened, Err(RepositoryError::Missing { .. })) && self.is_replaced(entry).await? {
+            self.moved.insert(key.clone());
+            return Ok(None);
+        }
         let mut whole = None;
         if let Some(open) = self.sort_out_log(entry, opened, database)? {
             self.report.objects += 1;
@@ -46,7 +52,11 @@ impl Walk<'_> {
                 match flatten(checked.await, key) {
                     Ok(Ok(())) => {}
                     Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(key, &error),
-                    Ok(Err(error)) => self.damaged(key, &reason(&error)),
+                    // Its hash is right, and yet it holds no commits: it was written so.
+                    Ok(Err(error)) => {
+                        self.sort_out_log(entry, Err::<(), _>(error), database)?;
+                        whole = None;
+                    }
                     Err(error) => {
                         self.sort_out_log(entry, Err::<(), _>(error), database)?;
                         whole = None;
@@ -57,6 +67,20 @@ impl Walk<'_> {
         }
         self.logs.insert(key.clone(), whole.clone());
         Ok(whole)
+    }
+
+    /// Do other objects hold now what this one held, or did retention take it away?
+    async fn is_replaced(&self, entry: &LogEntry) -> Result<bool, RepositoryError> {
+        let database = entry.key.parts().nth(1).and_then(|part| part.as_ref().parse::<Identity>().ok());
+        let Some(database) = database else { return Ok(false) };
+        let listed = self.repository.log_entries(&database, entry.timeline).await?;
+        let held = listed.iter().filter(|other| other.key != entry.key).map(|other| (other.first.0, other.last.0));
+        if without((entry.first.0, entry.last.0), &merged(held.collect())).is_empty() {
+            return Ok(true);
+        }
+        let found = Offset(entry.last.0.saturating_add(1));
+        let hole = Hole { timeline: entry.timeline, missing: entry.first, found, removed: false };
+        Ok(self.repository.retention().await?.is_some_and(|retention| retention.has_removed(&database, &hole)))
     }
 
     /// As [`Self::sort_out`], and says which transactions a damaged log object takes along.
@@ -211,7 +235,7 @@ impl Walk<'_> {
                 self.not_readable(key, &error);
                 Ok(None)
             }
-            Err(error) if error.is_permanent() => {
+            Err(error) if error.is_damage() => {
                 self.damaged(key, &reason(&error));
                 Ok(None)
             }
@@ -231,6 +255,10 @@ impl Walk<'_> {
 
     pub(super) fn not_readable(&mut self, key: &Key, error: &CryptoError) {
         let severity = if matches!(error, CryptoError::Damaged(_)) { Severity::Error } else { Severity::Warning };
+        // Without a key no body can be opened: that is said once, and not once for each.
+        if severity == Severity::Warning && std::mem::replace(&mut self.told_of_keys, true) {
+            return;
+        }
         self.find(severity, FindingKind::NotReadable, key, error.to_string(), "name the identity file with --identity");
     }
 

@@ -5,8 +5,11 @@ use std::collections::HashMap;
 
 use object_store::path::Path as Key;
 
+#[cfg(feature = "client")]
 use crate::export::manifest::ExportManifest;
-use crate::ids::{ContentHash, TimelineId};
+#[cfg(feature = "client")]
+use crate::ids::ContentHash;
+use crate::ids::TimelineId;
 use crate::repository::manifest::RestorePoint;
 use crate::repository::timeline::LogEntry;
 use crate::repository::{RepositoryError, document, paths};
@@ -29,9 +32,14 @@ impl Walk<'_> {
             match parts.as_slice() {
                 ["repository.json" | "lease.json" | "lease.lock"] => {}
                 ["pins" | "retention" | "drills" | "deployments", _] => self.note(&key).await?,
-                ["programs", _] => self.program(&key).await?,
-                ["databases", _, "exports", "manifests", ..] => self.export(&key, &listed).await?,
                 ["databases", _, "exports", "plans", _] => self.note(&key).await?,
+                #[cfg(feature = "client")]
+                ["programs", _] => self.program(&key).await?,
+                #[cfg(feature = "client")]
+                ["databases", _, "exports", "manifests", ..] => self.export(&key, &listed).await?,
+                // A build that knows no exports and no programs cannot say anything of them.
+                #[cfg(not(feature = "client"))]
+                ["programs", _] | ["databases", _, "exports", ..] => {}
                 ["databases", database, "timelines", timeline, "log", ..] => {
                     let size = listed.get(&key).copied().unwrap_or_default();
                     let entry = timeline.parse().ok().and_then(|timeline| log_entry(&key, timeline, size));
@@ -79,22 +87,21 @@ impl Walk<'_> {
         Ok(())
     }
 
+    #[cfg(feature = "client")]
     async fn program(&mut self, key: &Key) -> Result<(), RepositoryError> {
         if !self.is_drawn(key) {
             return Ok(());
         }
         let Some(bytes) = self.fetch(key).await? else { return Ok(()) };
-        #[cfg(feature = "client")]
         match crate::deploy::record::open_program(key, &bytes, &self.repository.keys) {
             Ok(_) => {}
             Err(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
             Err(error) => self.damaged(key, &super::objects::reason(&error)),
         }
-        #[cfg(not(feature = "client"))]
-        drop(bytes);
         Ok(())
     }
 
+    #[cfg(feature = "client")]
     async fn export(&mut self, key: &Key, listed: &HashMap<Key, u64>) -> Result<(), RepositoryError> {
         let manifest = self.fetch(key).await?;
         let read = |bytes: bytes::Bytes| {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use harness::faulty::{DiesAt, FaultyStore, Moment};
+use harness::faulty::{DiesAt, FaultyStore, Moment, Operation, Script};
 use harness::synthetic::record;
 use harness::tools;
 use harness::workload::Random;
@@ -340,7 +340,7 @@ async fn a_prune_that_dies_at_any_step_leaves_every_kept_restore_point_whole_and
             assert!(kept.iter().all(|point| present.contains(&point.0)), "step {step}");
             let listed = life.repository.list(&Key::default()).await.expect("a listing");
             let retentions = listed.iter().filter(|(key, _)| key.as_ref().starts_with("retention/")).count();
-            assert_eq!(retentions, 1, "step {step}");
+            assert_eq!(retentions, 2, "step {step}: the newest, and the one before");
         }
         // The first steps each, later ones of a kind in larger strides.
         step += if tools::all() || step < 12 { 1 } else { 1 + step / 6 };
@@ -353,16 +353,7 @@ async fn nothing_is_removed_while_a_kept_restore_point_is_broken_or_nothing_says
     for _ in 0..24 * 12 {
         life.hour().await;
     }
-    let nothing = Policy {
-        last: 0,
-        hourly: 0,
-        daily: 0,
-        weekly: 0,
-        monthly: 0,
-        yearly: 0,
-        window: SignedDuration::ZERO,
-        ..policy()
-    };
+    let nothing = Policy::default();
     let refused = retention::plan(&life.repository, &nothing, GRACE, life.clock.now()).await.expect_err("no policy");
     assert!(refused.to_string().contains("everything is kept"), "{refused}");
     life.prune(&life.repository).await.expect("marks");
@@ -400,4 +391,128 @@ async fn a_pin_keeps_a_restore_point_and_one_that_is_set_in_the_grace_period_tak
     life.clock.pass(HOUR * 25);
     life.prune(&life.repository).await.expect("a prune");
     assert!(!life.present().await.contains(&early));
+}
+
+/// Deletes of restore points are refused, as a bucket with object lock does for the youngest objects.
+struct Locks;
+
+impl Script for Locks {
+    fn next(&self, operation: Operation, key: Option<&Key>) -> Option<Moment> {
+        let is_point = key.is_some_and(|key| key.as_ref().starts_with("restore-points/"));
+        (operation == Operation::Delete && is_point).then_some(Moment::Refused)
+    }
+}
+
+async fn aged() -> Life {
+    let mut life = Life::begin().await;
+    for _ in 0..24 * 12 {
+        life.hour().await;
+    }
+    life.prune(&life.repository).await.expect("marks");
+    for _ in 0..25 {
+        life.hour().await;
+    }
+    life
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_point_that_the_store_keeps_keeps_what_it_names() {
+    let life = aged().await;
+    let faulty = Arc::new(FaultyStore::new(Arc::clone(&life.objects) as Arc<dyn ObjectStore>, Arc::new(Locks)));
+    let locked =
+        Repository::open_in(Store::around(faulty), "memory://", Keyring::default()).await.expect("a repository");
+    let before = life.present().await;
+    let report = life.prune(&locked).await.expect("a prune");
+    assert!(!report.refused.is_empty() && report.deleted.objects == 0, "{:?}", report.deleted);
+    assert_eq!(life.present().await, before);
+    for (id, _, offset) in life.points.iter().filter(|point| before.contains(&point.0)).step_by(9) {
+        life.can_restore(Target::Point(*id), *offset).await;
+    }
+    // Without the lock, the next one ends it.
+    assert!(life.prune(&life.repository).await.expect("a prune").deleted.objects > 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_between_plan_and_prune_stops_it() {
+    let life = aged().await;
+    let plan = retention::plan(&life.repository, &policy(), GRACE, life.clock.now()).await.expect("a plan");
+    let going = plan.removed.first().expect("one that goes").id;
+    life.repository.pin(going, life.clock.now()).await.expect("a pin");
+    let before = life.present().await;
+    let refused = retention::apply(&life.repository, &plan, &life.clock).await.expect_err("pinned meanwhile");
+    assert!(refused.to_string().contains("was pinned meanwhile"), "{refused}");
+    assert_eq!(life.present().await, before);
+    life.prune(&life.repository).await.expect("a prune");
+    assert!(life.present().await.contains(&going));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_alone_proves_nothing() {
+    let life = aged().await;
+    let listed = life.repository.list(&Key::default()).await.expect("a listing");
+    let keys = |part: &str| -> Vec<Key> {
+        listed.iter().map(|(key, _)| key.clone()).filter(|key| key.as_ref().contains(part)).collect()
+    };
+    let prune = async || life.prune(&life.repository).await.expect_err("not proven").to_string();
+    let put = async |key: &Key, bytes: Vec<u8>| {
+        life.objects.put(key, bytes.into()).await.expect("put");
+    };
+    let get = async |key: &Key| life.objects.get(key).await.expect("get").bytes().await.expect("bytes").to_vec();
+    // A log object that was cut off, one that is another's bytes, and one that is not there at all.
+    let logs = keys("/log/");
+    let (victim, other) = (&logs[logs.len() - 5], &logs[logs.len() - 9]);
+    let good = get(victim).await;
+    for bad in [good[..good.len() / 2].to_vec(), get(other).await, Vec::new()] {
+        put(victim, bad).await;
+        let said = prune().await;
+        assert!(said.starts_with("nothing was removed"), "{said}");
+    }
+    put(victim, good).await;
+    // A timeline that is gone with its whole folder, and a database.
+    for part in ["/timelines/", "databases/"] {
+        let objects = Arc::new(life.objects.fork());
+        for key in keys(part) {
+            objects.delete(&key).await.expect("delete");
+        }
+        let repository = open(objects as Arc<dyn ObjectStore>, &life.clock).await;
+        let said = life.prune(&repository).await.expect_err("not proven").to_string();
+        assert!(said.contains("is missing") || said.contains("cannot be reached"), "{said}");
+    }
+    // A snapshot whose pack was cut off is none: what an older one needs stays.
+    let snapshots = keys("/snapshots/");
+    let newest = snapshots.last().expect("a snapshot");
+    let (older, manifest) = (
+        &snapshots[snapshots.len() - 2],
+        life.repository.snapshot(&DATABASE, TimelineId::FIRST, paths::parse_snapshot(newest).expect("an offset")).await,
+    );
+    let pack = paths::pack(&DATABASE, manifest.expect("a manifest").packs[0].pack);
+    let whole = get(&pack).await;
+    put(&pack, whole[..10].to_vec()).await;
+    let only_newest = Policy { last: 1, ..Policy::default() };
+    let plan = retention::plan(&life.repository, &only_newest, GRACE, life.clock.now()).await.expect("a plan");
+    assert!(plan.unneeded.iter().all(|marked| marked.object != older.as_ref()), "{older} is needed now");
+    put(&pack, whole).await;
+    let plan = retention::plan(&life.repository, &only_newest, GRACE, life.clock.now()).await.expect("a plan");
+    assert!(plan.unneeded.iter().any(|marked| marked.object == older.as_ref()), "{older} is needed no more");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_retention_did_is_known_from_the_document_before_and_reads_go_on_without_either() {
+    let life = aged().await;
+    life.prune(&life.repository).await.expect("a prune");
+    let kept: Vec<_> = life
+        .points
+        .iter()
+        .filter(|point| point.1 > life.clock.now().checked_sub(HOUR * 100).expect("a time"))
+        .collect();
+    let documents: Vec<Key> =
+        life.repository.list(&paths::retentions()).await.expect("a listing").into_iter().map(|(key, _)| key).collect();
+    assert_eq!(documents.len(), 2);
+    for key in documents.iter().rev() {
+        life.objects.put(key, b"{}".to_vec().into()).await.expect("damage");
+        life.can_restore(Target::Point(kept[3].0), kept[3].2).await;
+        life.can_restore(Target::Latest, Offset(life.hour - 1)).await;
+    }
+    // A prune must know.
+    assert!(life.prune(&life.repository).await.is_err());
 }

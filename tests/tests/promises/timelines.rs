@@ -121,3 +121,39 @@ async fn a_restored_server_that_goes_on_starts_a_new_timeline() {
         std::fs::remove_dir_all(&restored).expect("remove what was restored");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_latest_of_a_history_that_went_back_is_where_it_went_back_to() {
+    let synthetic = Synthetic::new();
+    let (repository, store) = synthetic::repository().await;
+    let all = records(0..20, "history");
+    synthetic.segment(1, 0, &all[..10]);
+    synthetic::back_up(&repository, &synthetic.path()).await.expect("the first backup");
+    synthetic.segment(1, 0, &all);
+    synthetic::back_up(&repository, &synthetic.path()).await.expect("the second backup");
+    // Taken back to transaction 9, and nothing written since.
+    synthetic.segment(1, 0, &all[..10]);
+    let report = synthetic::back_up(&repository, &synthetic.path()).await.expect("the third backup");
+    let timeline = report.databases[0].timeline;
+    assert_eq!((timeline, report.databases[0].offset), (TimelineId(2), Offset(9)));
+    let target = synthetic.dir.path().join("latest");
+    let report = synthetic::restore(&repository, &RestoreRequest::default(), &target).await.expect("the latest");
+    assert_eq!(report.databases[0].offset, Offset(9), "what was taken back does not come back");
+    // A second look begins no third timeline.
+    let report = synthetic::back_up(&repository, &synthetic.path()).await.expect("the fourth backup");
+    assert_eq!((report.databases[0].timeline, report.problems), (TimelineId(2), Vec::new()));
+    // And if its log is lost once it has some, that is an error and no older state.
+    let mut more = all[..10].to_vec();
+    more.extend(records(0..5, "another history"));
+    synthetic.segment(1, 0, &more);
+    synthetic::back_up(&repository, &synthetic.path()).await.expect("the fifth backup");
+    let database = report.databases[0].identity;
+    for (key, _) in repository.list(&inner_universe::repository::paths::logs(&database, timeline)).await.expect("list")
+    {
+        object_store::ObjectStoreExt::delete(store.as_ref(), &key).await.expect("delete");
+    }
+    let target = synthetic.dir.path().join("lost");
+    let error =
+        synthetic::restore(&repository, &RestoreRequest::default(), &target).await.expect_err("its log is lost");
+    assert!(error.to_string().contains("are missing from timeline"), "{error}");
+}

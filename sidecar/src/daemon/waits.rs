@@ -1,0 +1,102 @@
+//! What a daemon waits for before it archives: the data directory, the store, the lease.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::BackoffBuilder as _;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::{Clock, Stopwatch, patience};
+use crate::daemon::state::State;
+use crate::daemon::{DaemonError, DaemonOptions};
+use crate::datadir::{DataDir, DataDirError};
+use crate::repository::lease::{self, Lease, LeaseDocument};
+use crate::repository::{Repository, RepositoryError};
+
+/// The server may still be about to make its directory.
+pub(super) async fn wait_for_data_dir(
+    options: &DaemonOptions,
+    clock: &dyn Clock,
+    stop: &CancellationToken,
+) -> Result<Option<DataDir>, DaemonError> {
+    let mut told = false;
+    loop {
+        match DataDir::open(&options.data_dir) {
+            Ok(data) => return Ok(Some(data)),
+            Err(error @ (DataDirError::Missing(_) | DataDirError::NotSpacetime { .. })) => {
+                if !told && options.server.is_empty() {
+                    tracing::warn!(%error, "waiting for the server to make its data directory");
+                    told = true;
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            () = clock.sleep(Duration::from_millis(200)) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
+}
+
+pub(super) async fn wait_for_repository(
+    options: &DaemonOptions,
+    state: &State,
+    clock: &dyn Clock,
+    stop: &CancellationToken,
+) -> Result<Option<Repository>, DaemonError> {
+    let config = &options.config.repository;
+    for delay in patience(Duration::from_millis(500)).build() {
+        let error = match Repository::open_or_create(&options.url, config, options.keys.clone(), clock).await {
+            Ok(repository) => return Ok(Some(repository)),
+            Err(error) if error.is_permanent() => return Err(error.into()),
+            Err(error) => error,
+        };
+        tracing::warn!(%error, ?delay, "the store is not reached and is tried again; the log keeps what is written meanwhile");
+        state.failed(error.to_string());
+        tokio::select! {
+            () = clock.sleep(delay) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
+pub(super) async fn wait_for_lease(
+    options: &DaemonOptions,
+    repository: &Repository,
+    clock: &Arc<dyn Clock>,
+    stop: &CancellationToken,
+) -> Result<Option<Lease>, DaemonError> {
+    let duration = options.config.repository.lease_duration.0;
+    let mut told = false;
+    let mut seen: Option<(LeaseDocument, Stopwatch)> = None;
+    loop {
+        // Clocks that are set back would have us wait for long after the holder is gone.
+        let is_stale = seen.as_ref().is_some_and(|(held, watch)| watch.elapsed_seconds() > patience_with(held));
+        match Lease::acquire(repository, duration, Arc::clone(clock), options.force || is_stale).await {
+            Ok(lease) => return Ok(Some(lease)),
+            Err(error @ RepositoryError::Locked { .. }) if options.wait => {
+                if !told {
+                    tracing::warn!(%error, "waiting for the lease");
+                    told = true;
+                }
+                if let Ok(Some(held)) = lease::holder(repository).await
+                    && seen.as_ref().is_none_or(|(before, _)| *before != held)
+                {
+                    seen = Some((held, Stopwatch::start()));
+                }
+            }
+            Err(error) if error.is_permanent() => return Err(error.into()),
+            Err(error) => tracing::warn!(%error, "the lease is tried again"),
+        }
+        tokio::select! {
+            () = clock.sleep((duration / 8).max(Duration::from_millis(100))) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
+}
+
+/// Seconds after which a lease that nobody renews is nobody's, whatever the clocks say: its own length, and a quarter.
+fn patience_with(held: &LeaseDocument) -> f64 {
+    held.expires_at.duration_since(held.renewed_at).as_secs_f64().max(0.0) * 1.25
+}
