@@ -41,6 +41,8 @@ pub enum DrillError {
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
     Standalone(#[from] StandaloneError),
     #[error("make a scratch directory in {}: {source}; name another with drill.scratch_dir", path.display())]
     Scratch { path: PathBuf, source: std::io::Error },
@@ -312,9 +314,7 @@ impl Run<'_> {
                 Err(reason) => tracing::warn!(%reason, "private tables are left out"),
             }
         }
-        let data = DataDir::open(data).map_err(|error| {
-            DrillError::Repository(RepositoryError::Damaged { key: "scratch".into(), reason: error.to_string() })
-        })?;
+        let data = DataDir::open(data)?;
         for database in &point.databases {
             self.progress.phase(&format!("rows of {}", database.name), None);
             let log = data.replica(database.replica).log_path();

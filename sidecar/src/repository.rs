@@ -20,7 +20,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path as Key;
-use object_store::{ObjectStoreExt, PutMode};
+use object_store::{ObjectMeta, ObjectStoreExt, PutMode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -212,8 +212,14 @@ impl Repository {
     /// # Errors
     /// When it is missing or the store fails.
     pub async fn get_start(&self, key: &Key, len: u64) -> Result<Bytes, RepositoryError> {
-        // A range that ends after the object ends with it.
-        self.get_range(key, 0..len).await
+        // A range that ends after the object ends with it; of an empty one, stores refuse any range.
+        match self.get_range(key, 0..len).await {
+            Err(error @ RepositoryError::Store { .. }) => match self.head(key).await {
+                Ok(found) if found.size == 0 => Ok(Bytes::new()),
+                _ => Err(error),
+            },
+            result => result,
+        }
     }
 
     /// Reads some bytes of an object.
@@ -288,11 +294,15 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn exists(&self, key: &Key) -> Result<bool, RepositoryError> {
-        match self.store.within(Operation::Head, key, 0, self.store.objects().head(key)).await {
+        match self.head(key).await {
             Ok(_) => Ok(true),
             Err(RepositoryError::Missing { .. }) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    async fn head(&self, key: &Key) -> Result<ObjectMeta, RepositoryError> {
+        self.store.within(Operation::Head, key, 0, self.store.objects().head(key)).await
     }
 
     /// Every object below `prefix`, with its size, in the order of names.

@@ -113,6 +113,7 @@ impl From<DrillError> for Failure {
     fn from(error: DrillError) -> Self {
         match error {
             DrillError::Repository(error) => error.into(),
+            DrillError::DataDir(error) => error.into(),
             DrillError::Standalone(error) => error.into(),
             error @ DrillError::NoPoint => Self::new(ExitStatus::NothingToRestore, error),
             error @ (DrillError::File(_) | DrillError::Scratch { .. }) => Self::new(ExitStatus::Failed, error),
