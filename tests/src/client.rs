@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::server::log_sizes;
+use crate::server::logs_begun;
 
 /// Every row of every table, as sorted JSON texts.
 pub type Rows = BTreeMap<String, Vec<String>>;
@@ -54,8 +54,7 @@ impl Client {
     /// Publishes a module; returns the database's identity. The server answers a moment before it writes its log.
     pub async fn publish(&self, name: &str, wasm: Vec<u8>) -> String {
         let identity = self.try_publish(name, wasm).await.unwrap_or_else(|error| panic!("publish {name}: {error}"));
-        let unwritten = |sizes: Vec<u64>| sizes.is_empty() || sizes.contains(&0);
-        while self.data_dir.as_ref().is_some_and(|dir| unwritten(log_sizes(dir))) {
+        while self.data_dir.as_ref().is_some_and(|dir| !logs_begun(dir)) {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
         identity

@@ -1,5 +1,6 @@
 //! A real SpacetimeDB server on a free loopback port, ended by its own process id.
 
+use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -132,6 +133,31 @@ pub(crate) fn log_sizes(data_dir: &Path) -> Vec<u64> {
         false => 0,
     };
     logs.map(|files| files.map(|file| size(&file)).sum()).collect()
+}
+
+/// Whether every replica's log begins with a whole commit: the first holds a module, which takes several writes.
+pub(crate) fn logs_begun(data_dir: &Path) -> bool {
+    let replicas = std::fs::read_dir(data_dir.join("replicas")).into_iter().flatten().flatten();
+    let begun: Vec<_> = replicas.map(|replica| begins(&replica.path().join("clog")).unwrap_or(false)).collect();
+    !begun.is_empty() && begun.iter().all(|begun| *begun)
+}
+
+fn begins(log: &Path) -> std::io::Result<bool> {
+    const HEADERS: usize = 10 + 22;
+    let files = std::fs::read_dir(log)?.flatten().map(|file| file.path());
+    let segments = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    let Some(first) = segments.min() else { return Ok(false) };
+    if !first.ends_with(format!("{:020}.stdb.log", 0)) {
+        return Ok(true);
+    }
+    let mut segment = std::fs::File::open(first)?;
+    let mut headers = [0; HEADERS];
+    segment.read_exact(&mut headers)?;
+    if !headers.starts_with(b"(ds)^2") {
+        return Ok(true);
+    }
+    let length = headers.last_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    Ok(length > 0 && segment.metadata()?.len() >= (HEADERS + 4) as u64 + u64::from(length))
 }
 
 /// Waits until the server at `url` answers, whoever started it.
