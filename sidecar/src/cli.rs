@@ -32,7 +32,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{LogFormat, Logging, Output};
@@ -130,6 +130,11 @@ enum Command {
         #[command(subcommand)]
         command: key::KeyCommand,
     },
+    /// Print a script that completes commands and flags
+    Completions {
+        /// The shell that is to complete
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Large buffers pass from thread to thread, and glibc keeps a heap for each: with its default of eight a core, 67 MiB were
@@ -179,8 +184,15 @@ pub fn main(cli: Cli) -> ExitCode {
 async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, Failure> {
     let loaded = cli.globals.load();
     let words = cli.globals.words();
-    if let Command::Config { command } = cli.command {
-        return config::run(output, command, loaded);
+    match cli.command {
+        Command::Config { command } => return config::run(output, command, loaded),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "inner-universe", &mut script);
+            output.text(&String::from_utf8_lossy(&script));
+            return Ok(ExitStatus::Ok);
+        }
+        _ => {}
     }
     let mut loaded = loaded.map_err(|error| Failure::usage(format!("the configuration is wrong: {error}")))?;
     #[cfg(feature = "client")]
@@ -205,7 +217,7 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
         Command::Server { command } => server::run(&context, command).await,
         #[cfg(feature = "client")]
         Command::Doctor(args) => doctor::run(&context, args).await,
-        Command::Config { .. } => Ok(ExitStatus::Ok),
+        Command::Config { .. } | Command::Completions { .. } => Ok(ExitStatus::Ok),
         Command::Key { command } => key::run(&context, command),
     }
 }

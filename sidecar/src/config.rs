@@ -232,7 +232,7 @@ pub struct RepositoryConfig {
     /// Address buckets as `endpoint/bucket` (true) or `bucket.endpoint` (false).
     pub path_style: bool,
     /// S3 credentials; AWS_* variables and instance roles are used when left out.
-    pub access_key_id: Option<String>,
+    pub access_key_id: Option<Secret>,
     pub secret_access_key: Option<Secret>,
     pub session_token: Option<Secret>,
     /// `STANDARD_IA`, `GLACIER_IR` and so on; the bucket's default when left out.

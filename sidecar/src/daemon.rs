@@ -176,8 +176,17 @@ async fn follow(
     interface: &dyn Interface,
 ) -> Result<(), DaemonError> {
     let state_dir = &options.state_dir;
-    let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(()) };
-    let Some(repository) = wait_for_repository(options, state, clock.as_ref(), stop).await? else { return Ok(()) };
+    let beginning = async {
+        let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(None) };
+        let repository = wait_for_repository(options, state, clock.as_ref(), stop).await?;
+        Ok::<_, DaemonError>(repository.map(|repository| (data, repository)))
+    };
+    let begun = tokio::select! {
+        begun = beginning => begun?,
+        // What it waits for is told meanwhile, unless another daemon, which has the lease, tells of itself.
+        () = write_status(state_dir, state, clock.as_ref(), true) => None,
+    };
+    let Some((data, repository)) = begun else { return Ok(()) };
     let Some(lease) = wait_for_lease(options, &repository, &clock, stop).await? else { return Ok(()) };
     tracing::info!(token = lease.token(), repository = %options.url, "archiving begins");
     state.leased(lease.token());
@@ -210,7 +219,7 @@ async fn follow(
             result = daemon.capture_changes() => result,
             result = schedule::run(Arc::clone(&daemon), state_dir) => result,
             result = control::serve(&daemon, state_dir) => result,
-            () = write_status(state_dir, state, clock.as_ref()) => Ok(()),
+            () = write_status(state_dir, state, clock.as_ref(), false) => Ok(()),
             () = daemon.survey() => Ok(()),
             result = heartbeat::beat(&options.config.telemetry, clock.as_ref(), || daemon.is_healthy()) => Ok(result?),
             result = renew(&lease, clock.as_ref()) => result,
@@ -276,9 +285,11 @@ async fn renew(lease: &Lease, clock: &dyn Clock) -> Result<(), DaemonError> {
     }
 }
 
-async fn write_status(state_dir: &StateDir, state: &Arc<State>, clock: &dyn Clock) {
+async fn write_status(state_dir: &StateDir, state: &Arc<State>, clock: &dyn Clock, polite: bool) {
     loop {
-        if let Err(error) = state_dir.write_status(state) {
+        if polite && state_dir.is_told_by_another(clock.now()) {
+            tracing::debug!("another daemon tells of itself here");
+        } else if let Err(error) = state_dir.write_status(state) {
             tracing::warn!(%error, "the status was not written");
         }
         clock.sleep(Duration::from_secs(1)).await;

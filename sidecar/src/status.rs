@@ -1,12 +1,15 @@
 //! Status: how far each database's log is archived, and what the newest restore point is.
 
+use std::path::Path;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::backup::READ_SIZE;
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::daemon::state::{self, DaemonStatus, ScheduleStatus};
+use crate::daemon::health::{self, Readiness};
+use crate::daemon::state::{DaemonStatus, ScheduleStatus, read_status};
 use crate::datadir::control_db::ControlDbCopy;
 use crate::datadir::log::{LogReader, Tail, segments};
 use crate::datadir::{DataDir, DataDirError};
@@ -90,7 +93,7 @@ pub async fn status(
         let data = data.clone();
         blocking(move || ControlDbCopy::take(&data)).await??
     };
-    let daemon = state::read_status(config, data.root());
+    let daemon = read_status(config, data.root());
     let mut report = StatusReport {
         databases: Vec::new(),
         last_restore_point: None,
@@ -177,13 +180,22 @@ pub async fn status(
     Ok(report)
 }
 
-/// A daemon that writes no status any more has died.
-const STALE: i64 = 15;
+/// Whether the daemon of `data_dir` does its work, as far as its own notes tell.
+pub fn ready(config: &Config, data_dir: &Path, clock: &dyn Clock) -> Readiness {
+    let not = |reason: String| Readiness { ready: false, reasons: vec![reason] };
+    let Some(daemon) = read_status(config, data_dir) else {
+        return not(format!("no daemon has run on {}; start it with `inner-universe run`", data_dir.display()));
+    };
+    match daemon.running && daemon.is_stale(clock.now()) {
+        true => not(format!("the daemon (process {}) tells nothing of itself since {:.0}", daemon.pid, daemon.written_at)),
+        false => health::readiness(&daemon, config),
+    }
+}
 
 impl StatusReport {
     fn tell_daemon(&mut self, daemon: &DaemonStatus, now: Timestamp) {
         let age = now.duration_since(daemon.written_at).as_secs();
-        let running = daemon.running && age < STALE;
+        let running = daemon.running && !daemon.is_stale(now);
         if daemon.running && !running {
             self.problems.push(format!(
                 "the daemon (process {}) told nothing of itself for {age} s; see whether it runs, and start it again",

@@ -10,8 +10,17 @@ pub fn server() -> PathBuf {
 
 /// A module's wasm: `inner_universe_module`, `workload_module`, `workload_module_v2`.
 pub fn wasm(name: &str) -> Vec<u8> {
-    let path = from_env("INNER_UNIVERSE_WASM_DIR").unwrap_or_else(built_wasm).join(format!("{name}.wasm"));
+    let path = wasm_path(name);
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask test`", path.display()))
+}
+
+pub fn wasm_path(name: &str) -> PathBuf {
+    from_env("INNER_UNIVERSE_WASM_DIR").unwrap_or_else(built_wasm).join(format!("{name}.wasm"))
+}
+
+/// The S3 server s3s-fs.
+pub fn s3s() -> Option<PathBuf> {
+    from_env("INNER_UNIVERSE_S3S")
 }
 
 /// How modules are built for wasm32 here.

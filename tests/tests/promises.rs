@@ -51,6 +51,8 @@ mod random_logs;
 mod restore_exact;
 #[path = "promises/retention.rs"]
 mod retention;
+#[path = "promises/runbooks.rs"]
+mod runbooks;
 #[path = "promises/s3.rs"]
 mod s3;
 #[path = "promises/server_mode.rs"]

@@ -201,7 +201,7 @@ async fn ask_daemon(
     let request = Request::BackupCreate { url: context.url()?.to_owned(), label: label.map(ToOwned::to_owned) };
     match control::ask(&socket, &request).await {
         Ok(Some(Answer::Created(report))) => Ok(Some(report)),
-        Ok(Some(Answer::Failed(message))) => {
+        Ok(Some(Answer::Failed(message) | Answer::Empty(message))) => {
             Err(Failure::new(ExitStatus::Failed, format!("the daemon made no restore point: {message}")))
         }
         Ok(Some(_) | None) => Ok(None),

@@ -34,6 +34,11 @@ impl Output {
         }
     }
 
+    /// Prints a text that is the same with --json.
+    pub fn text(&self, text: &str) {
+        println!("{}", text.trim_end());
+    }
+
     /// Something the user should know although the work succeeded.
     pub fn warn(&self, message: &str) {
         eprintln!("warning: {message}");

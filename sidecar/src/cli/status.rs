@@ -7,6 +7,7 @@ use clap::Args;
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::bytes;
 use crate::cli::{Context, DataDirArg};
+use crate::daemon::health::Readiness;
 use crate::ids::Offset;
 use crate::status::{self, StatusReport};
 
@@ -17,11 +18,20 @@ pub struct StatusArgs {
     /// Look again every two seconds until interrupted
     #[arg(long)]
     watch: bool,
+    /// Only tell whether the daemon does its work, from its own notes and without a request to the store; exit code 3 and
+    /// the reasons when not
+    #[arg(long, conflicts_with = "watch")]
+    ready: bool,
 }
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, Failure> {
+    if args.ready {
+        let readiness = status::ready(context.config(), &args.data.path(context)?, context.clock.as_ref());
+        context.output.result(&readiness, describe_readiness);
+        return Ok(if readiness.ready { ExitStatus::Ok } else { ExitStatus::Findings });
+    }
     let data = args.data.open(context)?;
     let repository = context.repository().await?;
     loop {
@@ -34,6 +44,13 @@ pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, 
             () = context.clock.sleep(WATCH_INTERVAL) => {}
             _ = tokio::signal::ctrl_c() => return Ok(ExitStatus::Ok),
         }
+    }
+}
+
+fn describe_readiness(readiness: &Readiness) -> String {
+    match readiness.ready {
+        true => "ready".to_owned(),
+        false => readiness.reasons.join("\n"),
     }
 }
 

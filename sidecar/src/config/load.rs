@@ -200,6 +200,10 @@ impl Merge {
             let message = unknown("key", key, known.keys());
             return self.problem(&source, &name, message);
         }
+        // As compose files have it: an empty variable is one that is not set.
+        if text.trim().is_empty() {
+            return;
+        }
         // A variable is text; what the key wants decides whether it is a number, a truth value or a list.
         let items = text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(Value::from);
         let readings = match known.get(key) {

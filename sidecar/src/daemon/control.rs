@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::backup::BackupReport;
+use crate::backup::{BackupError, BackupReport};
 use crate::daemon::state::StateDir;
 use crate::daemon::{Daemon, DaemonError};
 #[cfg(feature = "client")]
@@ -53,6 +53,8 @@ pub enum Answer {
     Done,
     /// The daemon writes to another repository, or asks another database.
     Elsewhere,
+    /// The server holds nothing yet that could be backed up; why.
+    Empty(String),
     Failed(String),
 }
 
@@ -80,6 +82,7 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
         Ok(Request::BackupCreate { url, .. }) if url != daemon.url => Answer::Elsewhere,
         Ok(Request::BackupCreate { label, .. }) => match daemon.restore_point(label).await {
             Ok(report) => Answer::Created(report),
+            Err(error @ BackupError::Empty(_)) => Answer::Empty(error.to_string()),
             Err(error) => Answer::Failed(error.to_string()),
         },
         #[cfg(feature = "client")]

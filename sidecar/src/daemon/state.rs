@@ -41,6 +41,14 @@ pub struct DaemonStatus {
     pub last_error: Option<String>,
 }
 
+impl DaemonStatus {
+    /// Whether it is so old that its daemon, which writes it every second, must have died.
+    pub fn is_stale(&self, now: Timestamp) -> bool {
+        const LONGEST: i64 = 15;
+        now.duration_since(self.written_at).as_secs() >= LONGEST
+    }
+}
+
 /// One database as its archiver sees it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FollowedStatus {
@@ -269,6 +277,13 @@ impl StateDir {
 
     pub fn socket(&self) -> PathBuf {
         self.0.join("control.sock")
+    }
+
+    /// Whether another daemon of this data directory has just written its status.
+    pub(super) fn is_told_by_another(&self, now: Timestamp) -> bool {
+        let found = std::fs::read(self.0.join("status.json")).ok();
+        let found = found.and_then(|bytes| serde_json::from_slice::<DaemonStatus>(&bytes).ok());
+        found.is_some_and(|found| found.pid != std::process::id() && !found.is_stale(now) && found.running)
     }
 
     pub(super) fn write_status(&self, state: &State) -> Result<(), FileError> {

@@ -30,6 +30,7 @@ impl Keeper {
                 let request = Request::BackupCreate { url: url.clone(), label: Some(label.to_owned()) };
                 return match control::ask(&setup.state_dir.socket(), &request).await {
                     Ok(Some(Answer::Created(report))) => Ok(Some(report)),
+                    Ok(Some(Answer::Empty(_))) => Ok(None),
                     other => Err(unhelpful(other)),
                 };
             }
@@ -74,7 +75,7 @@ impl Keeper {
 
 fn unhelpful(answer: std::io::Result<Option<Answer>>) -> DeployError {
     DeployError::Daemon(match answer {
-        Ok(Some(Answer::Failed(message))) => message,
+        Ok(Some(Answer::Failed(message) | Answer::Empty(message))) => message,
         Ok(Some(_)) => "it writes to another repository; give the same --repository to both".into(),
         Ok(None) => "it has ended meanwhile".into(),
         Err(error) => error.to_string(),

@@ -169,7 +169,8 @@ impl Lease {
     pub async fn release(self) {
         let (mut document, version) = self.document.lock().clone();
         self.fence.lost.store(true, Ordering::Release);
-        document.expires_at = document.renewed_at;
+        // The clock may have been set back since the last renewal: no time of ours says "over" to everyone.
+        document.expires_at = Timestamp::UNIX_EPOCH;
         if let Err(error) = replace(&self.repository, &document, PutMode::Update(version)).await {
             tracing::debug!(%error, "the lease was not given back and expires");
         }
@@ -286,4 +287,42 @@ fn boot_time() -> Duration {
     let clock = rustix::time::ClockId::Monotonic;
     let now = rustix::time::clock_gettime(clock);
     Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use futures::future::BoxFuture;
+
+    use super::*;
+    use crate::repository::crypto::Keyring;
+    use crate::repository::store::Store;
+
+    struct SetClock(Mutex<Timestamp>);
+
+    impl Clock for SetClock {
+        fn now(&self) -> Timestamp {
+            *self.0.lock()
+        }
+
+        fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
+            std::future::ready(()).boxed()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_was_given_back_is_free_although_the_clock_was_set_back() {
+        let clock = Arc::new(SetClock(Mutex::new("2026-01-01T01:00:00Z".parse().expect("a time"))));
+        let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+        let repository = Repository::open_or_create_in(store, "memory://", Keyring::default(), clock.as_ref()).await;
+        let repository = repository.expect("a repository");
+        let length = Duration::from_secs(30);
+        let first = Lease::acquire(&repository, length, Arc::clone(&clock) as _, false).await.expect("a lease");
+        *clock.0.lock() = "2026-01-01T00:00:00Z".parse().expect("a time");
+        let held = Lease::acquire(&repository, length, Arc::clone(&clock) as _, false).await;
+        assert!(matches!(held, Err(RepositoryError::Locked { .. })));
+        first.release().await;
+        let second = Lease::acquire(&repository, length, clock, false).await.expect("it is free");
+        assert_eq!(second.token(), 2);
+    }
 }

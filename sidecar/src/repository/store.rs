@@ -337,7 +337,7 @@ fn s3(
         builder = builder.with_region(region);
     }
     if let (Some(id), Some(secret)) = (&config.access_key_id, &config.secret_access_key) {
-        builder = builder.with_access_key_id(id).with_secret_access_key(secret.reveal());
+        builder = builder.with_access_key_id(id.reveal()).with_secret_access_key(secret.reveal());
     }
     if let Some(token) = &config.session_token {
         builder = builder.with_token(token.reveal());

@@ -187,7 +187,7 @@ async fn lags_on_s3(
     let config = RepositoryConfig {
         endpoint: Some(server.endpoint.clone()),
         region: Some("us-east-1".into()),
-        access_key_id: Some(ACCESS_KEY.into()),
+        access_key_id: Some(ACCESS_KEY.to_owned().try_into().expect("a key")),
         secret_access_key: SECRET_KEY.to_owned().try_into().ok(),
         ..RepositoryConfig::default()
     };

@@ -31,7 +31,7 @@ async fn merged_objects_restore_at_any_offset(encrypted: bool, server: Option<&S
         settings_of_store = server.settings();
         config.endpoint = Some(server.endpoint.clone());
         config.region = Some("us-east-1".into());
-        config.access_key_id = Some(ACCESS_KEY.into());
+        config.access_key_id = Some(ACCESS_KEY.to_owned().try_into().expect("a key"));
         config.secret_access_key = Some(SECRET_KEY.to_owned().try_into().expect("a secret"));
         sidecar = sidecar.configured(settings_of_store.clone());
     }

@@ -1,0 +1,3 @@
+#!/bin/sh
+# The CLI of the server's image starts the server with what follows.
+exec /usr/local/bin/spacetimedb-standalone "$@"
