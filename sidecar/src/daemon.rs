@@ -176,6 +176,10 @@ async fn follow(
     interface: &dyn Interface,
 ) -> Result<(), DaemonError> {
     let state_dir = &options.state_dir;
+    // Nobody else's: what another daemon, which is alive, tells here of itself is left alone while this one waits.
+    let claim = parking_lot::Mutex::new(state_dir.claim());
+    // The lease that its status names is its own, or that of the process whose notes these are and which has died.
+    let predecessor = claim.lock().as_ref().and_then(|_| state_dir.last_lease());
     let beginning = async {
         let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(None) };
         let repository = wait_for_repository(options, state, clock.as_ref(), stop).await?;
@@ -183,11 +187,10 @@ async fn follow(
     };
     let begun = tokio::select! {
         begun = beginning => begun?,
-        // What it waits for is told meanwhile, unless another daemon, which has the lease, tells of itself.
-        () = write_status(state_dir, state, clock.as_ref(), true) => None,
+        () = write_status(state_dir, state, clock.as_ref(), &claim) => None,
     };
     let Some((data, repository)) = begun else { return Ok(()) };
-    let Some(lease) = wait_for_lease(options, &repository, &clock, stop).await? else { return Ok(()) };
+    let Some(lease) = wait_for_lease(options, &repository, &clock, predecessor, stop).await? else { return Ok(()) };
     tracing::info!(token = lease.token(), repository = %options.url, "archiving begins");
     state.leased(lease.token());
 
@@ -219,7 +222,7 @@ async fn follow(
             result = daemon.capture_changes() => result,
             result = schedule::run(Arc::clone(&daemon), state_dir) => result,
             result = control::serve(&daemon, state_dir) => result,
-            () = write_status(state_dir, state, clock.as_ref(), false) => Ok(()),
+            () = write_status(state_dir, state, clock.as_ref(), &claim) => Ok(()),
             () = daemon.survey() => Ok(()),
             result = heartbeat::beat(&options.config.telemetry, clock.as_ref(), || daemon.is_healthy()) => Ok(result?),
             result = renew(&lease, clock.as_ref()) => result,
@@ -285,9 +288,14 @@ async fn renew(lease: &Lease, clock: &dyn Clock) -> Result<(), DaemonError> {
     }
 }
 
-async fn write_status(state_dir: &StateDir, state: &Arc<State>, clock: &dyn Clock, polite: bool) {
+async fn write_status(state_dir: &StateDir, state: &Arc<State>, clock: &dyn Clock, claim: &parking_lot::Mutex<Option<std::fs::File>>) {
     loop {
-        if polite && state_dir.is_told_by_another(clock.now()) {
+        let claimed = {
+            let mut claim = claim.lock();
+            *claim = claim.take().or_else(|| state_dir.claim());
+            claim.is_some()
+        };
+        if !claimed && state.status().lease_token.is_none() {
             tracing::debug!("another daemon tells of itself here");
         } else if let Err(error) = state_dir.write_status(state) {
             tracing::warn!(%error, "the status was not written");

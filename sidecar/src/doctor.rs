@@ -238,6 +238,10 @@ impl Doctor<'_> {
                 ),
                 Ok(_) => self.pass(what, format!("{} is its owner's alone", path.display())),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && what == "token key" => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && what == "token" => {
+                    let fix = "`inner-universe deploy` takes an identity of its own and leaves its token there";
+                    self.add(what, Verdict::Warn, format!("{} is not there yet", path.display()), fix);
+                }
                 Err(error) => {
                     self.add(what, Verdict::Fail, format!("{}: {error}", path.display()), "name a file that is there");
                 }

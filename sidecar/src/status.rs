@@ -9,7 +9,7 @@ use crate::backup::READ_SIZE;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::daemon::health::{self, Readiness};
-use crate::daemon::state::{DaemonStatus, ScheduleStatus, read_status};
+use crate::daemon::state::{self, DaemonStatus, ScheduleStatus, read_status};
 use crate::datadir::control_db::ControlDbCopy;
 use crate::datadir::log::{LogReader, Tail, segments};
 use crate::datadir::{DataDir, DataDirError};
@@ -186,6 +186,9 @@ pub fn ready(config: &Config, data_dir: &Path, clock: &dyn Clock) -> Readiness {
     let Some(daemon) = read_status(config, data_dir) else {
         return not(format!("no daemon has run on {}; start it with `inner-universe run`", data_dir.display()));
     };
+    if daemon.running && state::has_ended(config, data_dir) {
+        return not(format!("the daemon (process {}) has died; start it again", daemon.pid));
+    }
     match daemon.running && daemon.is_stale(clock.now()) {
         true => not(format!("the daemon (process {}) tells nothing of itself since {:.0}", daemon.pid, daemon.written_at)),
         false => health::readiness(&daemon, config),

@@ -58,6 +58,8 @@ const EXPECTED: &[&str] = &[
     "the position was not written",
     "no restore point was made for the changed instance",
     "waiting for the server",
+    // The lease ran out while the store was out, and it was told to stop.
+    "stopped before everything was archived",
     // What a power cut leaves, until the server starts again and drops it.
     "in something that is no commit",
 ];

@@ -146,6 +146,17 @@ impl Project {
         Ok(Container::at(&one_off).run(&launch))
     }
 
+    /// Copies `SERVICE:PATH` to a file here.
+    pub fn copy(&self, from: &str, to: &str) -> Result<()> {
+        let (service, path) = from.split_once(':').ok_or("only out of a service")?;
+        let command = ["cat".to_owned(), path.to_owned()];
+        let (code, bytes) = self.container(service).read(&command);
+        match code {
+            0 => std::fs::write(self.dir.join(to), bytes).map_err(|error| format!("{to}: {error}")),
+            _ => Err(String::from_utf8_lossy(&bytes).into_owned()),
+        }
+    }
+
     pub fn down(&self, volumes: bool) -> Result<()> {
         for service in self.document.names() {
             self.container(&service).stop(Duration::from_secs(10));

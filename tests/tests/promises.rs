@@ -21,6 +21,8 @@ mod dashboards;
 mod deploy;
 #[path = "promises/deploy_killed.rs"]
 mod deploy_killed;
+#[path = "promises/deployment_files.rs"]
+mod deployment_files;
 #[path = "promises/drill.rs"]
 mod drill;
 #[path = "promises/events.rs"]

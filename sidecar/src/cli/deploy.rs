@@ -15,7 +15,7 @@ use crate::cli::{Context, while_held};
 use crate::config::Config;
 use crate::daemon::state::StateDir;
 use crate::deploy::journal::{Journal, Step};
-use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup};
+use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup, own_token};
 use crate::repository::Repository;
 use crate::repository::lease::Lease;
 
@@ -131,6 +131,9 @@ impl TargetArgs {
             None => Path::new("/").join(config.spacetimedb_config.server_url().replace('/', "_")),
         };
         let state_dir = StateDir::open(&config, &place).map_err(|error| Failure::new(ExitStatus::Failed, error))?;
+        // A file that is named and not there is where the first deployment leaves its token.
+        let to_be_made = config.spacetimedb_config.token_file.take_if(|path| !path.exists());
+        let token_path = to_be_made.unwrap_or_else(|| own_token(state_dir.path()));
         if let (None, Some(dir)) = (&config.repository.url, &data_dir) {
             let url = beside(dir);
             context.output.warn(&format!(
@@ -149,6 +152,7 @@ impl TargetArgs {
             config,
             data_dir,
             state_dir,
+            token_path,
             keeper: Keeper::Nobody,
             rollback,
             watch,

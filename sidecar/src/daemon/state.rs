@@ -39,6 +39,9 @@ pub struct DaemonStatus {
     pub http: Option<String>,
     /// The latest error of the daemon itself.
     pub last_error: Option<String>,
+    /// This start of this machine, and this very directory: a copy of it, or a clone of the machine, is another place.
+    #[serde(default)]
+    pub place: Option<String>,
 }
 
 impl DaemonStatus {
@@ -114,6 +117,7 @@ impl State {
             last_restore_point: None,
             http: None,
             last_error: None,
+            place: None,
         };
         Self {
             clock,
@@ -279,17 +283,37 @@ impl StateDir {
         self.0.join("control.sock")
     }
 
-    /// Whether another daemon of this data directory has just written its status.
-    pub(super) fn is_told_by_another(&self, now: Timestamp) -> bool {
-        let found = std::fs::read(self.0.join("status.json")).ok();
-        let found = found.and_then(|bytes| serde_json::from_slice::<DaemonStatus>(&bytes).ok());
-        found.is_some_and(|found| found.pid != std::process::id() && !found.is_stale(now) && found.running)
+    /// Claims this directory for as long as what is returned lives, or this process does; `None` where another process has it.
+    pub(super) fn claim(&self) -> Option<std::fs::File> {
+        let path = self.0.join("daemon.lock");
+        let file = std::fs::File::options().create(true).truncate(false).write(true).open(path).ok()?;
+        file.try_lock().ok().map(|()| file)
+    }
+
+    /// The fencing token of the lease that the last daemon here held when it wrote its status last, if that was in this place.
+    pub(super) fn last_lease(&self) -> Option<u64> {
+        let status: DaemonStatus = serde_json::from_slice(&std::fs::read(self.0.join("status.json")).ok()?).ok()?;
+        status.lease_token.filter(|_| status.place.is_some() && status.place == self.place())
+    }
+
+    fn place(&self) -> Option<String> {
+        use std::os::unix::fs::MetadataExt as _;
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let lock = std::fs::metadata(self.0.join("daemon.lock")).ok()?;
+        Some(format!("{}:{}:{}", boot.trim(), lock.dev(), lock.ino()))
     }
 
     pub(super) fn write_status(&self, state: &State) -> Result<(), FileError> {
-        let bytes = serde_json::to_vec_pretty(&state.status()).unwrap_or_default();
+        let status = DaemonStatus { place: self.place(), ..state.status() };
+        let bytes = serde_json::to_vec_pretty(&status).unwrap_or_default();
         durable::replace(&self.0.join("status.json"), &bytes)
     }
+}
+
+/// Whether the daemon whose notes these are is gone, however it ended: the lock on them goes with its process.
+pub fn has_ended(config: &Config, data_dir: &Path) -> bool {
+    let lock = std::fs::File::open(StateDir::locate(config, data_dir).join("daemon.lock"));
+    lock.is_ok_and(|file| file.try_lock_shared().is_ok())
 }
 
 /// What the daemon on `data_dir` last told of itself; `None` when there never was one.

@@ -65,6 +65,7 @@ pub(super) async fn wait_for_lease(
     options: &DaemonOptions,
     repository: &Repository,
     clock: &Arc<dyn Clock>,
+    predecessor: Option<u64>,
     stop: &CancellationToken,
 ) -> Result<Option<Lease>, DaemonError> {
     let duration = options.config.repository.lease_duration.0;
@@ -73,17 +74,24 @@ pub(super) async fn wait_for_lease(
     loop {
         // Clocks that are set back would have us wait for long after the holder is gone.
         let is_stale = seen.as_ref().is_some_and(|(held, watch)| watch.elapsed_seconds() > patience_with(held));
-        match Lease::acquire(repository, duration, Arc::clone(clock), options.force || is_stale).await {
+        // Each lease has a token of its own, and the process that wrote this one down is dead: we hold the lock that it held.
+        let is_ours = predecessor.is_some() && seen.as_ref().map(|(held, _)| held.token) == predecessor;
+        match Lease::acquire(repository, duration, Arc::clone(clock), options.force || is_stale || is_ours).await {
             Ok(lease) => return Ok(Some(lease)),
             Err(error @ RepositoryError::Locked { .. }) if options.wait => {
-                if !told {
-                    tracing::warn!(%error, "waiting for the lease");
-                    told = true;
-                }
                 if let Ok(Some(held)) = lease::holder(repository).await
                     && seen.as_ref().is_none_or(|(before, _)| *before != held)
                 {
+                    let is_ours = predecessor == Some(held.token) && seen.is_none();
                     seen = Some((held, Stopwatch::start()));
+                    if is_ours {
+                        tracing::info!("the lease is that of the sidecar which ran here before and died");
+                        continue;
+                    }
+                }
+                if !told {
+                    tracing::warn!(%error, "waiting for the lease");
+                    told = true;
                 }
             }
             Err(error) if error.is_permanent() => return Err(error.into()),

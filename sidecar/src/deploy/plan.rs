@@ -66,7 +66,7 @@ pub async fn plan(setup: &Setup) -> Result<DeployPlan, DeployError> {
     }
     let config = &setup.config;
     let mut database = Database::new(&config.spacetimedb_config, &config.server_config, &setup.name)?;
-    if let (false, Ok(token)) = (database.has_token(), std::fs::read_to_string(super::own_token(setup.dir()))) {
+    if let (false, Ok(token)) = (database.has_token(), std::fs::read_to_string(&setup.token_path)) {
         database = database.with_token(token.trim());
     }
     plan.database = database.find().await?;

@@ -26,6 +26,8 @@ pub struct Setup {
     /// `None` for a server on another machine.
     pub data_dir: Option<PathBuf>,
     pub state_dir: StateDir,
+    /// Where the token is of an identity that a deployment takes for itself, if the configuration has none.
+    pub token_path: PathBuf,
     pub keeper: Keeper,
     /// Take back what a failed step has changed.
     pub rollback: bool,
@@ -73,14 +75,14 @@ impl Setup {
         if database.has_token() {
             return Ok(database);
         }
-        let path = own_token(self.dir());
-        if let Ok(token) = std::fs::read_to_string(&path)
+        let path = &self.token_path;
+        if let Ok(token) = std::fs::read_to_string(path)
             && !token.trim().is_empty()
         {
             return Ok(database.with_token(token.trim()));
         }
         let made = database.new_identity().await?;
-        keep_token(&path, &made.token)?;
+        keep_token(path, &made.token)?;
         tracing::info!(identity = made.identity, file = %path.display(), "an identity of our own was taken");
         Ok(database.with_token(&made.token))
     }

@@ -26,7 +26,10 @@ pub struct Health {
 /// When it does not answer.
 pub async fn health(config: &Config) -> Result<Health, SourceError> {
     let name = config.spacetimedb_config.database.as_deref();
-    let database = Database::new(&config.spacetimedb_config, &config.server_config, name.unwrap_or_default())?;
+    let mut server = config.spacetimedb_config.clone();
+    // One that a deployment has yet to make says nothing of the server's health.
+    server.token_file = server.token_file.filter(|path| path.exists());
+    let database = Database::new(&server, &config.server_config, name.unwrap_or_default())?;
     let version = database.server_version().await?;
     let database_answers = match name {
         Some(_) if database.find().await?.is_some() => Some(database.answers().await.is_ok()),

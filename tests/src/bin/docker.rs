@@ -112,6 +112,10 @@ fn compose(words: &[String]) -> Result<i32, String> {
             Ok(0)
         }
         "build" | "pull" => Ok(0),
+        "cp" => match rest.as_slice() {
+            [from, to] => project.copy(from, to).map(|()| 0),
+            _ => Err("cp SERVICE:PATH PATH".into()),
+        },
         "down" => project.down(Options::anywhere(&rest, &["--timeout"]).has("--volumes")).map(|()| 0),
         _ => Err(format!("{verb} is nothing that the stand-in knows")),
     }

@@ -157,6 +157,12 @@ impl Container {
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
     }
 
+    /// What a command in it prints.
+    pub fn read(&self, command: &[String]) -> (i32, Vec<u8>) {
+        let output = self.enter(command).stdin(Stdio::null()).output().expect("nsenter");
+        (output.status.code().unwrap_or(-1), if output.status.success() { output.stdout } else { output.stderr })
+    }
+
     pub fn signal(&self, signal: &str) {
         if let Some(pid) = self.pid().filter(|_| self.is_running()) {
             let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status();

@@ -21,9 +21,8 @@ impl Document {
     pub fn load(dir: &Path, profiles: &[String], strict: bool) -> Result<Self> {
         let file = dir.join("compose.yaml");
         let text = std::fs::read_to_string(&file).map_err(|error| format!("read {}: {error}", file.display()))?;
-        let documents = Yaml::load_from_str(&text).map_err(|error| error.to_string())?;
         let variables = variables(&std::fs::read_to_string(dir.join(".env")).unwrap_or_default());
-        let mut root = convert(documents.first().ok_or("an empty file")?);
+        let mut root = parse(&text)?;
         interpolate(&mut root, &variables, strict)?;
         let mut profiles = profiles.to_vec();
         let named = variables.get("COMPOSE_PROFILES").map(String::as_str).unwrap_or_default();
@@ -61,6 +60,30 @@ impl Document {
     pub fn secret(&self, name: &str) -> Result<&str> {
         self.root["secrets"][name]["file"].as_str().ok_or_else(|| format!("secret {name} is not declared"))
     }
+}
+
+/// # Errors
+/// When it is no YAML, or empty.
+pub fn parse(text: &str) -> Result<Value> {
+    let documents = Yaml::load_from_str(text).map_err(|error| error.to_string())?;
+    Ok(convert(documents.first().ok_or("an empty file")?))
+}
+
+/// What stands between `${` and `}`.
+fn inner(text: &str) -> impl Iterator<Item = &str> {
+    text.split("${").skip(1).filter_map(|rest| rest.split_once('}').map(|(inner, _)| inner))
+}
+
+/// The variables that a file asks for.
+pub fn variables_of(text: &str) -> Vec<String> {
+    let name = |inner: &str| inner.chars().take_while(|letter| letter.is_ascii_alphanumeric() || *letter == '_').collect();
+    inner(text).map(name).collect()
+}
+
+/// The variables with a default, and that.
+pub fn defaults_of(text: &str) -> Vec<(String, String)> {
+    let pair = |inner: &str| inner.split_once(":-").or_else(|| inner.split_once('-')).map(|(name, value)| (name.to_owned(), value.to_owned()));
+    inner(text).filter_map(pair).collect()
 }
 
 fn variables(env: &str) -> BTreeMap<String, String> {

@@ -344,3 +344,35 @@ async fn signals_meant_for_the_server_reach_it_and_it_stops_with_the_sidecar() {
     assert_eq!(daemon.stop(), 0);
     wait(&(expected + "TERM\n"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_was_killed_goes_on_at_once_and_a_copy_of_its_notes_takes_nothing() {
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    let (data, keys) = (scratch.path().join("data"), scratch.path().join("keys"));
+    let server = Server::start(&data, &keys).await;
+    server.client().await.publish("ledger", tools::wasm("workload_module")).await;
+    // Whoever had to wait for it would wait longer than any test.
+    let sidecar = Sidecar::at(&scratch.path().join("repository")).and("REPOSITORY__LEASE_DURATION", "1h");
+    let archives = |status: &inner_universe::daemon::state::DaemonStatus| {
+        status.databases.first().is_some_and(|database| database.archived_offset.is_some())
+    };
+    let mut daemon = Daemon::start(&sidecar, &data, &[], &[]);
+    assert_eq!(daemon.wait("the archive", archives).lease_token, Some(1));
+    sidecar.run(["status", "--ready", "--data-dir", path(&data)]).ok();
+    daemon.kill();
+    let run = sidecar.run(["status", "--ready", "--data-dir", path(&data)]);
+    assert_eq!(run.code, 3, "{}", run.stderr);
+    assert!(run.json["reasons"][0].as_str().is_some_and(|reason| reason.contains("has died")), "{}", run.json);
+    let mut daemon = Daemon::start(&sidecar, &data, &[], &[]);
+    assert_eq!(daemon.wait("the archive again", archives).lease_token, Some(2));
+
+    let copy = Sidecar::with(&sidecar.repository).and("REPOSITORY__LEASE_DURATION", "1h");
+    let from = sidecar.state_dir().join(".");
+    let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(copy.state_dir()).status();
+    assert!(copied.expect("cp").success());
+    let refused = copy.run(["run", "--no-wait", "--data-dir", path(&data)]);
+    assert!(refused.fails_with(5).contains("is writing to this repository"));
+    assert_eq!(daemon.wait("the archive still", archives).lease_token, Some(2));
+    assert_eq!(daemon.stop(), 0);
+    server.kill();
+}
