@@ -288,7 +288,12 @@ async fn renew(lease: &Lease, clock: &dyn Clock) -> Result<(), DaemonError> {
     }
 }
 
-async fn write_status(state_dir: &StateDir, state: &Arc<State>, clock: &dyn Clock, claim: &parking_lot::Mutex<Option<std::fs::File>>) {
+async fn write_status(
+    state_dir: &StateDir,
+    state: &Arc<State>,
+    clock: &dyn Clock,
+    claim: &parking_lot::Mutex<Option<std::fs::File>>,
+) {
     loop {
         let claimed = {
             let mut claim = claim.lock();

@@ -190,7 +190,9 @@ pub fn ready(config: &Config, data_dir: &Path, clock: &dyn Clock) -> Readiness {
         return not(format!("the daemon (process {}) has died; start it again", daemon.pid));
     }
     match daemon.running && daemon.is_stale(clock.now()) {
-        true => not(format!("the daemon (process {}) tells nothing of itself since {:.0}", daemon.pid, daemon.written_at)),
+        true => {
+            not(format!("the daemon (process {}) tells nothing of itself since {:.0}", daemon.pid, daemon.written_at))
+        }
         false => health::readiness(&daemon, config),
     }
 }

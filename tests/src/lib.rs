@@ -1,6 +1,7 @@
 //! The harness: real servers, the real binary, a workload with an invariant, and oracles that do not use our code.
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "tests measure and print")]
 
+pub mod bench;
 pub mod browser;
 pub mod chaos;
 pub mod client;

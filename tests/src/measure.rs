@@ -1,35 +1,74 @@
 //! What benchmarks measure with.
 
+use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// What a command took.
-#[derive(Clone, Copy)]
+/// What a command took, with all the processes that it started and waited for.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Measured {
     pub seconds: f64,
+    /// Of all cores together.
+    pub cpu_seconds: f64,
+    /// Of the largest of its processes.
     pub peak_mib: f64,
 }
 
-/// Runs a command to its end; its peak memory is read from the kernel's high-water mark while it runs.
+/// Runs a command to its end.
+///
+/// # Panics
+/// When it fails.
 pub fn measure(command: &mut Command) -> Measured {
-    let started = Instant::now();
+    let (started, cpu) = (Instant::now(), cpu_of_children());
     let mut child = command.stdout(Stdio::null()).spawn().expect("start");
-    let status_file = format!("/proc/{}/status", child.id());
-    let mut peak = 0.0;
+    let mut peak = 0.0f64;
     let status = loop {
         if let Some(status) = child.try_wait().expect("wait") {
             break status;
         }
-        if let Ok(text) = std::fs::read_to_string(&status_file)
-            && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
-        {
-            let kib: f64 = line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0.0);
-            peak = kib / 1024.0;
-        }
+        peak = peak.max(largest(child.id()));
         std::thread::sleep(Duration::from_millis(5));
     };
     assert!(status.success(), "{command:?} ended with {status}");
-    Measured { seconds: started.elapsed().as_secs_f64(), peak_mib: peak }
+    let seconds = started.elapsed().as_secs_f64();
+    Measured { seconds, cpu_seconds: cpu_of_children() - cpu, peak_mib: peak }
+}
+
+/// The numbers of `/proc/PID/stat` after the process's name.
+fn stat(pid: &str) -> Option<Vec<u64>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = text.rsplit_once(')')?;
+    Some(rest.split_whitespace().skip(1).map(|word| word.parse().unwrap_or(0)).collect())
+}
+
+/// Seconds of processor time of all children that have ended.
+fn cpu_of_children() -> f64 {
+    // Clock ticks, of which Linux tells a hundred a second on every machine.
+    let fields = stat("self").unwrap_or_default();
+    fields.get(12..14).map_or(0.0, |ticks| ticks.iter().sum::<u64>() as f64 / 100.0)
+}
+
+/// MiB that the largest of a process and its descendants has had resident.
+fn largest(pid: u32) -> f64 {
+    let mut children = BTreeMap::<u64, Vec<u64>>::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok())
+            && let Some(parent) = stat(&pid.to_string()).and_then(|fields: Vec<u64>| fields.first().copied())
+        {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    let (mut open, mut peak) = (vec![u64::from(pid)], 0.0f64);
+    while let Some(pid) = open.pop() {
+        open.extend(children.remove(&pid).unwrap_or_default());
+        if let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/status"))
+            && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
+        {
+            let kib: f64 = line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0.0);
+            peak = peak.max(kib / 1024.0);
+        }
+    }
+    peak
 }
 
 /// The middle of some values.

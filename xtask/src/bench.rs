@@ -17,6 +17,11 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
     command.args(rest);
+    if bin == "bench"
+        && let Some(peers) = stores::peers()?
+    {
+        command.env("INNER_UNIVERSE_PEERS", peers);
+    }
     if bin == "live" {
         command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     }

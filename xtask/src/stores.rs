@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::run::{Result, announce, cache, cargo, run};
+use crate::debian;
+use crate::run::{Result, announce, cache, cargo, on_path, run};
 
 const MOTO: &str = "5.2.5";
 const S3S: &str = "0.14.1";
@@ -71,4 +72,20 @@ pub fn installed(name: &str, version: &str, install: &[&str], how_long: &str) ->
         })?;
     }
     Ok(binary)
+}
+
+/// What users would pick instead: restic and borg, Debian's, unpacked. `None` where this is no Debian.
+pub fn peers() -> Result<Option<PathBuf>> {
+    let system = cache()?.join("tools/peers");
+    let root = system.join("root");
+    if !root.join("usr/bin/borg").is_file() || !root.join("usr/bin/restic").is_file() {
+        if on_path("apt-get").is_none() || on_path("dpkg").is_none() {
+            eprintln!("xtask: no Debian here; restic and borg are left out");
+            return Ok(None);
+        }
+        announce("unpacking Debian's restic and borg", "once, seconds", || {
+            debian::unpack(&["restic", "borgbackup", "python3-msgpack", "python3-packaging"], &system)
+        })?;
+    }
+    Ok(Some(root))
 }

@@ -143,11 +143,12 @@ async fn create_bundle(
     let root = scratch.path().join("repository");
     let url = format!("file://{}", root.display());
     let keys = context.keyring(&args.recipient)?;
+    let configured = context.config().spacetimedb_config.key_dir.clone().filter(|dir| keys.seals() && dir.exists());
     let (config, clock) = (&context.config().repository, &context.clock);
     let repository = Repository::open_or_create(&url, config, keys, clock.as_ref()).await?;
     let options = BackupOptions {
         label: args.label,
-        key_dir: args.key_dir,
+        key_dir: args.key_dir.or(configured),
         allow_plain_keys: args.allow_plain_keys,
         level: Some(args.compression_level.unwrap_or(config.compression_level)),
     };

@@ -31,7 +31,8 @@ pub struct RestoreArgs {
     /// The timeline to restore from; the newest when left out
     #[arg(long, value_name = "T")]
     timeline: Option<TimelineId>,
-    /// Where captured token keys go; DIR.keys when left out
+    /// Where captured token keys go; spacetimedb_config.key_dir when left out and its db_path is restored, DIR.keys otherwise.
+    /// The same keys stay as they are; others that are there are refused, or with --force moved aside
     #[arg(long, value_name = "DIR")]
     key_dir: Option<PathBuf>,
     /// Replay the whole log instead of starting from a snapshot: slower, and needs no snapshot to be whole
@@ -115,9 +116,11 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         context.output.result(&report(&plan, data_dir), describe_plan);
         return Ok(ExitStatus::Ok);
     }
+    let server = &context.config().spacetimedb_config;
+    let in_place = server.db_path.as_ref() == Some(&data_dir) && !args.new_identity_keys;
     let options = ApplyOptions {
         data_dir,
-        key_dir: args.key_dir,
+        key_dir: args.key_dir.or_else(|| server.key_dir.clone().filter(|_| in_place)),
         force: args.force,
         name: args.name,
         new_keys: args.new_identity_keys,
@@ -148,6 +151,9 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         }
         if let Some(keys) = &report.keys {
             text += &format!("the token keys are in {}; start the server with --jwt-key-dir\n", keys.display());
+        }
+        if let Some(aside) = &report.keys_moved_aside {
+            text += &format!("other keys that were there are now {}\n", aside.display());
         }
         if let Some(token) = &report.token {
             text += &format!("the token of spacetimedb_config.token_file, signed anew, is {}\n", token.display());

@@ -1,5 +1,7 @@
 //! What no single key shows: keys that need or exclude each other, and ranges.
 
+use std::path::Path;
+
 use crate::config::Config;
 use crate::config::value::{ByteSize, Period};
 
@@ -88,8 +90,11 @@ impl Config {
             ("spacetimedb_config.token_file", &self.spacetimedb_config.token_file),
             ("spacetimedb_config.ca_file", &self.spacetimedb_config.ca_file),
         ] {
+            // The first deployment leaves a token where one is named and not there yet.
+            let comes = |path: &Path| key == "spacetimedb_config.token_file" && path.parent().is_some_and(Path::is_dir);
             if let Some(path) = file
                 && let Err(error) = std::fs::File::open(path)
+                && !(error.kind() == std::io::ErrorKind::NotFound && comes(path))
             {
                 refuse(key, format!("open {}: {error}", path.display()));
             }

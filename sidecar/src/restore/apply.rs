@@ -61,6 +61,9 @@ pub struct RestoreReport {
     pub moved_aside: Option<PathBuf>,
     /// Where the token keys are, if the restore point holds any.
     pub keys: Option<PathBuf>,
+    /// Where other keys that were there are now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys_moved_aside: Option<PathBuf>,
     /// The sidecar's own token, signed anew with new keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<PathBuf>,
@@ -98,7 +101,7 @@ pub async fn apply(
         let names = names.join(", ");
         return Err(RestoreError::Usage(format!("a new name is for one database; name it with --database ({names})")));
     }
-    if (plan.instance.has_keys || options.new_keys) && !is_free(&key_dir)? {
+    if options.new_keys && !options.force && !is_free(&key_dir)? {
         return Err(RestoreError::WouldOverwrite(key_dir));
     }
     let parent = durable::parent(&options.data_dir);
@@ -116,6 +119,11 @@ pub async fn apply(
         make_keys(&staging.keys)?;
         has_keys = true;
     }
+    // The very keys that are there already stay as they are.
+    let same_keys = has_keys && holds_same(&staging.keys, &key_dir)?;
+    if has_keys && !same_keys && !options.force && !is_free(&key_dir)? {
+        return Err(RestoreError::WouldOverwrite(key_dir));
+    }
     progress.phase("self-check", None);
     check::check(&staging.data, plan).await?;
     progress.phase("making it durable", None);
@@ -127,8 +135,16 @@ pub async fn apply(
     // A long restore leaves time to start a server where it should go.
     let before = if before == Before::Something { inspect_target(options)? } else { before };
     // From here on only renames, each durable. A crash between them leaves both directories whole under telling names.
-    if has_keys {
-        if key_dir.exists() {
+    let stamp = clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+    let mut keys_moved_aside = None;
+    if same_keys {
+        fs::remove_dir_all(&staging.keys).on("remove", &staging.keys)?;
+    } else if has_keys {
+        if !is_free(&key_dir)? {
+            let aside = beside(&key_dir, &format!(".before-restore-{stamp}"));
+            durable::rename(&key_dir, &aside)?;
+            keys_moved_aside = Some(aside);
+        } else if key_dir.exists() {
             fs::remove_dir(&key_dir).on("remove the empty", &key_dir)?;
         }
         durable::rename(&staging.keys, &key_dir)?;
@@ -140,7 +156,6 @@ pub async fn apply(
             None
         }
         Before::Something => {
-            let stamp = clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
             let aside = beside(&options.data_dir, &format!(".before-restore-{stamp}"));
             durable::rename(&options.data_dir, &aside)?;
             Some(aside)
@@ -157,6 +172,7 @@ pub async fn apply(
         data_dir: options.data_dir.clone(),
         moved_aside,
         keys: has_keys.then_some(key_dir),
+        keys_moved_aside,
         token: None,
         databases: plan.databases.iter().map(DatabasePlan::report).collect(),
         left_out: plan.left_out.clone(),
@@ -207,6 +223,23 @@ fn inspect_target(options: &ApplyOptions) -> Result<Before, RestoreError> {
 }
 
 /// Missing, or an empty directory.
+/// Whether every file of `ours` is in `theirs` with the same content.
+fn holds_same(ours: &Path, theirs: &Path) -> Result<bool, FileError> {
+    for entry in fs::read_dir(ours).on("list", ours)? {
+        let path = entry.on("list", ours)?.path();
+        let there = theirs.join(path.file_name().unwrap_or_default());
+        let there = match fs::read(&there) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(false),
+            read => read.on("read", &there)?,
+        };
+        if fs::read(&path).on("read", &path)? != there {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn is_free(path: &Path) -> Result<bool, FileError> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_none()),

@@ -1,193 +1,258 @@
 //! The benchmark: ours and what users would pick instead, in turn, in one run. Machines are noisy, so only ratios count.
+//! `bench [GiB]` compares, `bench growth` shows how ours grows.
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a benchmark measures and prints")]
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use harness::measure::{Measured, measure, median};
+use harness::bench::log::{Writer, assert_same, size};
+use harness::bench::peers::Peer;
+use harness::bench::series::Table;
+use harness::measure::{Measured, measure};
 use harness::sidecar::{Sidecar, path};
-use harness::synthetic::{Synthetic, record};
-use harness::tools;
-use harness::workload::Random;
+use harness::synthetic::Synthetic;
 
 const ROUNDS: usize = 3;
-/// About what the server writes for a reducer that inserts a row of 200 bytes.
-const PAYLOAD: usize = 450;
-const SEGMENT: u64 = 1 << 30;
+const GIB: f64 = (1u64 << 30) as f64;
 
 fn main() {
-    let gib: f64 = std::env::args().nth(1).map_or(2.0, |text| text.parse().expect("a size in GiB"));
-    let synthetic = Synthetic::new();
-    println!("writing a log of {gib} GiB");
-    let bytes = write_log(&synthetic, (gib * f64::from(1 << 30)) as u64);
-    let scratch = synthetic.dir.path();
-    let mut rows: Vec<Row> = Vec::new();
-    for round in 0..ROUNDS {
-        println!("round {} of {ROUNDS}", round + 1);
-        let (repository, restored) = (scratch.join("repository"), scratch.join("restored"));
-        let (archive, unpacked) = (scratch.join("archive.tar.zst"), scratch.join("unpacked"));
-        let sidecar = Sidecar::at(&repository);
-        let data = synthetic.path();
-        std::fs::create_dir_all(&unpacked).expect("create");
-
-        let pack = format!("tar -C '{}' -cf - . | zstd -q -3 -T2 -o '{}'", data.display(), archive.display());
-        let tar = measure(Command::new("sh").args(["-c", &pack]));
-        let ours = measure(sidecar.command().args(["--quiet", "backup", "create", "--data-dir", path(&data)]));
-        push(&mut rows, "first backup", "tar | zstd -3 -T2", &ours, &tar, size(&repository), size(&archive));
-
-        let unpack = format!("zstd -q -d -c '{}' | tar -C '{}' -xf -", archive.display(), unpacked.display());
-        let tar = measure(Command::new("sh").args(["-c", &unpack]));
-        let ours = measure(sidecar.command().args(["--quiet", "restore", "--data-dir", path(&restored)]));
-        push(&mut rows, "restore", "zstd -d | tar -x", &ours, &tar, size(&restored), size(&unpacked));
-        same_log(&data, &restored);
-
-        let ours = measure(sidecar.command().args(["--quiet", "backup", "create", "--data-dir", path(&data)]));
-        let first = rows.iter().find(|row| row.work == "first backup").expect("a row").ours.seconds.clone();
-        let nothing = Measured { seconds: *first.last().expect("a figure"), peak_mib: 0.0 };
-        push(&mut rows, "backup of nothing new", "our first backup", &ours, &nothing, 0, 0);
-
-        let ours = measure(sidecar.command().args(["--quiet", "verify"]));
-        let first = Measured { seconds: *first.last().expect("a figure"), peak_mib: 0.0 };
-        push(&mut rows, "verify", "our first backup", &ours, &first, 0, 0);
-        for dir in [&repository, &restored, &unpacked] {
-            std::fs::remove_dir_all(dir).expect("remove");
-        }
-        std::fs::remove_file(archive).expect("remove");
+    match std::env::args().nth(1).as_deref() {
+        Some("growth") => write("benchmarks-growth.md", &growth()),
+        Some(text) => write("benchmarks.md", &compare(text.parse().expect("a size in GiB"))),
+        None => write("benchmarks.md", &compare(2.0)),
     }
-    let table = table(&rows, bytes);
-    println!("{table}");
-    let docs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs");
-    std::fs::create_dir_all(&docs).expect("create docs/");
-    std::fs::write(docs.join("benchmarks.md"), table).expect("write docs/benchmarks.md");
 }
 
-#[derive(Default)]
-struct Series {
-    seconds: Vec<f64>,
-    peak_mib: f64,
+fn write(name: &str, text: &str) {
+    println!("{text}");
+    let docs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    std::fs::write(docs.join(name), text).unwrap_or_else(|error| panic!("write docs/{name}: {error}"));
+}
+
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": ?");
+    format!("{cores} cores of {}", model.trim_start_matches([' ', '\t', ':']))
+}
+
+/// What a benchmark of one data directory works with.
+struct Place {
+    synthetic: Synthetic,
+    writer: Writer,
     bytes: u64,
 }
 
-struct Row {
-    work: &'static str,
-    peer: &'static str,
-    ours: Series,
-    theirs: Series,
-}
-
-fn push(
-    rows: &mut Vec<Row>,
-    work: &'static str,
-    peer: &'static str,
-    ours: &Measured,
-    theirs: &Measured,
-    our_bytes: u64,
-    their_bytes: u64,
-) {
-    let found = rows.iter().position(|row| row.work == work);
-    let at = found.unwrap_or_else(|| {
-        rows.push(Row { work, peer, ours: Series::default(), theirs: Series::default() });
-        rows.len() - 1
-    });
-    rows[at].ours.add(ours, our_bytes);
-    rows[at].theirs.add(theirs, their_bytes);
-}
-
-impl Series {
-    fn add(&mut self, measured: &Measured, bytes: u64) {
-        self.seconds.push(measured.seconds);
-        self.peak_mib = self.peak_mib.max(measured.peak_mib);
-        self.bytes = bytes;
+impl Place {
+    fn new(gib: f64) -> Self {
+        let (synthetic, mut writer) = (Synthetic::new(), Writer::default());
+        println!("writing a log of {gib} GiB");
+        let bytes = writer.add(&synthetic, (gib * GIB) as u64);
+        Self { synthetic, writer, bytes }
     }
-}
 
-fn write_log(synthetic: &Synthetic, bytes: u64) -> u64 {
-    let mut random = Random::new(42);
-    let (mut first, mut total, mut time) = (0, 0, 1_760_000_000_000_000);
-    while total < bytes {
-        let mut records = Vec::new();
-        let mut len = 0;
-        while len < SEGMENT.min(bytes - total) {
-            time += random.below(200) as i64;
-            let record = record(time, &payload(&mut random, first + records.len() as u64));
-            len += record.len() as u64 + 26;
-            records.push(record);
+    fn dir(&self, name: &str) -> PathBuf {
+        self.synthetic.dir.path().join(name)
+    }
+
+    fn sidecar(&self) -> Sidecar {
+        Sidecar::at(&self.dir("repository"))
+    }
+
+    fn back_up(&self) -> Measured {
+        measure(self.sidecar().command().args([
+            "--quiet",
+            "backup",
+            "create",
+            "--data-dir",
+            path(&self.synthetic.path()),
+        ]))
+    }
+
+    fn restore(&self) -> Measured {
+        let to = self.dir("restored");
+        measure(self.sidecar().command().args(["--quiet", "restore", "--data-dir", path(&to)]))
+    }
+
+    fn verify(&self) -> Measured {
+        measure(self.sidecar().command().args(["--quiet", "verify"]))
+    }
+
+    fn clear(&self, names: &[&str]) {
+        for name in names {
+            let dir = self.dir(name);
+            let removed = if dir.is_dir() { std::fs::remove_dir_all(&dir) } else { std::fs::remove_file(&dir) };
+            removed.unwrap_or_else(|error| panic!("remove {}: {error}", dir.display()));
         }
-        synthetic.segment(1, first, &records);
-        first += records.len() as u64;
-        total += len;
     }
-    total
 }
 
-/// A third random, a third words, a third numbers that count: rows compress about so.
-fn payload(random: &mut Random, n: u64) -> Vec<u8> {
-    const WORDS: [&str; 8] = ["entity", "updated", "relation", "created", "orbit", "station", "observed", "magnitude"];
-    let mut text = format!("{{\"id\":{n},\"version\":{},\"at\":{}", n % 97, n * 3);
-    while text.len() < PAYLOAD * 2 / 3 {
-        let _ = write!(text, ",\"{}\":\"{}\"", WORDS[random.below(8) as usize], WORDS[random.below(8) as usize]);
-    }
-    let mut bytes = text.into_bytes();
-    while bytes.len() < PAYLOAD {
-        bytes.extend(random.draw().to_le_bytes());
-    }
-    bytes
-}
-
-fn same_log(original: &Path, restored: &Path) {
-    let log = |data: &Path| harness::synthetic::log_of(data);
-    let read = |dir: PathBuf| {
-        let mut reader = inner_universe::datadir::log::LogReader::open_first(&dir).expect("open");
-        let (mut hasher, mut buffer) = (blake3::Hasher::new(), Vec::new());
-        while reader.next_batch(1 << 22, &mut buffer).expect("read").is_some() {
-            hasher.update(&buffer);
+fn compare(gib: f64) -> String {
+    let mut place = Place::new(gib);
+    let peers = Peer::all();
+    let mut table = Table::default();
+    let mut first_seconds = 0.0;
+    let mut incremental = Vec::new();
+    for round in 1..=ROUNDS {
+        println!("round {round} of {ROUNDS}");
+        let data = place.synthetic.path();
+        let ours = place.back_up();
+        first_seconds = if round == 1 { ours.seconds } else { first_seconds };
+        let our_bytes = size(&place.dir("repository"));
+        let restored = place.restore();
+        let restored_bytes = size(&place.dir("restored"));
+        assert_same(&data, &place.dir("restored"));
+        let nothing = place.back_up();
+        let verified = place.verify();
+        table.row("backup of nothing new", "our first backup", None).ours.add(nothing, 0);
+        table.row("backup of nothing new", "our first backup", None).theirs.add(ours, 0);
+        for peer in &peers {
+            println!("  {}", peer.name);
+            let (repository, unpacked) = (place.dir("theirs"), place.dir("unpacked"));
+            std::fs::create_dir(&unpacked).expect("a directory");
+            peer.init(&repository);
+            let backed_up = measure(&mut peer.backup(&data, &repository, 1));
+            let row = table.row("first backup", peer.name, peer.wanted("backup"));
+            row.ours.add(ours, our_bytes);
+            row.theirs.add(backed_up, size(&repository));
+            let back = measure(&mut peer.restore(&repository, &unpacked, 1));
+            let row = table.row("restore", peer.name, peer.wanted("restore"));
+            row.ours.add(restored, restored_bytes);
+            row.theirs.add(back, size(&unpacked));
+            assert_same(&data, &unpacked);
+            if let Some(mut check) = peer.check(&repository) {
+                let row = table.row("verify, every byte", peer.name, None);
+                row.ours.add(verified, 0);
+                row.theirs.add(measure(&mut check), 0);
+            }
+            place.clear(&["unpacked"]);
+            if peer.is_incremental() {
+                std::fs::rename(&repository, place.dir(&peer.file_name())).expect("keep it");
+            } else {
+                place.clear(&["theirs"]);
+            }
         }
-        hasher.finalize()
-    };
-    assert_eq!(read(log(original)), read(log(restored)), "what was restored differs");
-}
-
-fn size(path: &Path) -> u64 {
-    let Ok(kind) = std::fs::symlink_metadata(path) else { return 0 };
-    if !kind.is_dir() {
-        return kind.len();
+        // One percent more log.
+        let before: Vec<_> = segments(&place.synthetic);
+        place.bytes += place.writer.add(&place.synthetic, place.bytes / 100);
+        let new: Vec<_> = segments(&place.synthetic).into_iter().filter(|file| !before.contains(file)).collect();
+        let compressed = compressed(&new);
+        let small = place.back_up();
+        let added = size(&place.dir("repository")) - our_bytes;
+        incremental.push((added as f64 / compressed as f64, ours.seconds / small.seconds));
+        for peer in peers.iter().filter(|peer| peer.is_incremental()) {
+            let repository = place.dir(&peer.file_name());
+            let size_before = size(&repository);
+            let theirs = measure(&mut peer.backup(&place.synthetic.path(), &repository, 2));
+            let row = table.row("backup after 1% more log", peer.name, None);
+            row.ours.add(small, added);
+            row.theirs.add(theirs, size(&repository) - size_before);
+            place.clear(&[&peer.file_name()]);
+        }
+        place.clear(&["repository", "restored"]);
     }
-    std::fs::read_dir(path).map_or(0, |entries| entries.flatten().map(|entry| size(&entry.path())).sum())
-}
-
-fn table(rows: &[Row], bytes: u64) -> String {
-    let mut text = String::from("# Benchmarks\n\n");
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let mut text = format!(
+        "# Benchmarks\n\nWritten by `cargo xtask bench`. A log of {gib:.2} GiB of transactions of about 560 bytes from a seed, {ROUNDS} rounds, ours and the \
+         others in turn within each, {}. Ratios are of times within one round, their middle and their spread over the rounds: above 1, ours is faster. \
+         CPU seconds and memory are ours / theirs (memory of the largest process), bytes ours divided by theirs. What is restored is compared byte for \
+         byte. Ours makes durable what it writes (fsync) and reads a restore back before it counts; of the others restic syncs what it stores, tar, zstd and \
+         cp sync nothing.\n\n",
+        machine()
+    );
+    for peer in &peers {
+        let _ = writeln!(text, "- {}: {}", peer.name, peer.version);
+    }
+    let _ = write!(text, "\n{}", table.text());
+    let worst =
+        |of: fn(&(f64, f64)) -> f64, pick: fn(f64, f64) -> f64| incremental.iter().map(of).reduce(pick).unwrap_or(0.0);
     let _ = writeln!(
         text,
-        "Written by `cargo xtask bench`. A log of {:.2} GiB of transactions of about 560 bytes, {ROUNDS} rounds, ours and the \
-         other in turn, {cores} cores. Ratios are of median times within this run: above 1, ours is faster. What is \
-         restored is compared byte for byte. `{}`.\n",
-        bytes as f64 / f64::from(1 << 30),
-        tools::inner_universe().file_name().and_then(|name| name.to_str()).unwrap_or("?"),
+        "\nAfter 1% more log, ours adds {:.3} times the bytes that `zstd -3` makes of the new log alone (at most, of {ROUNDS} rounds; must be at most 1.05) \
+         and takes a {:.1}th of the first backup's time (at least; must be 20).",
+        worst(|(bytes, _)| *bytes, f64::max),
+        worst(|(_, times)| *times, f64::min),
     );
-    text += "| work | against | ratio | spread | ours | theirs | our peak memory | our bytes / theirs |\n";
-    text += "|---|---|---|---|---|---|---|---|\n";
-    for row in rows {
-        let ratios: Vec<f64> =
-            row.ours.seconds.iter().zip(&row.theirs.seconds).map(|(ours, other)| other / ours).collect();
-        let (low, high) = ratios.iter().fold((f64::MAX, 0.0f64), |(low, high), r| (low.min(*r), high.max(*r)));
-        let size = if row.theirs.bytes == 0 {
-            "-".to_owned()
-        } else {
-            format!("{:.3}", row.ours.bytes as f64 / row.theirs.bytes as f64)
-        };
+    text
+}
+
+fn segments(synthetic: &Synthetic) -> Vec<PathBuf> {
+    std::fs::read_dir(synthetic.log()).expect("the log").flatten().map(|entry| entry.path()).collect()
+}
+
+fn compressed(files: &[PathBuf]) -> u64 {
+    files
+        .iter()
+        .map(|file| {
+            let output = Command::new("zstd").args(["-q", "-3", "-c"]).arg(file).output().expect("zstd");
+            output.stdout.len() as u64
+        })
+        .sum()
+}
+
+/// How time and memory grow with the log, and with the objects of a repository.
+fn growth() -> String {
+    let mut text = format!(
+        "# How it grows\n\nWritten by `cargo xtask bench growth`, on {}. One run each: what counts is how a column grows, not its figures.\n\n\
+         | log GiB | first backup s | MiB | restore s | MiB | verify s | MiB | objects |\n|---|---|---|---|---|---|---|---|\n",
+        machine()
+    );
+    for gib in [0.25, 0.5, 1.0, 2.0, 4.0] {
+        let place = Place::new(gib);
+        let (first, restored, verified) = (place.back_up(), place.restore(), place.verify());
         let _ = writeln!(
             text,
-            "| {} | {} | {:.2} | {low:.2} to {high:.2} | {:.2} s | {:.2} s | {:.0} MiB | {size} |",
-            row.work,
-            row.peer,
-            median(&ratios),
-            median(&row.ours.seconds),
-            median(&row.theirs.seconds),
-            row.ours.peak_mib,
+            "| {gib} | {:.2} | {:.0} | {:.2} | {:.0} | {:.2} | {:.0} | {} |",
+            first.seconds,
+            first.peak_mib,
+            restored.seconds,
+            restored.peak_mib,
+            verified.seconds,
+            verified.peak_mib,
+            count(&place.dir("repository")),
+        );
+    }
+    text += "\n`restore --dry-run` over a repository with that many log objects (names only, which is what a plan reads), beside `find` that lists them:\n\n\
+             | log objects | plan s | MiB | find s | plan without its listing s |\n|---|---|---|---|---|\n";
+    for objects in [1_000u64, 10_000, 100_000, 1_000_000] {
+        let place = Place::new(0.001);
+        place.back_up();
+        let log = log_objects(&place.dir("repository"), objects);
+        let to = place.dir("restored");
+        let dry = ["--quiet", "restore", "--dry-run", "--data-dir", path(&to), "--to", "offset:100"];
+        let plan = measure(place.sidecar().command().args(dry));
+        let find = measure(Command::new("find").arg(&log).args(["-type", "f", "-printf", "%f %s\\n"]));
+        let _ = writeln!(
+            text,
+            "| {objects} | {:.2} | {:.0} | {:.2} | {:.2} |",
+            plan.seconds,
+            plan.peak_mib,
+            find.seconds,
+            plan.seconds - find.seconds
         );
     }
     text
+}
+
+fn count(dir: &Path) -> usize {
+    std::fs::read_dir(dir).map_or(0, |entries| {
+        entries.flatten().map(|entry| if entry.path().is_dir() { count(&entry.path()) } else { 1 }).sum()
+    })
+}
+
+/// Continues a log's first level with empty objects, up to `objects` in all.
+fn log_objects(repository: &Path, objects: u64) -> PathBuf {
+    let output = Command::new("find").arg(repository).args(["-name", "*.iulog"]).output().expect("find");
+    let found = String::from_utf8(output.stdout).expect("names");
+    let mut files: Vec<_> = found.lines().map(PathBuf::from).collect();
+    files.sort();
+    let last = files.last().expect("a log object");
+    let name = last.file_stem().and_then(|name| name.to_str()).expect("a name");
+    let mut next: u64 = name.split_once('-').and_then(|(_, last)| last.parse::<u64>().ok()).expect("an offset") + 1;
+    let folder = last.parent().expect("a folder");
+    for _ in files.len() as u64..objects {
+        std::fs::File::create(folder.join(format!("{next:020}-{:020}.iulog", next + 9))).expect("an object");
+        next += 10;
+    }
+    folder.to_owned()
 }

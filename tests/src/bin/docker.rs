@@ -58,7 +58,12 @@ fn compose(words: &[String]) -> Result<i32, String> {
     match verb.as_str() {
         "up" => {
             let options = Options::anywhere(&rest, &["--scale", "--timeout"]);
-            let none = options.all("--scale").iter().filter_map(|scale| scale.strip_suffix("=0")).map(Into::into).collect::<Vec<_>>();
+            let none = options
+                .all("--scale")
+                .iter()
+                .filter_map(|scale| scale.strip_suffix("=0"))
+                .map(Into::into)
+                .collect::<Vec<_>>();
             if options.has("--force-recreate") {
                 project.stop(&options.rest)?;
             }

@@ -128,8 +128,10 @@ impl Container {
     /// What goes before a command so that it runs inside, as the service's user, with nothing of this process's environment.
     fn inside(&self, launch: &Launch) -> Vec<String> {
         let (user, group) = launch.user.split_once(':').unwrap_or((&launch.user, "0"));
-        let capabilities: String = launch.capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
-        let mut words: Vec<String> = ["chroot", &self.root().display().to_string(), "/usr/bin/setpriv"].map(Into::into).into();
+        let capabilities: String =
+            launch.capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
+        let mut words: Vec<String> =
+            ["chroot", &self.root().display().to_string(), "/usr/bin/setpriv"].map(Into::into).into();
         words.extend(["--reuid", user, "--regid", group, "--clear-groups", "--no-new-privs"].map(Into::into));
         words.extend(["--inh-caps=-all".into(), format!("--bounding-set=-all{capabilities}"), "/usr/bin/env".into()]);
         words.extend(["-i", "PATH=/usr/local/bin:/usr/bin:/bin", "HOME=/tmp"].map(Into::into));

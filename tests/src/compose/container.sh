@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # $1: the container's directory. Runs as the first process of new mount and process namespaces.
 set -eu
 dir=$1
 root=$dir/root
-programs=() mounts=() secrets=() tmpfs=()
+programs=() mounts=() secrets=() tmpfs=() inside=() words=() read_only=
 # shellcheck source=/dev/null
 source "$dir/inside"
 # This /proc is the outer one: it tells who we are to those outside.

@@ -76,13 +76,19 @@ fn inner(text: &str) -> impl Iterator<Item = &str> {
 
 /// The variables that a file asks for.
 pub fn variables_of(text: &str) -> Vec<String> {
-    let name = |inner: &str| inner.chars().take_while(|letter| letter.is_ascii_alphanumeric() || *letter == '_').collect();
+    let name =
+        |inner: &str| inner.chars().take_while(|letter| letter.is_ascii_alphanumeric() || *letter == '_').collect();
     inner(text).map(name).collect()
 }
 
 /// The variables with a default, and that.
 pub fn defaults_of(text: &str) -> Vec<(String, String)> {
-    let pair = |inner: &str| inner.split_once(":-").or_else(|| inner.split_once('-')).map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let pair = |inner: &str| {
+        inner
+            .split_once(":-")
+            .or_else(|| inner.split_once('-'))
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    };
     inner(text).filter_map(pair).collect()
 }
 
@@ -159,7 +165,9 @@ fn variable(inner: &str, variables: &BTreeMap<String, String>, strict: bool) -> 
     match (rule.get(..2), rule.get(..1)) {
         (Some(":-"), _) => Ok(filled.cloned().unwrap_or_else(|| rule[2..].to_owned())),
         (Some(":?"), _) if !strict => Ok(filled.cloned().unwrap_or_default()),
-        (Some(":?"), _) => filled.cloned().ok_or_else(|| format!("required variable {name} is missing a value: {}", &rule[2..])),
+        (Some(":?"), _) => {
+            filled.cloned().ok_or_else(|| format!("required variable {name} is missing a value: {}", &rule[2..]))
+        }
         (_, Some("-")) => Ok(set.cloned().unwrap_or_else(|| rule[1..].to_owned())),
         (_, None) => Ok(set.cloned().unwrap_or_default()),
         _ => Err(format!("a variable that is not understood: {inner}")),

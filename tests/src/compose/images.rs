@@ -19,20 +19,27 @@ pub fn substitute(image: &str) -> Result<Substitute, String> {
     let bin = |file: PathBuf, name: &str| (file, format!("/usr/local/bin/{name}"));
     let server = || bin(tools::server(), "spacetimedb-standalone");
     let ours = || {
-        let module = (tools::wasm_path("inner_universe_module"), "/usr/local/share/inner-universe/inner_universe_module.wasm".into());
+        let module = (
+            tools::wasm_path("inner_universe_module"),
+            "/usr/local/share/inner-universe/inner_universe_module.wasm".into(),
+        );
         vec![bin(tools::inner_universe(), "inner-universe"), module]
     };
     let entrypoint = vec!["/usr/local/bin/inner-universe".to_owned()];
     match name {
         "busybox" => Ok(Substitute::default()),
-        "clockworklabs/spacetime" => {
-            Ok(Substitute { entrypoint: vec!["spacetime".into()], programs: vec![server(), bin(script("spacetime.sh"), "spacetime")] })
-        }
+        "clockworklabs/spacetime" => Ok(Substitute {
+            entrypoint: vec!["spacetime".into()],
+            programs: vec![server(), bin(script("spacetime.sh"), "spacetime")],
+        }),
         "inner-universe" => Ok(Substitute { entrypoint, programs: ours() }),
         "inner-universe-operator" => Ok(Substitute { entrypoint, programs: [ours(), vec![server()]].concat() }),
         "minio/minio" => {
             let s3 = tools::s3s().ok_or("no S3 server is prepared; run `cargo xtask test`")?;
-            Ok(Substitute { entrypoint: Vec::new(), programs: vec![bin(s3, "s3s-fs"), bin(script("minio.sh"), "minio")] })
+            Ok(Substitute {
+                entrypoint: Vec::new(),
+                programs: vec![bin(s3, "s3s-fs"), bin(script("minio.sh"), "minio")],
+            })
         }
         _ => Err(format!("nothing on this machine stands in for the image {image}")),
     }

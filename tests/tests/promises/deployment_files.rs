@@ -18,7 +18,11 @@ fn read(path: &str) -> String {
 
 fn services() -> Vec<(String, Value)> {
     let document = Document::load(&root(), &[], false).expect("compose.yaml");
-    document.names().into_iter().map(|name| (name.clone(), document.service(&name).expect("a service").clone())).collect()
+    document
+        .names()
+        .into_iter()
+        .map(|name| (name.clone(), document.service(&name).expect("a service").clone()))
+        .collect()
 }
 
 /// A checker that `cargo xtask test` installs; `None` where it could not be.
@@ -119,7 +123,10 @@ fn the_example_of_env_names_every_variable_and_no_other() {
     assert_eq!(named, expected);
     for (name, value) in document::defaults_of(&text) {
         let line = format!("{name}={value}");
-        assert!(value.is_empty() || example.lines().any(|found| found == line), "{line} is the default, and not the example");
+        assert!(
+            value.is_empty() || example.lines().any(|found| found == line),
+            "{line} is the default, and not the example"
+        );
     }
 }
 
@@ -127,11 +134,19 @@ fn the_example_of_env_names_every_variable_and_no_other() {
 fn what_observes_finds_what_it_names() {
     let names: BTreeSet<_> = services().into_iter().map(|(name, _)| name).collect();
     let mut found = 0;
-    for file in ["prometheus/prometheus.yaml", "otel-collector/config.yaml", "grafana/provisioning/datasources/inner-universe.yaml"] {
+    for file in [
+        "prometheus/prometheus.yaml",
+        "otel-collector/config.yaml",
+        "grafana/provisioning/datasources/inner-universe.yaml",
+    ] {
         let text = read(&format!("dashboards/{file}"));
         for port in ["9464", "3000", "9090", "3200", "3100", "4317"] {
             for before in text.split(&format!(":{port}")).collect::<Vec<_>>().iter().rev().skip(1) {
-                let host: String = before.chars().rev().take_while(|letter| letter.is_ascii_alphanumeric() || ".-".contains(*letter)).collect();
+                let host: String = before
+                    .chars()
+                    .rev()
+                    .take_while(|letter| letter.is_ascii_alphanumeric() || ".-".contains(*letter))
+                    .collect();
                 let host: String = host.chars().rev().collect();
                 assert!(host == "0.0.0.0" || names.contains(&host), "{file}: {host}:{port}");
                 found += 1;
@@ -141,7 +156,10 @@ fn what_observes_finds_what_it_names() {
     assert!(found >= 7, "{found}");
     // Grafana finds its dashboards where compose.yaml mounts them.
     let provider = read("dashboards/grafana/provisioning/dashboards/inner-universe.yaml");
-    assert!(provider.contains("/var/lib/grafana-dashboards") && read("compose.yaml").contains("./dashboards/grafana:/var/lib/grafana-dashboards:ro"));
+    assert!(
+        provider.contains("/var/lib/grafana-dashboards")
+            && read("compose.yaml").contains("./dashboards/grafana:/var/lib/grafana-dashboards:ro")
+    );
 }
 
 #[test]
@@ -157,8 +175,12 @@ fn every_yaml_and_json_file_parses() {
             }
             let text = std::fs::read_to_string(&path).expect("a file");
             match path.extension().and_then(|extension| extension.to_str()) {
-                Some("json") => drop(serde_json::from_str::<Value>(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))),
-                Some("yaml") => drop(document::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))),
+                Some("json") => drop(
+                    serde_json::from_str::<Value>(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+                ),
+                Some("yaml") => {
+                    drop(document::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+                }
                 _ => continue,
             }
             parsed += 1;

@@ -74,7 +74,8 @@ impl Deployment {
 
     /// The objects of the first repository whose names have `part` in them, oldest name first.
     fn objects(&self, part: &str) -> Vec<PathBuf> {
-        let out = self.host.ok(&format!("find .volumes/bucket/inner-universe/production -type f -path '*{part}*' | sort"));
+        let out =
+            self.host.ok(&format!("find .volumes/bucket/inner-universe/production -type f -path '*{part}*' | sort"));
         out.lines().map(|line| self.host.dir.join(line)).collect()
     }
 }
@@ -128,8 +129,14 @@ fn the_newest_state_is_restored_after_the_servers_files_are_gone() {
     let Some(deployment) = Deployment::new() else { return };
     deployment.create(&["a", "b"]);
     deployment.archived();
-    deployment.host.ok("docker compose kill spacetimedb; rm -r .volumes/server/data/replicas .volumes/server/data/control-db");
-    deployment.follow("restore-latest", &[]);
+    let token = deployment.host.ok("cat .volumes/state/owner-token");
+    for gone in ["data/replicas .volumes/server/data/control-db", "data .volumes/server/keys"] {
+        deployment.host.ok(&format!("docker compose kill spacetimedb; rm -r .volumes/server/{gone}"));
+        deployment.follow("restore-latest", &[]);
+        // Tokens that were given out stay good, though the keys that they are signed with were gone too.
+        assert_eq!(deployment.host.ok("cat .volumes/state/owner-token"), token);
+        assert_eq!(deployment.entities(), names(&["a", "b"]));
+    }
     assert_eq!(deployment.entities(), names(&["a", "b"]));
     deployment.create(&["c"]);
     assert_eq!(deployment.entities(), names(&["a", "b", "c"]));
@@ -152,20 +159,42 @@ fn the_state_of_a_time_is_restored_and_what_came_after_it_is_not_lost() {
     assert!(look.contains("inner-universe"), "{look}");
 }
 
+/// Deploys a module that is in the working directory.
+fn deploy(deployment: &Deployment, wasm: &[u8]) {
+    std::fs::write(deployment.host.dir.join("next.wasm"), wasm).expect("a module");
+    deployment.host.ok("docker compose run --rm --volume ./next.wasm:/next.wasm:ro deploy --module-path /next.wasm");
+}
+
 #[test]
 fn a_bad_deployment_is_undone_and_rows_stay() {
     let Some(deployment) = Deployment::new() else { return };
-    let module = harness::tools::wasm_path("inner_universe_module_more");
-    std::fs::copy(module, deployment.host.dir.join("more.wasm")).expect("a module");
-    deployment.host.ok("docker compose run --rm --volume ./more.wasm:/more.wasm:ro deploy --module-path /more.wasm");
-    let has_more = || deployment.ask("sql", "select * from st_table").contains("annotation");
-    let tables_with_it = deployment.ask("sql", "select table_name from st_table");
+    let program = || {
+        let answer: Value =
+            serde_json::from_str(&deployment.ask("sql", "select program_hash from st_module")).expect("an answer");
+        answer[0]["rows"].clone()
+    };
+    let before = program();
+    // The same module with a note in it is another program.
+    let note = [0, 5, 4, b'n', b'o', b't', b'e'];
+    deploy(&deployment, &[harness::tools::wasm("inner_universe_module"), note.into()].concat());
+    assert_ne!(program(), before);
     deployment.create(&["a"]);
-    assert!(has_more(), "{tables_with_it}");
-    deployment.follow("undo-a-bad-deploy", &[]);
+    deployment.follow_sections("undo-a-bad-deploy", &["First check", "Act", "Prove"]);
+    assert_eq!((program(), deployment.entities()), (before, names(&["a"])));
+}
+
+#[test]
+fn a_bad_deployment_that_brought_tables_is_undone_with_its_rows() {
+    let Some(deployment) = Deployment::new() else { return };
+    let has_more = || deployment.ask("sql", "select table_name from st_table").contains("annotation");
+    deployment.create(&["a"]);
+    deploy(&deployment, &harness::tools::wasm("inner_universe_module_more"));
+    deployment.create(&["b"]);
+    assert!(has_more());
+    deployment
+        .follow_sections("undo-a-bad-deploy", &["First check", "If its tables changed, or rows were spoiled", "Prove"]);
+    assert!(!has_more());
     assert_eq!(deployment.entities(), names(&["a"]));
-    let history = deployment.host.ok("docker compose run --rm deploy history");
-    assert!(history.contains("rolled"), "{history}");
 }
 
 #[test]
@@ -182,7 +211,7 @@ fn databases_move_to_another_machine_with_their_tokens() {
     new.follow_sections("move-to-another-machine", &["On the new machine", "Prove"]);
     let token = old.host.ok("cat .volumes/state/owner-token");
     let rows = new.host.ok(&format!(
-        "curl --fail --silent --header 'Authorization: Bearer {}' --data 'select entity_id from entity' \
+        "curl --fail --silent --show-error --header 'Authorization: Bearer {}' --data 'select entity_id from entity' \
          http://127.0.0.1:3000/v1/database/inner-universe/sql",
         token.trim()
     ));
@@ -288,7 +317,9 @@ fn the_server_is_upgraded_after_a_rehearsal() {
     deployment.create(&["a"]);
     // Of the same binary here: another release stands in with SPACETIMEDB_STANDALONE only.
     deployment.follow("server-upgrade", &[("NEXT", "v2.9.0")]);
-    assert!(std::fs::read_to_string(deployment.host.dir.join(".env")).expect(".env").contains("SPACETIMEDB_VERSION=v2.9.0"));
+    assert!(
+        std::fs::read_to_string(deployment.host.dir.join(".env")).expect(".env").contains("SPACETIMEDB_VERSION=v2.9.0")
+    );
     assert_eq!(deployment.entities(), names(&["a"]));
 }
 
@@ -296,14 +327,16 @@ fn the_server_is_upgraded_after_a_rehearsal() {
 fn credentials_and_keys_are_rotated() {
     let Some(deployment) = Deployment::new() else { return };
     deployment.create(&["a"]);
-    let secret = |name: &str| std::fs::read_to_string(deployment.host.dir.join("secrets").join(name)).expect("a secret");
+    let secret =
+        |name: &str| std::fs::read_to_string(deployment.host.dir.join("secrets").join(name)).expect("a secret");
     let all = || ["s3_access_key", "s3_secret_key", "http_token", "age_identity"].map(secret);
     let before = all();
     deployment.follow("rotate-credentials-and-keys", &[]);
     for (before, after) in before.iter().zip(all()) {
         assert_ne!(before, &after);
     }
-    let old = deployment.host.ok("docker compose run --rm --volume ./secrets/age_identity.before:/before:ro --entrypoint \
+    let old =
+        deployment.host.ok("docker compose run --rm --volume ./secrets/age_identity.before:/before:ro --entrypoint \
          /usr/local/bin/inner-universe restore --repository s3://inner-universe/production --identity /before verify");
     assert!(!old.is_empty());
 }
@@ -331,7 +364,10 @@ fn every_page_has_its_parts_and_every_link_and_alert_leads_somewhere() {
             assert!(page.blocks(None).len() >= 3, "{}", page.name);
             // Each is executed by a test here, and listed in the index.
             let tests = include_str!("runbooks.rs");
-            assert!(tests.contains(&format!("follow(\"{name}\"")) || tests.contains(&format!("follow_sections(\"{name}\"")), "{name}");
+            assert!(
+                tests.contains(&format!("follow(\"{name}\"")) || tests.contains(&format!("follow_sections(\"{name}\"")),
+                "{name}"
+            );
             assert!(runbook("README").text.contains(&format!("({name}.md)")), "{name} is not in the index");
         }
     }
@@ -347,7 +383,9 @@ fn every_page_has_its_parts_and_every_link_and_alert_leads_somewhere() {
             if let Some(anchor) = anchor {
                 let text = std::fs::read_to_string(&file).expect("a page");
                 let mut headings = text.lines().filter(|line| line.starts_with('#'));
-                let of = |line: &str| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-").replace(['`', '.', ','], "");
+                let of = |line: &str| {
+                    line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-").replace(['`', '.', ','], "")
+                };
                 assert!(headings.any(|line| of(line) == anchor), "{}: {target}#{anchor}", page.name);
             }
         }

@@ -1,0 +1,5 @@
+//! Parts of the benchmarks: a log of a seed, what users would pick instead, and series of figures as tables.
+
+pub mod log;
+pub mod peers;
+pub mod series;
