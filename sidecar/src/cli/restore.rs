@@ -1,6 +1,7 @@
 //! `restore`
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::Args;
@@ -18,13 +19,68 @@ use crate::restore::apply::ApplyOptions;
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
 use crate::restore::target::Target;
 
+/// What `--to` names: a moment, or the deployment right before which it is.
+#[derive(Debug, Clone)]
+enum To {
+    Moment(Target),
+    BeforePublish(String),
+}
+
+impl FromStr for To {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("before-publish:") {
+            None => text.parse().map(Self::Moment),
+            Some(hash) if hash.len() >= 8 && hash.bytes().all(|digit| digit.is_ascii_hexdigit()) => {
+                Ok(Self::BeforePublish(hash.to_ascii_lowercase()))
+            }
+            Some(hash) => Err(format!(
+                "`{hash}` is no program's hash: at least its first 8 hexadecimal digits, as `deploy history` shows them"
+            )),
+        }
+    }
+}
+
+impl To {
+    /// The moment that is meant; the database that was deployed is chosen where none is.
+    async fn resolve(self, repository: &Repository, databases: &mut Vec<String>) -> Result<Target, Failure> {
+        match self {
+            Self::Moment(target) => Ok(target),
+            #[cfg(not(feature = "client"))]
+            Self::BeforePublish(_) => Err(Failure::usage("this build knows nothing of deployments")),
+            #[cfg(feature = "client")]
+            Self::BeforePublish(hash) => {
+                let records = crate::deploy::record::all(repository).await?;
+                let meant = |record: &&crate::deploy::record::DeploymentRecord| {
+                    record.module.to_string().starts_with(&hash)
+                        && (databases.is_empty() || databases.iter().any(|database| record.is_of(database)))
+                };
+                let Some(record) = records.iter().rev().find(meant) else {
+                    let message =
+                        format!("no deployment in this repository has published {hash}; see `deploy history`");
+                    return Err(Failure::new(ExitStatus::NothingToRestore, message));
+                };
+                let before = record.publish_offset.and_then(|offset| offset.0.checked_sub(1)).ok_or_else(|| {
+                    let message =
+                        format!("the deployment of {hash} was the database's first, or its transaction is not known");
+                    Failure::new(ExitStatus::NothingToRestore, message)
+                })?;
+                *databases = vec![record.database.to_string()];
+                Ok(Target::Offset(Offset(before)))
+            }
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     #[command(flatten)]
     data: DataDirArg,
-    /// latest, offset:N, time:RFC3339, label:L, or a restore point's id; offsets and times are inclusive
+    /// latest, offset:N, time:RFC3339, label:L, before-publish:HASH (the program of a deployment, or how its hash begins), or a
+    /// restore point's id; offsets and times are inclusive
     #[arg(long, default_value = "latest", value_name = "TARGET")]
-    to: Target,
+    to: To,
     /// A database's name or identity; may be given several times; all when left out
     #[arg(long, value_name = "NAME|IDENTITY")]
     database: Vec<String>,
@@ -103,15 +159,17 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
             Repository::open(&format!("file://{}", dir.path().display()), &context.config().repository, keys).await?
         }
     };
+    let mut databases = args.database;
+    let target = args.to.resolve(&repository, &mut databases).await?;
     let request = RestoreRequest {
-        target: args.to.clone(),
-        databases: args.database,
+        target: target.clone(),
+        databases,
         timeline: args.timeline,
         no_snapshot: args.no_snapshot,
         ..RestoreRequest::default()
     };
     let plan = plan::plan(&repository, &request).await?;
-    warn(context, &plan, &args.to);
+    warn(context, &plan, &target);
     if args.dry_run {
         context.output.result(&report(&plan, data_dir), describe_plan);
         return Ok(ExitStatus::Ok);

@@ -41,6 +41,13 @@ pub struct DeploymentRecord {
     pub message: String,
 }
 
+impl DeploymentRecord {
+    /// Whether it is of the database with this name or identity.
+    pub fn is_of(&self, database: &str) -> bool {
+        self.name == database || self.database.to_string() == database.to_ascii_lowercase()
+    }
+}
+
 /// Writes programs, then the record that names them.
 ///
 /// # Errors
@@ -74,12 +81,19 @@ pub async fn keep(repository: &Repository, record: &DeploymentRecord, programs: 
 /// # Errors
 /// When a record is damaged or the store fails.
 pub async fn list(repository: &Repository, name: &str) -> Result<Vec<DeploymentRecord>, RepositoryError> {
+    let mut records = all(repository).await?;
+    records.retain(|record| record.is_of(name));
+    Ok(records)
+}
+
+/// Every record, oldest first.
+///
+/// # Errors
+/// When a record is damaged or the store fails.
+pub async fn all(repository: &Repository) -> Result<Vec<DeploymentRecord>, RepositoryError> {
     let mut records = Vec::new();
     for (key, _) in repository.list(&paths::deployments()).await? {
-        let record: DeploymentRecord = repository.get_document(&key).await?;
-        if record.name == name || record.database.to_string() == name {
-            records.push(record);
-        }
+        records.push(repository.get_document(&key).await?);
     }
     Ok(records)
 }

@@ -235,6 +235,17 @@ async fn a_deployment_is_undone_by_its_program_alone_or_with_its_rows() {
     call(&owner, "create_entity", json!(["lost", "thing", "{}"])).await;
     let message = stage.sidecar.run(["deploy", "rollback"]).fails_with(6);
     assert!(message.contains("annotation") && message.contains("--data"), "{message}");
+    let history = stage.sidecar.run(["deploy", "history"]).ok();
+    let last = history["deployments"].as_array().and_then(|records| records.last()).expect("a deployment");
+    let beside = stage.scratch.path().join("before-publish");
+    let to = format!("before-publish:{}", &last["module"].as_str().expect("a hash")[..12]);
+    let restored = stage.sidecar.run(["restore", "--to", &to, "--data-dir", path(&beside)]).ok();
+    let publish = last["publish_offset"].as_u64().expect("an offset");
+    assert_eq!(restored["databases"][0]["offset"], publish - 1, "{restored}");
+    for (to, code) in [("before-publish:00000000", 4), ("before-publish:no", 2)] {
+        let run = stage.sidecar.run(["restore", "--to", to, "--data-dir", path(&stage.scratch.path().join("none"))]);
+        assert_eq!(run.code, code, "{}", run.stderr);
+    }
     stage.sidecar.run(["deploy", "rollback", "--data"]).ok();
     assert_eq!(owner.rows(NAME, &["entity", "annotation"]).await, before);
     assert_eq!(stage.history(), ["deployed", "deployed", "undone", "deployed", "undone"]);

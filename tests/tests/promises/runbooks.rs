@@ -125,6 +125,14 @@ fn a_deployment_is_set_up_from_nothing_keeps_its_secrets_and_outlives_a_kill_of_
 }
 
 #[test]
+fn the_commands_of_readme_lead_to_the_first_drill() {
+    let Some(deployment) = Deployment::bare() else { return };
+    deployment.host.ok(&Page::read("README.md").script(Some("Operate with docker compose"), &[]));
+    let status = deployment.sidecar("status");
+    assert_eq!(status["last_drill"]["passed"], true, "{status}");
+}
+
+#[test]
 fn the_newest_state_is_restored_after_the_servers_files_are_gone() {
     let Some(deployment) = Deployment::new() else { return };
     deployment.create(&["a", "b"]);
