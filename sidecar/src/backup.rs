@@ -31,6 +31,9 @@ pub const DEFAULT_LEVEL: i32 = 1;
 pub const OBJECT_SIZE: usize = 4 << 20;
 /// Bytes read at a time where nothing is kept.
 pub const READ_SIZE: usize = 1 << 20;
+/// How often, and after which pause, a data directory is looked at again that has replicas and no database to back up.
+const EMPTY_LOOKS: u32 = 10;
+const EMPTY_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 /// Objects being compressed at once.
 pub const WORKERS: usize = 2;
 
@@ -205,8 +208,9 @@ pub(crate) async fn create_from(
     }
     let mut problems = Vec::new();
     let mut archived: Vec<(Identity, LogArchive)> = Vec::new();
+    let mut looks = 0;
     // A database that appears while we work is found in the next copy, and then archived as well.
-    let control = loop {
+    let (control, points) = loop {
         let control = copy_control_db(data).await?;
         let new: Vec<_> = control
             .databases
@@ -215,15 +219,21 @@ pub(crate) async fn create_from(
             .cloned()
             .collect();
         if new.is_empty() {
-            break control;
+            let points: Vec<DatabasePoint> =
+                control.databases.iter().filter_map(|database| point_of(database, &archived)).collect();
+            if !points.is_empty() || looks == EMPTY_LOOKS || data.replicas()?.is_empty() {
+                break (control, points);
+            }
+            // The server answers a publish a moment before its files show it.
+            looks += 1;
+            archived.clear();
+            work.clock.sleep(EMPTY_PAUSE).await;
         }
         for database in new {
             let archive = archive_database(work, source, data, &database, &mut problems).await?;
             archived.push((database.identity, archive));
         }
     };
-    let points: Vec<DatabasePoint> =
-        control.databases.iter().filter_map(|database| point_of(database, &archived)).collect();
     if points.is_empty() {
         return Err(BackupError::Empty(data.root().to_owned()));
     }

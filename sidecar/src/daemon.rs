@@ -28,7 +28,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::daemon::followers::Followers;
 use crate::daemon::schedule::ScheduleError;
-use crate::daemon::state::{State, StateDir};
+use crate::daemon::state::{Claim, State, StateDir};
 use crate::daemon::waits::{wait_for_data_dir, wait_for_lease, wait_for_repository};
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::FileError;
@@ -159,8 +159,11 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
         () = telemetry.stop() => {}
         () = clock.sleep(TELEMETRY_LIMIT) => tracing::warn!("the last metrics were not taken in time"),
     }
-    if let Err(error) = state_dir.write_status(&state) {
-        tracing::warn!(%error, "the last status was not written");
+    // One that never had the lease leaves the notes of the one that has it alone.
+    if state.status().lease_token.is_some() || state_dir.claim().is_some() {
+        if let Err(error) = state_dir.write_status(&state) {
+            tracing::warn!(%error, "the last status was not written");
+        }
     }
     result?;
     Ok(ended?)
@@ -178,21 +181,26 @@ async fn follow(
     let state_dir = &options.state_dir;
     // Nobody else's: what another daemon, which is alive, tells here of itself is left alone while this one waits.
     let claim = parking_lot::Mutex::new(state_dir.claim());
-    // The lease that its status names is its own, or that of the process whose notes these are and which has died.
-    let predecessor = claim.lock().as_ref().and_then(|_| state_dir.last_lease());
     let beginning = async {
         let Some(data) = wait_for_data_dir(options, clock.as_ref(), stop).await? else { return Ok(None) };
-        let repository = wait_for_repository(options, state, clock.as_ref(), stop).await?;
-        Ok::<_, DaemonError>(repository.map(|repository| (data, repository)))
+        let Some(repository) = wait_for_repository(options, state, clock.as_ref(), stop).await? else {
+            return Ok(None);
+        };
+        // Whose process ended with the claim that this one has now is gone, and its lease with it.
+        let predecessor = claim.lock().as_ref().and_then(Claim::predecessor);
+        let lease = wait_for_lease(options, &repository, &clock, predecessor, stop).await?;
+        Ok::<_, DaemonError>(lease.map(|lease| (data, lease)))
     };
     let begun = tokio::select! {
         begun = beginning => begun?,
         () = write_status(state_dir, state, clock.as_ref(), &claim) => None,
     };
-    let Some((data, repository)) = begun else { return Ok(()) };
-    let Some(lease) = wait_for_lease(options, &repository, &clock, predecessor, stop).await? else { return Ok(()) };
+    let Some((data, lease)) = begun else { return Ok(()) };
     tracing::info!(token = lease.token(), repository = %options.url, "archiving begins");
     state.leased(lease.token());
+    if let Some(claim) = claim.lock().as_ref() {
+        claim.holds(lease.writer());
+    }
 
     // Followers stop after the server, so that its last writes are archived too.
     let stop_followers = CancellationToken::new();
@@ -292,7 +300,7 @@ async fn write_status(
     state_dir: &StateDir,
     state: &Arc<State>,
     clock: &dyn Clock,
-    claim: &parking_lot::Mutex<Option<std::fs::File>>,
+    claim: &parking_lot::Mutex<Option<Claim>>,
 ) {
     loop {
         let claimed = {

@@ -4,6 +4,9 @@ use crate::run::{Result, cargo, run};
 use crate::{server, stores, test};
 
 pub fn bench(arguments: &[String]) -> Result<()> {
+    if arguments.first().is_some_and(|name| name == "micro") {
+        return run(cargo().args(["bench", "--locked", "--package", "inner-universe", "--bench", "paths"]));
+    }
     let mut prepared = test::prepare()?;
     // Ratios are of the binary that users run.
     run(cargo().args(["build", "--release", "--quiet", "--locked", "--package", "inner-universe"]))?;

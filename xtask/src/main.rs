@@ -21,6 +21,7 @@ cargo xtask test [--all] [FILTER]
                               those of the Python client alone
 cargo xtask bench [GiB]       ratios against what users would pick instead; writes docs/benchmarks.md
 cargo xtask bench growth      how time, memory and objects grow; writes docs/benchmarks-growth.md
+cargo xtask bench micro       the hot paths beside their bounds
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
 cargo xtask bench events [N]  the event stream beside the SDK alone, N events waiting; writes docs/benchmarks-events.md
 cargo xtask bench export [N]  export and replay of N events beside `spacetime sql` and a script; writes docs/benchmarks-export.md

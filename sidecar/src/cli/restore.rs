@@ -43,8 +43,13 @@ impl FromStr for To {
 }
 
 impl To {
-    /// The moment that is meant; the database that was deployed is chosen where none is.
-    async fn resolve(self, repository: &Repository, databases: &mut Vec<String>) -> Result<Target, Failure> {
+    /// The moment that is meant; the database that was deployed, and the timeline on which it was, are chosen where none is.
+    async fn resolve(
+        self,
+        repository: &Repository,
+        databases: &mut Vec<String>,
+        timeline: &mut Option<TimelineId>,
+    ) -> Result<Target, Failure> {
         match self {
             Self::Moment(target) => Ok(target),
             #[cfg(not(feature = "client"))]
@@ -54,6 +59,7 @@ impl To {
                 let records = crate::deploy::record::all(repository).await?;
                 let meant = |record: &&crate::deploy::record::DeploymentRecord| {
                     record.module.to_string().starts_with(&hash)
+                        && record.publish_offset.is_some()
                         && (databases.is_empty() || databases.iter().any(|database| record.is_of(database)))
                 };
                 let Some(record) = records.iter().rev().find(meant) else {
@@ -66,10 +72,44 @@ impl To {
                         format!("the deployment of {hash} was the database's first, or its transaction is not known");
                     Failure::new(ExitStatus::NothingToRestore, message)
                 })?;
+                let other = records
+                    .iter()
+                    .filter(meant)
+                    .find(|other| (other.database, other.module) != (record.database, record.module));
+                if let Some(other) = other {
+                    return Err(Failure::usage(format!(
+                        "{hash} was published to {} and to {}, or is how two programs begin; give more of it, or --database",
+                        record.name, other.name
+                    )));
+                }
+                if timeline.is_none() {
+                    *timeline = timeline_of(repository, record).await?;
+                }
                 *databases = vec![record.database.to_string()];
                 Ok(Target::Offset(Offset(before)))
             }
         }
+    }
+}
+
+/// The timeline on which a deployment was, from the restore point that it took: offsets mean something on theirs only.
+#[cfg(feature = "client")]
+async fn timeline_of(
+    repository: &Repository,
+    record: &crate::deploy::record::DeploymentRecord,
+) -> Result<Option<TimelineId>, Failure> {
+    let points = repository.restore_points().await?;
+    let point = points.restore_points.iter().find(|point| Some(point.id) == record.restore_point);
+    let found = point.and_then(|point| point.databases.iter().find(|database| database.identity == record.database));
+    if let Some(database) = found {
+        return Ok(Some(database.timeline));
+    }
+    match repository.timelines(&record.database).await?.as_slice() {
+        [] | [_] => Ok(None),
+        _ => Err(Failure::usage(format!(
+            "the restore point of that deployment is gone, and {} has several timelines; give --timeline",
+            record.name
+        ))),
     }
 }
 
@@ -160,11 +200,12 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         }
     };
     let mut databases = args.database;
-    let target = args.to.resolve(&repository, &mut databases).await?;
+    let mut timeline = args.timeline;
+    let target = args.to.resolve(&repository, &mut databases, &mut timeline).await?;
     let request = RestoreRequest {
         target: target.clone(),
         databases,
-        timeline: args.timeline,
+        timeline,
         no_snapshot: args.no_snapshot,
         ..RestoreRequest::default()
     };
@@ -192,11 +233,15 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
     #[cfg(feature = "client")]
     if args.new_identity_keys
         && let (Some(keys), Some(live)) = (&report.keys, &context.config().spacetimedb_config.token_file)
+        && live.exists()
     {
         let own = keys.join("token");
-        crate::standalone::keys::sign_again(live, &keys.join("id_ecdsa"), &own)
-            .map_err(|reason| Failure::new(ExitStatus::Failed, reason))?;
-        report.token = Some(own);
+        match crate::standalone::keys::sign_again(live, &keys.join("id_ecdsa"), &own) {
+            Ok(()) => report.token = Some(own),
+            Err(reason) => {
+                context.output.warn(&format!("all is restored, but the token was not signed anew: {reason}"))
+            }
+        }
     }
     context.output.result(&report, |report| {
         let mut text = format!("restored {}\n", report.data_dir.display());

@@ -39,9 +39,6 @@ pub struct DaemonStatus {
     pub http: Option<String>,
     /// The latest error of the daemon itself.
     pub last_error: Option<String>,
-    /// This start of this machine, and this very directory: a copy of it, or a clone of the machine, is another place.
-    #[serde(default)]
-    pub place: Option<String>,
 }
 
 impl DaemonStatus {
@@ -117,7 +114,6 @@ impl State {
             last_restore_point: None,
             http: None,
             last_error: None,
-            place: None,
         };
         Self {
             clock,
@@ -284,29 +280,52 @@ impl StateDir {
     }
 
     /// Claims this directory for as long as what is returned lives, or this process does; `None` where another process has it.
-    pub(super) fn claim(&self) -> Option<std::fs::File> {
+    pub(super) fn claim(&self) -> Option<Claim> {
+        use std::os::unix::fs::MetadataExt as _;
         let path = self.0.join("daemon.lock");
         let file = std::fs::File::options().create(true).truncate(false).write(true).open(path).ok()?;
-        file.try_lock().ok().map(|()| file)
-    }
-
-    /// The fencing token of the lease that the last daemon here held when it wrote its status last, if that was in this place.
-    pub(super) fn last_lease(&self) -> Option<u64> {
-        let status: DaemonStatus = serde_json::from_slice(&std::fs::read(self.0.join("status.json")).ok()?).ok()?;
-        status.lease_token.filter(|_| status.place.is_some() && status.place == self.place())
-    }
-
-    fn place(&self) -> Option<String> {
-        use std::os::unix::fs::MetadataExt as _;
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-        let lock = std::fs::metadata(self.0.join("daemon.lock")).ok()?;
-        Some(format!("{}:{}:{}", boot.trim(), lock.dev(), lock.ino()))
+        file.try_lock().ok()?;
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let lock = file.metadata().ok()?;
+        let place = format!("{}:{}:{}", boot.trim(), lock.dev(), lock.ino());
+        Some(Claim { note: self.0.join("lease.json"), place, _lock: file })
     }
 
     pub(super) fn write_status(&self, state: &State) -> Result<(), FileError> {
-        let status = DaemonStatus { place: self.place(), ..state.status() };
-        let bytes = serde_json::to_vec_pretty(&status).unwrap_or_default();
+        let bytes = serde_json::to_vec_pretty(&state.status()).unwrap_or_default();
         durable::replace(&self.0.join("status.json"), &bytes)
+    }
+}
+
+/// A claim on a state directory. With its process it ends, and who gets it next knows that this process is gone.
+pub(super) struct Claim {
+    note: PathBuf,
+    /// This start of this machine, and this very directory: a copy of it, or a clone of the machine, is another place.
+    place: String,
+    _lock: std::fs::File,
+}
+
+/// Which lease the process holds that has the claim.
+#[derive(Serialize, Deserialize)]
+struct LeaseNote {
+    writer: String,
+    place: String,
+}
+
+impl Claim {
+    /// The writer whose lease the last process with this claim held when it ended without giving it back.
+    pub(super) fn predecessor(&self) -> Option<String> {
+        let note: LeaseNote = serde_json::from_slice(&std::fs::read(&self.note).ok()?).ok()?;
+        (note.place == self.place).then_some(note.writer)
+    }
+
+    /// Notes the lease that this process holds now. Without a note a successor waits: a failure is no harm.
+    pub(super) fn holds(&self, writer: String) {
+        let note = LeaseNote { writer, place: self.place.clone() };
+        let bytes = serde_json::to_vec_pretty(&note).unwrap_or_default();
+        if let Err(error) = durable::replace(&self.note, &bytes) {
+            tracing::debug!(%error, "the lease was not noted");
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::clock::{Clock, Stopwatch, patience};
 use crate::daemon::state::State;
 use crate::daemon::{DaemonError, DaemonOptions};
 use crate::datadir::{DataDir, DataDirError};
-use crate::repository::lease::{self, Lease, LeaseDocument};
+use crate::repository::lease::{self, Lease, LeaseDocument, Take};
 use crate::repository::{Repository, RepositoryError};
 
 /// The server may still be about to make its directory.
@@ -65,7 +65,7 @@ pub(super) async fn wait_for_lease(
     options: &DaemonOptions,
     repository: &Repository,
     clock: &Arc<dyn Clock>,
-    predecessor: Option<u64>,
+    predecessor: Option<String>,
     stop: &CancellationToken,
 ) -> Result<Option<Lease>, DaemonError> {
     let duration = options.config.repository.lease_duration.0;
@@ -73,21 +73,20 @@ pub(super) async fn wait_for_lease(
     let mut seen: Option<(LeaseDocument, Stopwatch)> = None;
     loop {
         // Clocks that are set back would have us wait for long after the holder is gone.
-        let is_stale = seen.as_ref().is_some_and(|(held, watch)| watch.elapsed_seconds() > patience_with(held));
-        // Each lease has a token of its own, and the process that wrote this one down is dead: we hold the lock that it held.
-        let is_ours = predecessor.is_some() && seen.as_ref().map(|(held, _)| held.token) == predecessor;
-        match Lease::acquire(repository, duration, Arc::clone(clock), options.force || is_stale || is_ours).await {
+        let stale = seen.as_ref().filter(|(held, watch)| watch.elapsed_seconds() > patience_with(held));
+        let take = match (stale, &predecessor) {
+            _ if options.force => Take::Always,
+            (Some((held, _)), _) => Take::Unchanged(Box::new(held.clone())),
+            (None, Some(writer)) => Take::From(writer.clone()),
+            (None, None) => Take::IfFree,
+        };
+        match Lease::acquire(repository, duration, Arc::clone(clock), take).await {
             Ok(lease) => return Ok(Some(lease)),
             Err(error @ RepositoryError::Locked { .. }) if options.wait => {
                 if let Ok(Some(held)) = lease::holder(repository).await
                     && seen.as_ref().is_none_or(|(before, _)| *before != held)
                 {
-                    let is_ours = predecessor == Some(held.token) && seen.is_none();
                     seen = Some((held, Stopwatch::start()));
-                    if is_ours {
-                        tracing::info!("the lease is that of the sidecar which ran here before and died");
-                        continue;
-                    }
                 }
                 if !told {
                     tracing::warn!(%error, "waiting for the lease");

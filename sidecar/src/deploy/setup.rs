@@ -13,7 +13,7 @@ use crate::deploy::journal::Journal;
 use crate::deploy::keeper::Keeper;
 use crate::deploy::record::{self, DeploymentRecord};
 use crate::deploy::{DeployError, Outcome, blocking, cut};
-use crate::durable::{self, OnPath};
+use crate::durable::{self, OnPath, beside, parent};
 use crate::ids::{ContentHash, Identity, Offset};
 use crate::observe::server::Database;
 use crate::progress::Progress;
@@ -76,10 +76,16 @@ impl Setup {
             return Ok(database);
         }
         let path = &self.token_path;
-        if let Ok(token) = std::fs::read_to_string(path)
-            && !token.trim().is_empty()
-        {
-            return Ok(database.with_token(token.trim()));
+        // One that was taken before a file was named stays the database's owner.
+        for known in [path, &own_token(self.dir())] {
+            if let Ok(token) = std::fs::read_to_string(known)
+                && !token.trim().is_empty()
+            {
+                if known != path {
+                    keep_token(path, token.trim())?;
+                }
+                return Ok(database.with_token(token.trim()));
+            }
         }
         let made = database.new_identity().await?;
         keep_token(path, &made.token)?;
@@ -96,12 +102,18 @@ pub fn own_token(state_dir: &Path) -> PathBuf {
 fn keep_token(path: &Path, token: &str) -> Result<(), DeployError> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
-    let new = path.with_extension("new");
+    let new = beside(path, ".new");
     let write = || {
-        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        // One that a crash left, or that somebody put there to read what is written.
+        match std::fs::remove_file(&new) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
         file.write_all(token.as_bytes())?;
         file.sync_all()?;
-        std::fs::rename(&new, path)
+        std::fs::rename(&new, path)?;
+        std::fs::File::open(parent(path))?.sync_all()
     };
     write().map_err(|source| DeployError::Token { path: path.to_owned(), source })
 }

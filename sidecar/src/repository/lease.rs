@@ -62,11 +62,30 @@ pub struct Lease {
     fence: Arc<Fence>,
 }
 
+/// From whom a lease may be taken that has not expired.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Take {
+    /// From nobody.
+    IfFree,
+    /// From this writer, who is known to be gone; from nobody who came after.
+    From(String),
+    /// If it is as it was seen: not renewed since, so that its holder must be gone.
+    Unchanged(Box<LeaseDocument>),
+    /// From whoever holds it: the operator has said so.
+    Always,
+}
+
+impl From<bool> for Take {
+    fn from(force: bool) -> Self {
+        if force { Self::Always } else { Self::IfFree }
+    }
+}
+
 /// The share of a lease's time after which its holder stops to write: the rest covers clocks that run apart.
 const SAFE_SHARE: u32 = 4;
 
 impl Lease {
-    /// Takes the lease if it is free or expired; `force` takes it from whoever has it.
+    /// Takes the lease if it is free or expired, or as `take` says.
     ///
     /// # Errors
     /// [`RepositoryError::Locked`] when another holds it.
@@ -74,13 +93,20 @@ impl Lease {
         repository: &Repository,
         duration: Duration,
         clock: Arc<dyn Clock>,
-        force: bool,
+        take: impl Into<Take>,
     ) -> Result<Self, RepositoryError> {
+        let take = take.into();
+        let may_take = |held: &LeaseDocument| match &take {
+            Take::IfFree => false,
+            Take::From(writer) => held.writer == *writer,
+            Take::Unchanged(seen) => *held == **seen,
+            Take::Always => true,
+        };
         let started = boot_time();
         let now = clock.now();
         let (token, mode) = match read(repository).await? {
             None => (1, PutMode::Create),
-            Some((held, _)) if held.expires_at > now && !force => {
+            Some((held, _)) if held.expires_at > now && !may_take(&held) => {
                 return Err(RepositoryError::Locked { writer: held.writer, expires_at: held.expires_at });
             }
             Some((held, version)) => (held.token.saturating_add(1), PutMode::Update(version)),
@@ -107,6 +133,11 @@ impl Lease {
     /// The repository, whose writes now fail once the lease is lost.
     pub fn fenced(&self) -> Repository {
         self.repository.clone().fenced(Arc::clone(&self.fence))
+    }
+
+    /// Who holds it: unlike any other writer, of this repository or another.
+    pub fn writer(&self) -> String {
+        self.document.lock().0.writer.clone()
     }
 
     pub fn token(&self) -> u64 {
@@ -321,6 +352,8 @@ mod tests {
         *clock.0.lock() = "2026-01-01T00:00:00Z".parse().expect("a time");
         let held = Lease::acquire(&repository, length, Arc::clone(&clock) as _, false).await;
         assert!(matches!(held, Err(RepositoryError::Locked { .. })));
+        let other = Lease::acquire(&repository, length, Arc::clone(&clock) as _, Take::From("another".into())).await;
+        assert!(matches!(other, Err(RepositoryError::Locked { .. })), "only from whom was named");
         first.release().await;
         let second = Lease::acquire(&repository, length, clock, false).await.expect("it is free");
         assert_eq!(second.token(), 2);

@@ -104,6 +104,13 @@ pub async fn apply(
     if options.new_keys && !options.force && !is_free(&key_dir)? {
         return Err(RestoreError::WouldOverwrite(key_dir));
     }
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    if absolute(&key_dir).starts_with(absolute(&options.data_dir)) {
+        return Err(RestoreError::Usage(format!(
+            "the token keys would lie in the data directory that is replaced; give a --key-dir outside {}",
+            options.data_dir.display()
+        )));
+    }
     let parent = durable::parent(&options.data_dir);
     fs::create_dir_all(&parent).on("create", &parent)?;
     check_space(&parent, plan, options.force)?;
@@ -128,26 +135,37 @@ pub async fn apply(
     check::check(&staging.data, plan).await?;
     progress.phase("making it durable", None);
     {
-        let data = staging.data.clone();
-        blocking(move || sync_file_system(&data)).await?.map_err(|error| RestoreError::from(error).with_disk_full())?;
+        // The keys may go to another file system.
+        let (data, keys) = (staging.data.clone(), (has_keys && !same_keys).then(|| staging.keys.clone()));
+        let sync = move || sync_file_system(&data).and_then(|()| keys.map_or(Ok(()), |keys| durable::sync_tree(&keys)));
+        blocking(sync).await?.map_err(|error| RestoreError::from(error).with_disk_full())?;
     }
 
     // A long restore leaves time to start a server where it should go.
-    let before = if before == Before::Something { inspect_target(options)? } else { before };
-    // From here on only renames, each durable. A crash between them leaves both directories whole under telling names.
+    let now = inspect_target(options)?;
+    if before == Before::Nothing && now != Before::Nothing {
+        return Err(RestoreError::WouldOverwrite(options.data_dir.clone()));
+    }
+    let before = now;
+    // From here on only renames, each durable, and taken back when a later one fails. A crash between them leaves all directories
+    // whole under telling names.
+    let mut renamed = Renamed::default();
     let stamp = clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
     let mut keys_moved_aside = None;
     if same_keys {
         fs::remove_dir_all(&staging.keys).on("remove", &staging.keys)?;
     } else if has_keys {
         if !is_free(&key_dir)? {
+            if !options.force {
+                return Err(RestoreError::WouldOverwrite(key_dir));
+            }
             let aside = beside(&key_dir, &format!(".before-restore-{stamp}"));
-            durable::rename(&key_dir, &aside)?;
+            renamed.rename(&key_dir, &aside)?;
             keys_moved_aside = Some(aside);
         } else if key_dir.exists() {
             fs::remove_dir(&key_dir).on("remove the empty", &key_dir)?;
         }
-        durable::rename(&staging.keys, &key_dir)?;
+        renamed.rename(&staging.keys, &key_dir)?;
     }
     let moved_aside = match before {
         Before::Nothing => None,
@@ -157,16 +175,12 @@ pub async fn apply(
         }
         Before::Something => {
             let aside = beside(&options.data_dir, &format!(".before-restore-{stamp}"));
-            durable::rename(&options.data_dir, &aside)?;
+            renamed.rename(&options.data_dir, &aside)?;
             Some(aside)
         }
     };
-    if let Err(error) = durable::rename(&staging.data, &options.data_dir) {
-        if let Some(aside) = &moved_aside {
-            durable::rename(aside, &options.data_dir)?;
-        }
-        return Err(error.into());
-    }
+    renamed.rename(&staging.data, &options.data_dir)?;
+    renamed.keep();
     staging.done();
     Ok(RestoreReport {
         data_dir: options.data_dir.clone(),
@@ -222,7 +236,32 @@ fn inspect_target(options: &ApplyOptions) -> Result<Before, RestoreError> {
     Ok(before)
 }
 
-/// Missing, or an empty directory.
+/// Renames that belong together: those that were done are taken back when one fails.
+#[derive(Default)]
+struct Renamed(Vec<(PathBuf, PathBuf)>);
+
+impl Renamed {
+    fn rename(&mut self, from: &Path, to: &Path) -> Result<(), FileError> {
+        durable::rename(from, to)?;
+        self.0.push((from.to_owned(), to.to_owned()));
+        Ok(())
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Renamed {
+    fn drop(&mut self) {
+        for (from, to) in self.0.drain(..).rev() {
+            if let Err(error) = durable::rename(&to, &from) {
+                tracing::error!(%error, "what belongs at {} is at {}", from.display(), to.display());
+            }
+        }
+    }
+}
+
 /// Whether every file of `ours` is in `theirs` with the same content.
 fn holds_same(ours: &Path, theirs: &Path) -> Result<bool, FileError> {
     for entry in fs::read_dir(ours).on("list", ours)? {
@@ -240,6 +279,7 @@ fn holds_same(ours: &Path, theirs: &Path) -> Result<bool, FileError> {
     Ok(true)
 }
 
+/// Missing, or an empty directory.
 fn is_free(path: &Path) -> Result<bool, FileError> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_none()),

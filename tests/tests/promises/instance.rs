@@ -162,10 +162,24 @@ async fn keys_are_kept_plain_only_when_that_is_allowed() {
     let restore = ["restore", "--data-dir", path(&target), "--key-dir", path(&key_target)];
     instance.sidecar.run(restore).ok();
     assert_eq!(mode(&key_target.join("id_ecdsa")), 0o600);
-    // Keys that are there are not replaced.
+    // The same keys stay; other keys that are there are not replaced, or moved aside where that is asked for.
     std::fs::remove_dir_all(&target).expect("remove");
+    assert_eq!(instance.sidecar.run(restore).ok()["keys_moved_aside"], serde_json::Value::Null);
+    std::fs::remove_dir_all(&target).expect("remove");
+    let key = key_target.join("id_ecdsa");
+    let ours = std::fs::read(&key).expect("a key");
+    std::fs::write(&key, "another").expect("write");
     assert!(instance.sidecar.run(restore).fails_with(6).contains("restored-keys"));
     assert!(!target.exists());
+    let report = instance.sidecar.run(restore.into_iter().chain(["--force"])).ok();
+    assert_eq!(std::fs::read(&key).expect("a key"), ours);
+    let aside = Path::new(report["keys_moved_aside"].as_str().expect("a directory"));
+    assert_eq!(std::fs::read(aside.join("id_ecdsa")).expect("a key"), b"another");
+    // Keys below the data directory would go with it.
+    let inside = target.join("keys");
+    let below = ["restore", "--data-dir", path(&target), "--key-dir", path(&inside), "--force"];
+    assert!(instance.sidecar.run(below).fails_with(2).contains("--key-dir"));
+    assert!(target.join("metadata.toml").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
