@@ -30,6 +30,8 @@ FROM clockworklabs/spacetime:${SPACETIMEDB_VERSION} AS operator
 LABEL org.opencontainers.image.title="inner-universe-operator" \
       org.opencontainers.image.description="Deploys, restores and drills for SpacetimeDB, with the server they need" \
       org.opencontainers.image.licenses="MIT"
+# Where the image keeps the server; its own PATH has the command line tool only.
+ENV PATH="/opt/spacetime:${PATH}"
 COPY --from=build /out /
 # The image's own user; the data directory is theirs.
 USER 1000:1000

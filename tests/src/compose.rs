@@ -55,7 +55,8 @@ impl Project {
     }
 
     fn start(&self, service: &str, leave_out: &[String]) -> Result<()> {
-        if leave_out.iter().any(|left| left == service) || self.container(service).is_running() {
+        let none = self.document.service(service)?["scale"].as_str() == Some("0");
+        if none || leave_out.iter().any(|left| left == service) || self.container(service).is_running() {
             return Ok(());
         }
         self.start_dependencies(service, leave_out)?;
@@ -84,6 +85,9 @@ impl Project {
     }
 
     fn wait_healthy(&self, service: &str) -> Result<()> {
+        if self.document.service(service)?["scale"].as_str() == Some("0") {
+            return Ok(());
+        }
         let check = &self.document.service(service)?["healthcheck"];
         let Some(test) = check["test"].as_array() else { return Ok(()) };
         let test: Vec<_> = test.iter().skip(1).filter_map(Value::as_str).map(str::to_owned).collect();
@@ -112,7 +116,8 @@ impl Project {
         for service in meant {
             let grace = self.document.service(&service)?["stop_grace_period"].as_str().unwrap_or("10s");
             let seconds = grace.trim_end_matches('s').parse().unwrap_or(10);
-            self.container(&service).stop(Duration::from_secs(seconds));
+            let signal = self.document.service(&service)?["stop_signal"].as_str().unwrap_or("SIGTERM");
+            self.container(&service).stop(signal.trim_start_matches("SIG"), Duration::from_secs(seconds));
         }
         Ok(())
     }
@@ -159,7 +164,7 @@ impl Project {
 
     pub fn down(&self, volumes: bool) -> Result<()> {
         for service in self.document.names() {
-            self.container(&service).stop(Duration::from_secs(10));
+            self.container(&service).stop("TERM", Duration::from_secs(10));
         }
         let _ = std::fs::remove_dir_all(&self.state);
         if volumes {
@@ -220,6 +225,7 @@ impl Project {
             secrets,
             tmpfs: words(&definition["tmpfs"]),
             programs: substitute.programs,
+            path: substitute.path,
             hosts: self.document.names(),
         })
     }

@@ -26,6 +26,8 @@ pub struct Launch {
     pub secrets: Vec<(PathBuf, String)>,
     pub tmpfs: Vec<String>,
     pub programs: Vec<(PathBuf, String)>,
+    /// Before the usual PATH.
+    pub path: Option<String>,
     /// Names that lead to this machine.
     pub hosts: Vec<String>,
 }
@@ -134,7 +136,8 @@ impl Container {
             ["chroot", &self.root().display().to_string(), "/usr/bin/setpriv"].map(Into::into).into();
         words.extend(["--reuid", user, "--regid", group, "--clear-groups", "--no-new-privs"].map(Into::into));
         words.extend(["--inh-caps=-all".into(), format!("--bounding-set=-all{capabilities}"), "/usr/bin/env".into()]);
-        words.extend(["-i", "PATH=/usr/local/bin:/usr/bin:/bin", "HOME=/tmp"].map(Into::into));
+        let path = launch.path.iter().map(|added| format!("{added}:")).collect::<String>();
+        words.extend(["-i".into(), format!("PATH={path}/usr/local/bin:/usr/bin:/bin"), "HOME=/tmp".into()]);
         words.extend(launch.environment.iter().map(|(name, value)| format!("{name}={value}")));
         words
     }
@@ -171,8 +174,8 @@ impl Container {
         }
     }
 
-    pub fn stop(&self, grace: Duration) {
-        self.signal("TERM");
+    pub fn stop(&self, signal: &str, grace: Duration) {
+        self.signal(signal);
         let end = Instant::now() + grace;
         while self.is_running() {
             if Instant::now() > end {

@@ -52,9 +52,12 @@ done
 if [ "$read_only" = 1 ]; then mount -o remount,ro "$root"; fi
 
 # As an init does: hand signals on, and end with what the child ends with.
+# With job control, for without it an interrupt would be ignored by what is started in the background.
+set -m
 "${inside[@]}" "${words[@]}" <&0 &
 child=$!
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+trap 'kill -INT "$child" 2>/dev/null || true' INT
 code=0
 while :; do
     wait "$child" && code=0 || code=$?

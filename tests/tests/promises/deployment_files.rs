@@ -77,7 +77,7 @@ fn every_service_is_hardened_pinned_bounded_and_given_its_secrets_as_files() {
         assert_eq!(service["read_only"], true, "{name}");
         assert_eq!(service["cap_drop"], serde_json::json!(["ALL"]), "{name}");
         assert_eq!(service["security_opt"], serde_json::json!(["no-new-privileges:true"]), "{name}");
-        for bound in ["mem_limit", "cpus", "pids_limit"] {
+        for bound in ["mem_limit", "cpu_shares", "pids_limit"] {
             assert!(!service[bound].is_null(), "{name}: {bound}");
         }
         let user = service["user"].as_str().unwrap_or_default();

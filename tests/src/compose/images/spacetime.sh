@@ -1,3 +1,3 @@
 #!/bin/sh
 # The CLI of the server's image starts the server with what follows.
-exec /usr/local/bin/spacetimedb-standalone "$@"
+exec /opt/spacetime/spacetimedb-standalone "$@"
