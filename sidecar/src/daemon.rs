@@ -160,10 +160,10 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
         () = clock.sleep(TELEMETRY_LIMIT) => tracing::warn!("the last metrics were not taken in time"),
     }
     // One that never had the lease leaves the notes of the one that has it alone.
-    if state.status().lease_token.is_some() || state_dir.claim().is_some() {
-        if let Err(error) = state_dir.write_status(&state) {
-            tracing::warn!(%error, "the last status was not written");
-        }
+    if (state.status().lease_token.is_some() || state_dir.claim().is_some())
+        && let Err(error) = state_dir.write_status(&state)
+    {
+        tracing::warn!(%error, "the last status was not written");
     }
     result?;
     Ok(ended?)

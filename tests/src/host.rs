@@ -1,16 +1,24 @@
 //! A machine of its own for a deployment: network, processes and mounts apart from everything else on this one. Runs what the runbooks
-//! say, with the stand-in as `docker`.
+//! say, with the stand-in as `docker`. With `INNER_UNIVERSE_DOCKER=1` it is this machine and its Docker engine, one deployment at a time.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// The first process of the machine; what ends is taken away by it.
 const INIT: &str = "ip link set lo up; echo up; while :; do sleep 0.2; done";
 
+/// A Docker engine has one project of the name that compose.yaml gives, and its ports.
+static ENGINE: Mutex<()> = Mutex::new(());
+
+enum Kind {
+    Apart { init: Child, pid: u32 },
+    Docker { _alone: MutexGuard<'static, ()> },
+}
+
 pub struct Host {
-    init: Child,
-    pid: u32,
+    kind: Kind,
     /// The checkout as an operator has it: compose.yaml and what it mounts.
     pub dir: PathBuf,
     scratch: tempfile::TempDir,
@@ -24,6 +32,9 @@ impl Host {
     pub fn new(docker: &Path) -> Option<Self> {
         let scratch = tempfile::tempdir().expect("a temporary directory");
         let dir = scratch.path().join("inner-universe");
+        if Self::is_docker() {
+            return Some(Self::docker(scratch, dir));
+        }
         copy_checkout(&dir);
         let programs = scratch.path().join("bin");
         std::fs::create_dir(&programs).expect("a directory for programs");
@@ -44,17 +55,42 @@ impl Host {
             return None;
         }
         let pid = child_of(init.id()).expect("the first process");
-        Some(Self { init, pid, dir, scratch })
+        Some(Self { kind: Kind::Apart { init, pid }, dir, scratch })
+    }
+
+    /// Whether it is this machine's Docker engine.
+    pub fn is_docker() -> bool {
+        std::env::var_os("INNER_UNIVERSE_DOCKER").is_some()
+    }
+
+    /// This machine, with a whole checkout, since images are built from it, and the engine's volumes where tests look for them.
+    fn docker(scratch: tempfile::TempDir, dir: PathBuf) -> Self {
+        let alone = ENGINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let cloned = Command::new("git").args(["clone", "--quiet"]).arg(root).arg(&dir).status();
+        assert!(cloned.is_ok_and(|status| status.success()), "clone the checkout");
+        std::fs::create_dir(dir.join(".volumes")).expect("a directory");
+        for volume in ["server", "state", "scratch", "bucket"] {
+            let place = format!("/var/lib/docker/volumes/inner-universe_{volume}/_data");
+            std::os::unix::fs::symlink(place, dir.join(".volumes").join(volume)).expect("a link");
+        }
+        Self { kind: Kind::Docker { _alone: alone }, dir, scratch }
     }
 
     /// Runs a shell script in the checkout, up to its first command that fails.
     pub fn shell(&self, script: &str) -> Output {
         let path = std::env::var("PATH").unwrap_or_default();
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.pid.to_string(), "--mount", "--net", "--pid"]);
-        command.args(["--wd=.", "bash", "-euo", "pipefail", "-c", script]);
+        let mut command = match &self.kind {
+            Kind::Apart { pid, .. } => {
+                let mut command = Command::new("nsenter");
+                command.args(["--target", &pid.to_string(), "--mount", "--net", "--pid", "--wd=.", "bash"]);
+                command.env("PATH", format!("{}:{path}", self.scratch.path().join("bin").display()));
+                command
+            }
+            Kind::Docker { .. } => Command::new("bash"),
+        };
+        command.args(["-euo", "pipefail", "-c", script]);
         command.current_dir(&self.dir).stdin(Stdio::null());
-        command.env("PATH", format!("{}:{path}", self.scratch.path().join("bin").display()));
         // What observes has no stand-in.
         command.env("COMPOSE_PROFILES", "core").env("OTLP_ENDPOINT", "");
         // What the operator's shell would not have.
@@ -94,9 +130,17 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // With its first process the machine's others end too.
-        let _ = self.init.kill();
-        let _ = self.init.wait();
+        match &mut self.kind {
+            // With its first process the machine's others end too.
+            Kind::Apart { init, .. } => {
+                let _ = init.kill();
+                let _ = init.wait();
+            }
+            Kind::Docker { .. } => {
+                let down = ["compose", "down", "--volumes", "--timeout", "1"];
+                let _ = Command::new("docker").args(down).current_dir(&self.dir).env("AGE_RECIPIENT", "-").status();
+            }
+        }
         if std::thread::panicking() {
             for service in ["sidecar", "spacetimedb", "s3"] {
                 let log = std::fs::read_to_string(self.dir.join(".containers").join(service).join("log"));
