@@ -19,7 +19,7 @@ cargo xtask demo              the main job on a real server, as a short story
 cargo xtask test [--all] [FILTER]
                               every test; --all with the long ones, which also need more tools; `python` for
                               those of the Python client alone
-cargo xtask bench [GiB]       ratios against what users would pick instead; writes docs/benchmarks.md
+cargo xtask bench [GiB] [N]   ratios, of N rounds, against what users would pick instead; writes docs/benchmarks.md
 cargo xtask bench growth      how time, memory and objects grow; writes docs/benchmarks-growth.md
 cargo xtask bench micro       the hot paths beside their bounds
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
