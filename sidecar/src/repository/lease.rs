@@ -198,12 +198,25 @@ impl Lease {
 
     /// Gives the lease back, so that the next writer need not wait. A failure is no harm: it expires.
     pub async fn release(self) {
-        let (mut document, version) = self.document.lock().clone();
+        let (mut document, mut version) = self.document.lock().clone();
         self.fence.lost.store(true, Ordering::Release);
+        let ours = (document.writer.clone(), document.token);
         // The clock may have been set back since the last renewal: no time of ours says "over" to everyone.
         document.expires_at = Timestamp::UNIX_EPOCH;
-        if let Err(error) = replace(&self.repository, &document, PutMode::Update(version)).await {
-            tracing::debug!(%error, "the lease was not given back and expires");
+        loop {
+            let error = match replace(&self.repository, &document, PutMode::Update(version)).await {
+                Ok(_) => return,
+                Err(error) => error,
+            };
+            tracing::debug!(%error, "the lease was not given back");
+            if !matches!(error, RepositoryError::Locked { .. } | RepositoryError::Conflict { .. }) {
+                return;
+            }
+            // A renewal whose answer was lost has changed the version; once another has the lease, it is theirs.
+            match read(&self.repository).await {
+                Ok(Some((found, newer))) if (&found.writer, found.token) == (&ours.0, ours.1) => version = newer,
+                _ => return,
+            }
         }
     }
 }
@@ -339,6 +352,21 @@ mod tests {
         fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
             std::future::ready(()).boxed()
         }
+    }
+
+    #[tokio::test]
+    async fn a_lease_is_given_back_although_the_answer_to_its_last_renewal_was_lost() {
+        let clock = Arc::new(SetClock(Mutex::new("2026-01-01T01:00:00Z".parse().expect("a time"))));
+        let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+        let repository = Repository::open_or_create_in(store, "memory://", Keyring::default(), clock.as_ref()).await;
+        let repository = repository.expect("a repository");
+        let length = Duration::from_secs(30);
+        let lease = Lease::acquire(&repository, length, Arc::clone(&clock) as _, false).await.expect("a lease");
+        let known = lease.document.lock().clone();
+        lease.renew().await.expect("renewed");
+        *lease.document.lock() = known;
+        lease.release().await;
+        Lease::acquire(&repository, length, clock, false).await.expect("it is free");
     }
 
     #[tokio::test]
