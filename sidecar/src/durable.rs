@@ -60,6 +60,20 @@ pub fn sync_tree(root: &Path) -> Result<(), FileError> {
     sync_dir(root)
 }
 
+/// Everything written so far on the file system of `path` reaches the disk: one call instead of one for each page file.
+///
+/// # Errors
+/// When the sync fails.
+pub fn sync_file_system(path: &Path) -> Result<(), FileError> {
+    #[cfg(target_os = "linux")]
+    {
+        let dir = File::open(path).on("open", path)?;
+        rustix::fs::syncfs(&dir).map_err(std::io::Error::from).on("sync the file system of", path)
+    }
+    #[cfg(not(target_os = "linux"))]
+    sync_tree(path)
+}
+
 /// Renames within one file system and makes the new name durable. `to` must not exist.
 ///
 /// # Errors

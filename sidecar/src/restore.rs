@@ -4,8 +4,10 @@
 //! durable; what was there is moved aside, never deleted; a restore that fails leaves target and repository as they were.
 
 pub mod apply;
+mod build;
 pub mod check;
 pub mod plan;
+pub(crate) mod segments;
 pub mod target;
 
 use std::path::PathBuf;

@@ -14,7 +14,7 @@ use crate::datadir::{DataDir, DataDirError, ReplicaDir, snapshot};
 use crate::durable::{self, FileError, OnPath, beside};
 use crate::ids::{ContentHash, Offset};
 use crate::restore::RestoreError;
-use crate::restore::apply::{SegmentWriter, sync_file_system};
+use crate::restore::segments::SegmentWriter;
 
 /// Bytes of log that are looked through at a time.
 const READ_SIZE: usize = 4 << 20;
@@ -76,7 +76,7 @@ pub fn cut(data: &DataDir, replica: &ReplicaDir, last: Offset, stamp: &str) -> R
         // Of a rollback that was broken off.
         fs::remove_dir_all(&staging).on("remove", &staging)?;
     }
-    let built = build(replica, &staging, last).and_then(|()| Ok(sync_file_system(&staging)?));
+    let built = build(replica, &staging, last).and_then(|()| Ok(durable::sync_file_system(&staging)?));
     if let Err(error) = built {
         if let Err(error) = fs::remove_dir_all(&staging) {
             tracing::warn!(path = %staging.display(), %error, "what was built so far could not be removed");

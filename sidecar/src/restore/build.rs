@@ -1,0 +1,230 @@
+//! Builds a data directory from what a plan names: instance, snapshots, logs.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt};
+
+use crate::datadir::{DataDir, control_db, snapshot};
+use crate::durable::{self, FileError, OnPath};
+use crate::ids::{ContentHash, Identity, Offset};
+use crate::progress::{Progress, Tally};
+use crate::repository::log_object::LogHeader;
+use crate::repository::manifest::SnapshotManifest;
+use crate::repository::pack::{self, EntryKind};
+use crate::repository::{Repository, RepositoryError, instance, paths};
+use crate::restore::RestoreError;
+use crate::restore::plan::{DatabasePlan, RestorePlan};
+use crate::restore::segments::SegmentWriter;
+
+/// Objects decoded at once, on two cores.
+const AHEAD: usize = 2;
+
+/// What a restore is built with, and where.
+pub(super) struct Build<'a> {
+    pub repository: &'a Repository,
+    pub data: &'a Path,
+    pub keys: &'a Path,
+    pub tally: &'a Arc<Tally>,
+    pub progress: &'a Arc<dyn Progress>,
+}
+
+impl Build<'_> {
+    /// Returns whether token keys were extracted.
+    pub(super) async fn run(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
+        let has_keys = self.extract_instance(plan, name).await?;
+        let data = DataDir::open(self.data)?;
+        for database in &plan.databases {
+            let replica = data.replica(database.replica);
+            if let Some(manifest) = &database.snapshot {
+                let total = manifest.packs.iter().map(|pack| pack.stored_bytes).sum();
+                self.progress.phase(&format!("snapshot of {}", database.name), Some(total));
+                self.write_snapshot(database.identity, manifest, &replica.snapshots_path()).await?;
+            }
+            let total = database.log.iter().map(|entry| entry.size).sum();
+            self.progress.phase(&format!("log of {}", database.name), Some(total));
+            self.write_log(database, &replica.log_path()).await?;
+        }
+        Ok(has_keys)
+    }
+
+    async fn extract_instance(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
+        self.progress.phase("instance", None);
+        let id = plan.instance.instance;
+        let bytes = self.repository.get(&paths::instance(id)).await?;
+        self.tally.read(bytes.len());
+        let (keys, data, keys_to) = (self.repository.keys.clone(), self.data.to_owned(), self.keys.to_owned());
+        let keep: Vec<Identity> = plan.databases.iter().map(|database| database.identity).collect();
+        let name = name.map(ToOwned::to_owned);
+        let extracted = blocking(move || {
+            let extracted = instance::extract(&id, &bytes, &keys, &data, &keys_to)?;
+            let control = data.join("control-db");
+            let mut changed = control_db::keep_only(&control, &keep);
+            if let (Ok(()), Some(name), Some(database)) = (&changed, &name, keep.first()) {
+                changed = control_db::rename(&control, database, name);
+            }
+            changed
+                .map_err(|reason| RestoreError::SelfCheck(format!("the control database does not open: {reason}")))?;
+            Ok::<_, RestoreError>(extracted)
+        })
+        .await??;
+        Ok(extracted.keys.is_some())
+    }
+
+    async fn write_snapshot(
+        &self,
+        database: Identity,
+        manifest: &SnapshotManifest,
+        snapshots: &Path,
+    ) -> Result<(), RestoreError> {
+        let target = snapshots.join(snapshot::dir_name(manifest.offset));
+        fs::create_dir_all(&target).on("create", &target)?;
+        let writer = Arc::new(ObjectWriter { target, offset: manifest.offset });
+        let mut writes = futures::stream::iter(manifest.packs.clone())
+            .map(|pack| async move {
+                let key = paths::pack(&database, pack.pack);
+                let bytes = self.repository.get(&key).await?;
+                self.tally.read(bytes.len());
+                self.progress.advance(bytes.len() as u64);
+                Ok::<_, RestoreError>((key, pack, bytes))
+            })
+            .buffered(1)
+            .map_ok(|(key, pack, bytes)| {
+                let (writer, keys) = (Arc::clone(&writer), self.repository.keys.clone());
+                async move {
+                    blocking(move || {
+                        let mut wanted: HashSet<ContentHash> = pack.entries.into_iter().collect();
+                        let mut written = 0;
+                        let all = wanted.clone();
+                        pack::read(
+                            &key,
+                            &pack.pack,
+                            &bytes,
+                            &keys,
+                            |hash| all.contains(hash),
+                            |hash, kind, entry| {
+                                // One hash may stand twice in a pack's history; it is one file.
+                                if wanted.remove(&hash) {
+                                    writer.write(&hash, kind, entry)?;
+                                    written += entry.len();
+                                }
+                                Ok::<_, RestoreError>(())
+                            },
+                        )?;
+                        match wanted.into_iter().next() {
+                            Some(hash) => Err(RepositoryError::damaged(&key, format!("it lacks entry {hash}")).into()),
+                            None => Ok(written),
+                        }
+                    })
+                    .await?
+                }
+            })
+            .try_buffer_unordered(AHEAD);
+        while let Some(written) = writes.try_next().await? {
+            self.tally.wrote(written);
+        }
+        Ok(())
+    }
+
+    async fn write_log(&self, database: &DatabasePlan, dir: &Path) -> Result<(), RestoreError> {
+        fs::create_dir_all(dir).on("create", dir)?;
+        let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
+        let (from, until) = (database.log_from, database.offset);
+        let decoded = futures::stream::iter(database.log.clone())
+            .map(|entry| async move { Ok::<_, RestoreError>((self.repository.open_log(&entry).await?, entry)) })
+            .buffered(AHEAD)
+            .map_ok(|(open, entry)| {
+                let parts = open.header.parts_within(from, until.min(entry.last));
+                futures::stream::iter(parts.map(move |index| Ok::<_, RestoreError>((open.clone(), entry.last, index))))
+            })
+            .try_flatten()
+            .map_ok(|(open, last, index)| async move {
+                let stored = self.repository.log_part(&open, index).await?;
+                self.tally.read(stored.len());
+                self.progress.advance(stored.len() as u64);
+                let keys = self.repository.keys.clone();
+                let decode = move || {
+                    let mut commits = open.header.decode_part(&open.key, index, &stored, &keys)?;
+                    // Where a timeline forks off inside an object, what follows belongs to another history.
+                    let (before, after, len) = open.header.part_until(index, last);
+                    commits.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+                    Ok(Decoded { header: open.header, before, after, commits })
+                };
+                blocking(decode).await?.map_err(|error: RepositoryError| RestoreError::from(error))
+            })
+            .try_buffered(AHEAD);
+        let mut decoded = std::pin::pin!(decoded);
+        // The disk's writes and the decoding do not wait for each other.
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<(u8, Vec<u8>)>(1);
+        let writer = tokio::task::spawn_blocking(move || {
+            while let Some((log_version, commits)) = receiver.blocking_recv() {
+                segments.write(log_version, &commits)?;
+            }
+            segments.finish()
+        });
+        let feed = async {
+            let mut tip: Option<ContentHash> = None;
+            while let Some(Decoded { header, before, after, commits }) = decoded.try_next().await? {
+                if header.database != database.identity {
+                    let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
+                    return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
+                }
+                if tip.replace(after).is_some_and(|found| found != before) {
+                    return Err(RestoreError::Unreachable {
+                        wanted: header.first,
+                        reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
+                    });
+                }
+                self.tally.wrote(commits.len());
+                if sender.send((header.log_version, commits)).await.is_err() {
+                    // The writer gave up and says why itself.
+                    break;
+                }
+            }
+            Ok::<_, RestoreError>(())
+        };
+        let fed = feed.await;
+        drop(sender);
+        // Waited for in any case: nothing may still be written while a failed restore is cleared away.
+        let written = writer.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
+        fed.and(written)
+    }
+}
+
+/// A part of a log object, with the chain hashes around it.
+struct Decoded {
+    header: Arc<LogHeader>,
+    before: ContentHash,
+    after: ContentHash,
+    commits: Vec<u8>,
+}
+
+/// Writes a snapshot's objects where the server looks for them.
+struct ObjectWriter {
+    target: PathBuf,
+    offset: Offset,
+}
+
+impl ObjectWriter {
+    fn write(&self, hash: &ContentHash, kind: EntryKind, bytes: &[u8]) -> Result<(), FileError> {
+        let path = match kind {
+            EntryKind::Manifest => self.target.join(snapshot::manifest_name(self.offset)),
+            EntryKind::Object(_) => self.target.join(snapshot::object_path(hash)),
+        };
+        match durable::create(&path, bytes) {
+            Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => {
+                let parent = durable::parent(&path);
+                fs::create_dir_all(&parent).on("create", &parent)?;
+                durable::create(&path, bytes)
+            }
+            result => result,
+        }
+    }
+}
+
+/// Runs work that may block.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, RestoreError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| RestoreError::Worker(error.to_string()))
+}
