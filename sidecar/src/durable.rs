@@ -2,6 +2,8 @@
 //!
 //! Nothing here overwrites but [`replace`]: every other call that could refuses instead.
 
+pub mod direct;
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};

@@ -6,6 +6,7 @@
 
 pub mod archiver;
 pub mod backup;
+pub mod buffers;
 pub mod bundle;
 pub mod cli;
 pub mod clock;

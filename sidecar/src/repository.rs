@@ -3,6 +3,7 @@
 //! Invariants: an object is written once and never changed; what a manifest names was durable before the manifest was
 //! written; whatever is read is checked against a hash before it is used; only this room builds object names.
 
+mod codec;
 pub mod crypto;
 pub mod document;
 pub mod instance;

@@ -10,6 +10,7 @@ mod sweep;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
+use futures::StreamExt;
 use object_store::path::Path as Key;
 use serde::Serialize;
 
@@ -20,6 +21,10 @@ use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
 use crate::repository::timeline::{LogChain, ancestry};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::plan::describe;
+use crate::verify::objects::{Draw, read_log};
+
+/// Log objects that are read and checked at once.
+const AHEAD: usize = 2;
 
 /// What to verify.
 #[derive(Debug, Clone)]
@@ -105,8 +110,7 @@ struct Walk<'a> {
     repository: &'a Repository,
     progress: Arc<dyn Progress>,
     report: VerifyReport,
-    /// Draws the objects whose bodies are read.
-    salt: u128,
+    draw: Draw,
     /// Objects that something refers to.
     used: HashSet<Key>,
     /// Manifests and instance captures looked at already; restore points share most of what they name.
@@ -138,7 +142,7 @@ pub async fn verify(
         repository,
         progress,
         report: VerifyReport { read_data: options.read_data.min(100), ..VerifyReport::default() },
-        salt: ulid::Ulid::new().random(),
+        draw: Draw { salt: ulid::Ulid::new().random(), percent: options.read_data },
         used: HashSet::new(),
         seen: HashSet::new(),
         moved: HashSet::new(),
@@ -268,12 +272,32 @@ impl Walk<'_> {
             );
         }
         let mut tip = None::<ChainTip>;
-        for entry in chain.entries.iter().filter(|entry| counts(entry.first)) {
+        let (repository, draw) = (self.repository, self.draw);
+        let entries: Vec<_> = chain.entries.iter().filter(|entry| counts(entry.first)).collect();
+        // Timelines share what they forked from: that was read already.
+        let is_known: Vec<_> = entries.iter().map(|entry| self.logs.contains_key(&entry.key)).collect();
+        let mut reads = futures::stream::iter(0..entries.len())
+            .map(|index| {
+                let (entry, is_known) = (entries[index], is_known[index]);
+                async move {
+                    match is_known {
+                        true => None,
+                        false => Some(read_log(repository, entry, draw.is_drawn(&entry.key)).await),
+                    }
+                }
+            })
+            .buffered(AHEAD);
+        for entry in &entries {
+            let read = reads.next().await.flatten();
             self.used.insert(entry.key.clone());
             if chain.holes.iter().any(|hole| hole.found == entry.first) {
                 tip = None;
             }
-            let Some(header) = self.log_object(entry, name).await? else {
+            let header = match read {
+                Some(read) => self.judge_log(entry, read, name).await?,
+                None => self.log_object(entry, name).await?,
+            };
+            let Some(header) = header else {
                 if !self.moved.contains(&entry.key) {
                     bad.logs.insert(entry.key.clone());
                 }

@@ -2,4 +2,5 @@
 
 pub mod log;
 pub mod peers;
+pub mod remote;
 pub mod series;

@@ -76,6 +76,27 @@ impl Synthetic {
         path
     }
 
+    /// A segment with the index that the server keeps beside it: an entry for every 4096 bytes, in a file of full size.
+    pub fn indexed_segment(&self, version: u8, first: u64, records: &[Vec<u8>]) -> PathBuf {
+        let path = self.segment(version, first, records);
+        let (mut entries, mut at, mut since, mut candidate) = (Vec::new(), SegmentHeader::LEN as u64, 0, (0, 0));
+        for (offset, records) in (first..).zip(records) {
+            if candidate.0 == 0 {
+                candidate = (offset, at);
+            }
+            let len = encode(version, Offset(offset), 0, 1, records).len() as u64;
+            (at, since) = (at + len, since + len);
+            if since >= 4096 && candidate.0 != 0 {
+                entries.extend([candidate.0.to_le_bytes(), candidate.1.to_le_bytes()].concat());
+                (since, candidate) = (0, (0, 0));
+            }
+        }
+        let file = std::fs::File::create(path.with_extension("ofs")).expect("create an index");
+        std::io::Write::write_all(&mut &file, &entries).expect("write an index");
+        file.set_len((1 << 30) / 4096 * 16).expect("set its length");
+        path
+    }
+
     /// A snapshot of a table with so many rows, as the official crate writes it.
     pub fn snapshot(&self, offset: u64, rows: u64) {
         let dir = self.path().join("replicas").join(REPLICA.to_string()).join("snapshots");

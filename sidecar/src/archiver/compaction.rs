@@ -148,16 +148,16 @@ async fn merge(
             for index in 0..header.parts.len() {
                 let stored = repository.log_part(&open, index).await?;
                 let (header, key, keys) = (Arc::clone(&open.header), entry.key.clone(), repository.keys.clone());
-                let mut commits = blocking(move || header.decode_part(&key, index, &stored, &keys)).await??;
+                let commits = blocking(move || header.decode_part(&key, index, &stored, &keys)).await??;
                 if !gathered.is_empty() && gathered.len() + commits.len() > OBJECT_SIZE {
-                    body.append(&mut merge.seal(&gathered, LEVEL, &repository.keys)?);
+                    merge.seal(&gathered, LEVEL, &repository.keys, &mut body)?;
                     gathered.clear();
                 }
-                gathered.append(&mut commits);
+                gathered.extend_from_slice(&commits);
                 merge.add(&open.header, index);
             }
         }
-        body.append(&mut merge.seal(&gathered, LEVEL, &repository.keys)?);
+        merge.seal(&gathered, LEVEL, &repository.keys, &mut body)?;
         let header = merge.header();
         let mut bytes = header.to_bytes();
         bytes.append(&mut body);

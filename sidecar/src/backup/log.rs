@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::backup::{BackupError, OBJECT_SIZE, READ_SIZE, WORKERS, Work, blocking};
+use crate::buffers::Buffer;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
@@ -202,7 +203,7 @@ pub(crate) async fn write_batch(
     commits: Vec<u8>,
 ) -> Result<ChainTip, BackupError> {
     let after = before.extend(&batch, &commits);
-    let run = Run { batch, before, after, commits, _room: None };
+    let run = Run { batch, before, after, commits: commits.into(), _room: None };
     let encoded = {
         let work = Arc::clone(work);
         let span = tracing::info_span!("compress");
@@ -217,7 +218,7 @@ struct Run {
     batch: Batch,
     before: ChainTip,
     after: ChainTip,
-    commits: Vec<u8>,
+    commits: Buffer,
     /// Held until the commits are compressed: it bounds how many runs are in memory.
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -250,7 +251,8 @@ fn read_runs(
     loop {
         // The semaphore is never closed; without a permit there would be nothing to read for.
         let Ok(permit) = handle.block_on(Arc::clone(room).acquire_owned()) else { break };
-        let mut commits = Vec::with_capacity(OBJECT_SIZE + READ_SIZE);
+        let mut commits = Buffer::take();
+        commits.reserve(OBJECT_SIZE + READ_SIZE);
         let Some(batch) = reader.next_batch(OBJECT_SIZE, &mut commits)? else { break };
         if batch.first != tip.next {
             return Err(DataDirError::Gap { path: dir.to_owned(), expected: tip.next, found: batch.first });

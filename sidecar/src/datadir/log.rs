@@ -7,6 +7,8 @@
 //! - a hole or a repetition in the middle is an error that names both offsets;
 //! - memory is bounded by the batch size, or by the largest single commit if that is larger.
 
+mod index;
+
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -111,14 +113,8 @@ pub fn segments(dir: &Path) -> Result<Vec<SegmentFile>, FileError> {
 /// # Errors
 /// When it cannot be read.
 pub fn end(dir: &Path) -> Result<Offset, DataDirError> {
-    let mut reader = LogReader::open_last(dir)?;
-    let mut buffer = Vec::new();
-    while reader.next_batch(END_READ, &mut buffer)?.is_some() {}
-    Ok(reader.position())
+    Ok(LogReader::open(dir, Offset(u64::MAX))?.position())
 }
-
-/// Bytes that are read at a time on the way to the end.
-const END_READ: usize = 1 << 20;
 
 /// The file name of the segment that starts at `first`.
 pub fn segment_name(first: Offset) -> String {
@@ -164,9 +160,10 @@ enum Source {
 
 impl LogReader {
     /// Opens the log at the commit that holds `from`, or at the log's end if that is earlier: see [`Self::position`].
+    /// Where the server's index tells the way, what lies before is not read.
     ///
     /// # Errors
-    /// [`DataDirError::Gone`] when the log starts after `from`; damage between the segment's start and `from`.
+    /// [`DataDirError::Gone`] when the log starts after `from`; damage on the way to `from`.
     pub fn open(dir: &Path, from: Offset) -> Result<Self, DataDirError> {
         let files = segments(dir)?;
         let mut reader =
@@ -180,6 +177,9 @@ impl LogReader {
         };
         reader.next = file.first;
         reader.open = OpenSegment::open(file)?;
+        if let Some(near) = reader.open.as_mut().and_then(|segment| segment.jump(from)) {
+            reader.next = near;
+        }
         reader.skip_to(from)?;
         Ok(reader)
     }
@@ -190,15 +190,6 @@ impl LogReader {
     /// When the directory or the segment cannot be read.
     pub fn open_first(dir: &Path) -> Result<Self, DataDirError> {
         let first = segments(dir)?.first().map_or(Offset(0), |file| file.first);
-        Self::open(dir, first)
-    }
-
-    /// Opens the log at its last segment, the shortest way to its end.
-    ///
-    /// # Errors
-    /// When the directory or the segment cannot be read.
-    pub fn open_last(dir: &Path) -> Result<Self, DataDirError> {
-        let first = segments(dir)?.last().map_or(Offset(0), |file| file.first);
         Self::open(dir, first)
     }
 
@@ -452,6 +443,32 @@ impl OpenSegment {
         let sealed = matches!(source, Source::Zstd(_));
         let log_version = header.log_version;
         Ok(Some(Self { file: file.clone(), inode, source, log_version, read: read as u64, carry: Vec::new(), sealed }))
+    }
+
+    /// Goes to the commit that the server's index names as the last at or before `from`, if it really stands there.
+    fn jump(&mut self, from: Offset) -> Option<Offset> {
+        let Source::Plain(file) = &self.source else { return None };
+        let (first, at) = index::find(&self.file.path, from)?;
+        let len = file.metadata().ok()?.len();
+        if first <= self.file.first || at < SegmentHeader::LEN as u64 {
+            return None;
+        }
+        let mut frame = Vec::new();
+        loop {
+            match Frame::parse(self.log_version, &frame) {
+                Frame::Commit(commit) if commit.first == first => {
+                    self.read = at;
+                    return Some(first);
+                }
+                Frame::Incomplete { needs } if at.checked_add(needs as u64).is_some_and(|end| end <= len) => {
+                    frame.resize(needs, 0);
+                    if read_at_most(file, &mut frame, at).ok()? < needs {
+                        return None;
+                    }
+                }
+                _ => return None,
+            }
+        }
     }
 
     /// Parses commits at the end of `buffer[..filled.len]`, reading more as needed.

@@ -116,7 +116,7 @@ fn build(replica: &ReplicaDir, staging: &Path, last: Offset) -> Result<(), Resto
     let mut reader = LogReader::open(&replica.log_path(), from)?;
     let mut buffer = Vec::new();
     while let Some(batch) = reader.next_batch(READ_SIZE, &mut buffer)? {
-        writer.write(batch.log_version, &buffer)?;
+        writer.write(batch.log_version, batch.first..=batch.last, &buffer)?;
         if batch.last > last {
             break;
         }

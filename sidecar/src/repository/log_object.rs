@@ -9,12 +9,13 @@ mod merge;
 
 use object_store::path::Path as Key;
 
+use crate::buffers::Buffer;
 use crate::datadir::bytes::{Cursor, Malformed};
 use crate::datadir::commit::Frame;
 use crate::datadir::log::{Batch, Times};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::repository::crypto::{CryptoError, Keyring};
-use crate::repository::{InObject, RepositoryError, paths};
+use crate::repository::{InObject, RepositoryError, codec, paths};
 
 pub(crate) use merge::Merge;
 
@@ -77,6 +78,26 @@ pub struct Part {
     pub hash: ContentHash,
 }
 
+/// The commits of a part, or the first of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartSpan {
+    pub first: Offset,
+    /// One past the last transaction.
+    pub next: Offset,
+    /// The chain hash before it, and after it.
+    pub before: ContentHash,
+    pub after: ContentHash,
+    /// Bytes of the commits.
+    pub len: u64,
+}
+
+impl PartSpan {
+    /// The last transaction; before the first where there is none.
+    pub fn last(&self) -> Offset {
+        Offset(self.next.0.saturating_sub(1))
+    }
+}
+
 /// Where a chain stands: what the next object continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChainTip {
@@ -136,9 +157,17 @@ impl LogContent<'_> {
     /// # Errors
     /// When compression or sealing fails.
     pub fn encode(&self, level: i32, keys: &Keyring) -> Result<Vec<u8>, RepositoryError> {
-        let (part, body) = seal_part(self.commits, 1, level, keys)?;
-        let header = LogHeader {
-            sealed: keys.seals(),
+        seal_part(self.commits, 1, level, keys, |part, body| {
+            let mut bytes = self.header(part, keys.seals()).to_bytes();
+            bytes.reserve_exact(body.len());
+            bytes.extend_from_slice(body);
+            bytes
+        })
+    }
+
+    fn header(&self, part: Part, sealed: bool) -> LogHeader {
+        LogHeader {
+            sealed,
             database: self.database,
             timeline: self.timeline,
             log_version: self.batch.log_version,
@@ -148,7 +177,7 @@ impl LogContent<'_> {
             times: Times { max: self.after.max_time, ..self.batch.times },
             archived_at: self.archived_at,
             raw_len: self.commits.len() as u64,
-            body_len: body.len() as u64,
+            body_len: part.stored_len,
             previous_chain: self.before.chain,
             links: vec![Link {
                 last: self.batch.last,
@@ -159,24 +188,28 @@ impl LogContent<'_> {
             }],
             parts: vec![part],
             len: 0,
-        };
-        let mut bytes = header.to_bytes();
-        bytes.extend_from_slice(&body);
-        Ok(bytes)
+        }
     }
 }
 
-/// Compresses and, if the keyring has recipients, seals the commits of `links` links.
-pub(super) fn seal_part(
+/// Compresses and, if the keyring has recipients, seals the commits of `links` links, and hands them to `then`.
+pub(super) fn seal_part<T>(
     commits: &[u8],
     links: u32,
     level: i32,
     keys: &Keyring,
-) -> Result<(Part, Vec<u8>), RepositoryError> {
-    let compressed = zstd::bulk::compress(commits, level);
-    let compressed = compressed.map_err(|error| CryptoError::Seal(format!("compress: {error}")))?;
-    let stored = keys.seal(compressed)?;
-    Ok((Part { stored_len: stored.len() as u64, links, hash: ContentHash::of(&stored) }, stored))
+    then: impl FnOnce(Part, &[u8]) -> T,
+) -> Result<T, RepositoryError> {
+    let part = |stored: &[u8]| Part { stored_len: stored.len() as u64, links, hash: ContentHash::of(stored) };
+    let sealed = codec::compress(commits, level, |compressed| {
+        if keys.seals() {
+            let sealed = keys.seal(compressed.to_vec())?;
+            Ok(then(part(&sealed), &sealed))
+        } else {
+            Ok(then(part(compressed), compressed))
+        }
+    });
+    sealed.map_err(|error| CryptoError::Seal(format!("compress: {error}")))?
 }
 
 impl LogHeader {
@@ -386,12 +419,16 @@ impl LogHeader {
         })
     }
 
-    /// The chain hash before part `index`; and, of its links up to `last`, the chain hash after them and their bytes.
-    pub fn part_until(&self, index: usize, last: Offset) -> (ContentHash, ContentHash, u64) {
-        let (before, _, links) = self.span(index);
-        let counted = links.iter().take_while(|link| link.last <= last);
-        let (after, len) = counted.fold((before, 0), |(_, len), link| (link.chain, len + link.raw_len));
-        (before, after, len)
+    /// What part `index` holds in its links up to `last`.
+    pub fn part_until(&self, index: usize, last: Offset) -> PartSpan {
+        let (before, first, links) = self.span(index);
+        let mut span = PartSpan { first, next: first, before, after: before, len: 0 };
+        for link in links.iter().take_while(|link| link.last <= last) {
+            span.next = Offset(link.last.0.saturating_add(1));
+            span.after = link.chain;
+            span.len += link.raw_len;
+        }
+        span
     }
 
     /// The parts that hold any transaction from `first` to `last`, both included.
@@ -417,7 +454,7 @@ impl LogHeader {
         index: usize,
         stored: &[u8],
         keys: &Keyring,
-    ) -> Result<Vec<u8>, RepositoryError> {
+    ) -> Result<Buffer, RepositoryError> {
         self.check_part(index, stored).in_object(key)?;
         let opened;
         let compressed = if self.sealed {
@@ -457,7 +494,7 @@ pub fn decode(key: &Key, object: &[u8], keys: &Keyring) -> Result<(LogHeader, Ve
         let range = header.part_range(index);
         let stored = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
         let stored = stored.and_then(|(start, end)| object.get(start..end)).unwrap_or_default();
-        commits.append(&mut header.decode_part(key, index, stored, keys)?);
+        commits.extend_from_slice(&header.decode_part(key, index, stored, keys)?);
     }
     Ok((header, commits))
 }
@@ -465,9 +502,13 @@ pub fn decode(key: &Key, object: &[u8], keys: &Keyring) -> Result<(LogHeader, Ve
 /// No part holds more; it bounds what a crafted header can make us allocate.
 const MAX_RAW_LEN: u64 = 4 << 30;
 
-fn decompress(compressed: &[u8], raw_len: u64) -> std::io::Result<Vec<u8>> {
+fn decompress(compressed: &[u8], raw_len: u64) -> std::io::Result<Buffer> {
     match usize::try_from(raw_len) {
-        Ok(len) if raw_len <= MAX_RAW_LEN => zstd::bulk::decompress(compressed, len),
+        Ok(len) if raw_len <= MAX_RAW_LEN => {
+            let mut commits = Buffer::take();
+            codec::decompress(compressed, len, &mut commits)?;
+            Ok(commits)
+        }
         _ => Err(std::io::Error::other(format!("it claims {raw_len} bytes, more than any part holds"))),
     }
 }

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 
+use crate::buffers::Buffer;
 use crate::datadir::{DataDir, control_db, snapshot};
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{ContentHash, Identity, Offset};
 use crate::progress::{Progress, Tally};
-use crate::repository::log_object::LogHeader;
+use crate::repository::log_object::{LogHeader, PartSpan};
 use crate::repository::manifest::SnapshotManifest;
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::{Repository, RepositoryError, instance, paths};
@@ -148,37 +149,37 @@ impl Build<'_> {
                 let decode = move || {
                     let mut commits = open.header.decode_part(&open.key, index, &stored, &keys)?;
                     // Where a timeline forks off inside an object, what follows belongs to another history.
-                    let (before, after, len) = open.header.part_until(index, last);
-                    commits.truncate(usize::try_from(len).unwrap_or(usize::MAX));
-                    Ok(Decoded { header: open.header, before, after, commits })
+                    let span = open.header.part_until(index, last);
+                    commits.truncate(usize::try_from(span.len).unwrap_or(usize::MAX));
+                    Ok(Decoded { header: open.header, span, commits })
                 };
                 blocking(decode).await?.map_err(|error: RepositoryError| RestoreError::from(error))
             })
             .try_buffered(AHEAD);
         let mut decoded = std::pin::pin!(decoded);
         // The disk's writes and the decoding do not wait for each other.
-        let (sender, mut receiver) = tokio::sync::mpsc::channel::<(u8, Vec<u8>)>(1);
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<(u8, PartSpan, Buffer)>(1);
         let writer = tokio::task::spawn_blocking(move || {
-            while let Some((log_version, commits)) = receiver.blocking_recv() {
-                segments.write(log_version, &commits)?;
+            while let Some((log_version, span, commits)) = receiver.blocking_recv() {
+                segments.write(log_version, span.first..=span.last(), &commits)?;
             }
             segments.finish()
         });
         let feed = async {
             let mut tip: Option<ContentHash> = None;
-            while let Some(Decoded { header, before, after, commits }) = decoded.try_next().await? {
+            while let Some(Decoded { header, span, commits }) = decoded.try_next().await? {
                 if header.database != database.identity {
                     let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
                     return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
                 }
-                if tip.replace(after).is_some_and(|found| found != before) {
+                if tip.replace(span.after).is_some_and(|found| found != span.before) {
                     return Err(RestoreError::Unreachable {
                         wanted: header.first,
                         reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
                     });
                 }
                 self.tally.wrote(commits.len());
-                if sender.send((header.log_version, commits)).await.is_err() {
+                if sender.send((header.log_version, span, commits)).await.is_err() {
                     // The writer gave up and says why itself.
                     break;
                 }
@@ -193,12 +194,11 @@ impl Build<'_> {
     }
 }
 
-/// A part of a log object, with the chain hashes around it.
+/// A part of a log object.
 struct Decoded {
     header: Arc<LogHeader>,
-    before: ContentHash,
-    after: ContentHash,
-    commits: Vec<u8>,
+    span: PartSpan,
+    commits: Buffer,
 }
 
 /// Writes a snapshot's objects where the server looks for them.

@@ -3,12 +3,17 @@
 
 use std::path::Path;
 
-use crate::backup::READ_SIZE;
-use crate::datadir::log::{LogReader, Tail, segments};
-use crate::datadir::{DataDir, DataDirError, snapshot};
+use futures::{StreamExt, TryStreamExt};
+
+use crate::datadir::log::segments;
+use crate::datadir::{DataDir, snapshot};
 use crate::ids::Offset;
 use crate::restore::RestoreError;
 use crate::restore::plan::{DatabasePlan, RestorePlan};
+use crate::restore::segments::check_segment;
+
+/// Segments that are checked at once.
+const AHEAD: usize = 2;
 
 /// Checks every database of the plan in `data`.
 ///
@@ -19,32 +24,42 @@ pub async fn check(data: &Path, plan: &RestorePlan) -> Result<(), RestoreError> 
     for database in &plan.databases {
         let replica = data.replica(database.replica);
         let (log, last) = (replica.log_path(), database.offset);
-        let log = tokio::task::spawn_blocking(move || check_log(&log, last));
         let (snapshots, part) = (replica.snapshots_path(), database.clone());
         let snapshot = tokio::task::spawn_blocking(move || check_snapshot(&snapshots, &part));
-        for result in [log.await, snapshot.await] {
-            let result = result.map_err(|error| RestoreError::Worker(error.to_string()))?;
+        let log = check_log(&log, last).await;
+        let snapshot = snapshot.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
+        for result in [log, snapshot] {
             result.map_err(|reason| RestoreError::SelfCheck(format!("database {}: {reason}", database.name)))?;
         }
     }
     Ok(())
 }
 
-fn check_log(dir: &Path, last: Offset) -> Result<(), String> {
-    let text = |error: DataDirError| error.to_string();
-    if segments(dir).map_err(|error| error.to_string())?.is_empty() {
-        return Err("the log is empty".into());
+async fn check_log(dir: &Path, last: Offset) -> Result<(), String> {
+    let files = segments(dir).map_err(|error| error.to_string())?;
+    let mut next = files.first().ok_or("the log is empty")?.first;
+    let mut checked = futures::stream::iter(files)
+        .map(|file| async move {
+            let name = file.path.display().to_string();
+            let first = file.first;
+            let checked = tokio::task::spawn_blocking(move || check_segment(&file));
+            match checked.await {
+                Ok(Ok(end)) => Ok((first, end)),
+                Ok(Err(reason)) => Err(format!("{name}: {reason}")),
+                Err(error) => Err(format!("{name}: {error}")),
+            }
+        })
+        .buffered(AHEAD);
+    while let Some((first, end)) = checked.try_next().await? {
+        if first != next {
+            return Err(format!("a segment starts at transaction {first} where {next} is expected"));
+        }
+        next = end;
     }
-    let mut reader = LogReader::open_first(dir).map_err(text)?;
-    let mut buffer = Vec::with_capacity(READ_SIZE);
-    while reader.next_batch(READ_SIZE, &mut buffer).map_err(text)?.is_some() {}
-    if reader.position().0 != last.0 + 1 {
-        return Err(format!("the log ends before transaction {} instead of after {last}", reader.position()));
+    if next.0 != last.0 + 1 {
+        return Err(format!("the log ends before transaction {next} instead of after {last}"));
     }
-    match reader.tail() {
-        Tail::Clean => Ok(()),
-        Tail::Unfinished { at, reason } => Err(format!("the log ends in a broken commit at byte {at}: {reason}")),
-    }
+    Ok(())
 }
 
 fn check_snapshot(dir: &Path, part: &DatabasePlan) -> Result<(), String> {

@@ -1,12 +1,12 @@
-//! Writes commits as segments of a log, as the server would have.
+//! Writes commits as segments of a log, as the server would have, and reads them back to prove it.
 
-use std::fs::File;
-use std::io::Write;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use crate::datadir::commit::{Frame, SegmentHeader};
-use crate::datadir::log::segment_name;
-use crate::durable::{FileError, OnPath};
+use crate::buffers::Buffer;
+use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
+use crate::datadir::log::{SegmentFile, segment_name};
+use crate::durable::{FileError, direct};
 use crate::ids::Offset;
 use crate::restore::RestoreError;
 
@@ -18,21 +18,51 @@ pub(crate) struct SegmentWriter {
     dir: PathBuf,
     from: Offset,
     until: Offset,
-    open: Option<(File, PathBuf, u8, u64)>,
-    unsynced: u64,
-    /// The disk writes while we decode on, instead of all at the end.
-    syncing: Option<std::thread::JoinHandle<std::io::Result<()>>>,
+    open: Option<Open>,
 }
 
-/// Bytes written between two calls for the disk to start.
-const SYNC_STEP: u64 = 64 << 20;
+struct Open {
+    file: direct::Writer,
+    log_version: u8,
+    len: u64,
+}
 
 impl SegmentWriter {
     pub(crate) fn new(dir: &Path, from: Offset, until: Offset) -> Self {
-        Self { dir: dir.to_owned(), from, until, open: None, unsynced: 0, syncing: None }
+        Self { dir: dir.to_owned(), from, until, open: None }
     }
 
-    pub(crate) fn write(&mut self, log_version: u8, commits: &[u8]) -> Result<(), FileError> {
+    /// Writes commits that were checked and hold the given transactions.
+    pub(crate) fn write(
+        &mut self,
+        log_version: u8,
+        offsets: RangeInclusive<Offset>,
+        commits: &[u8],
+    ) -> Result<(), FileError> {
+        let all = *offsets.start() >= self.from && *offsets.end() <= self.until;
+        let wanted = if all { Some((*offsets.start(), commits)) } else { self.wanted(log_version, commits) };
+        let Some((first, bytes)) = wanted.filter(|(_, bytes)| !bytes.is_empty()) else { return Ok(()) };
+        let fits = |open: &Open| open.log_version == log_version && open.len + bytes.len() as u64 <= SEGMENT_SIZE;
+        let mut open = match self.open.take() {
+            Some(open) if fits(&open) => open,
+            full => {
+                if let Some(full) = full {
+                    full.file.finish()?;
+                }
+                let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
+                let mut file = direct::Writer::create(&self.dir.join(segment_name(first)))?;
+                file.write(&header)?;
+                Open { file, log_version, len: header.len() as u64 }
+            }
+        };
+        open.file.write(bytes)?;
+        open.len += bytes.len() as u64;
+        self.open = Some(open);
+        Ok(())
+    }
+
+    /// The commits that are asked for, and the first one's offset.
+    fn wanted<'a>(&self, log_version: u8, commits: &'a [u8]) -> Option<(Offset, &'a [u8])> {
         let (mut start, mut end, mut first) = (0, 0, None);
         while let Frame::Commit(commit) = Frame::parse(log_version, &commits[end..]) {
             if commit.last() > self.until {
@@ -45,51 +75,121 @@ impl SegmentWriter {
                 first.get_or_insert(commit.first);
             }
         }
-        let Some(first) = first else { return Ok(()) };
-        let bytes = &commits[start..end];
-        let fits = |(_, _, version, len): &(File, PathBuf, u8, u64)| {
-            *version == log_version && len + bytes.len() as u64 <= SEGMENT_SIZE
-        };
-        if !self.open.as_ref().is_some_and(fits) {
-            let path = self.dir.join(segment_name(first));
-            let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
-            let mut file = File::create_new(&path).on("create", &path)?;
-            file.write_all(&header).on("write", &path)?;
-            self.open = Some((file, path, log_version, header.len() as u64));
-        }
-        if let Some((file, path, _, len)) = &mut self.open {
-            file.write_all(bytes).on("write", path)?;
-            *len += bytes.len() as u64;
-            self.unsynced += bytes.len() as u64;
-            if self.unsynced >= SYNC_STEP {
-                self.unsynced = 0;
-                let again = file.try_clone().on("reopen", path)?;
-                let path = path.clone();
-                self.finish_sync(&path)?;
-                self.syncing = Some(std::thread::spawn(move || again.sync_data()));
-            }
-        }
-        Ok(())
-    }
-
-    fn finish_sync(&mut self, path: &Path) -> Result<(), FileError> {
-        match self.syncing.take().map(std::thread::JoinHandle::join) {
-            Some(Ok(result)) => result.on("sync", path),
-            // The sync of the whole file system comes anyway.
-            Some(Err(_)) | None => Ok(()),
-        }
+        first.map(|first| (first, &commits[start..end]))
     }
 
     /// A log without a segment would be a database without a transaction.
-    pub(crate) fn finish(mut self) -> Result<(), RestoreError> {
-        let dir = self.dir.clone();
-        self.finish_sync(&dir)?;
+    pub(crate) fn finish(self) -> Result<(), RestoreError> {
         match self.open {
-            Some(_) => Ok(()),
+            Some(open) => Ok(open.file.finish()?),
             None => Err(RestoreError::Unreachable {
                 wanted: self.until,
                 reason: "no commit lies wholly at or before it".into(),
             }),
         }
+    }
+}
+
+/// Reads a segment from the disk: every commit must be whole, with a good checksum, and follow the one before. Returns one
+/// past its last transaction.
+pub(super) fn check_segment(segment: &SegmentFile) -> Result<Offset, String> {
+    let text = |error: FileError| error.to_string();
+    let mut reader = direct::Reader::open(&segment.path).map_err(text)?;
+    let (file_len, mut unread) = (reader.file_len(), Buffer::take());
+    while unread.len() < SegmentHeader::LEN && reader.read(&mut unread).map_err(text)? {}
+    let header = unread.first_chunk().map(SegmentHeader::parse);
+    let header = header.ok_or("it has no header")?.map_err(|malformed| malformed.to_string())?;
+    if header.log_version > NEWEST_LOG_VERSION || header.checksum_algorithm != 0 {
+        return Err(format!(
+            "its header holds version {} and checksum {}",
+            header.log_version, header.checksum_algorithm
+        ));
+    }
+    let (mut at, mut place, mut next) = (SegmentHeader::LEN, SegmentHeader::LEN as u64, segment.first);
+    loop {
+        let needs = match Frame::parse(header.log_version, &unread[at..]) {
+            Frame::Commit(commit) if commit.first == next => {
+                next = Offset(commit.last().0 + 1);
+                at += commit.bytes.len();
+                place += commit.bytes.len() as u64;
+                continue;
+            }
+            Frame::Commit(commit) => {
+                return Err(format!("transaction {next} is expected, and {} follows", commit.first));
+            }
+            Frame::Incomplete { needs } => needs,
+            Frame::Zeros => return Err(format!("it holds zeros at byte {place}")),
+            Frame::Broken(reason) => return Err(format!("at byte {place}, {reason}")),
+        };
+        unread.drain(..at);
+        at = 0;
+        if unread.is_empty() && place == file_len {
+            return Ok(next);
+        }
+        // A damaged length must not make us read all that is left into memory.
+        if place + needs as u64 > file_len || !reader.read(&mut unread).map_err(text)? {
+            return Err(format!("a commit of {needs} bytes starts at byte {place}, and the file has {file_len} bytes"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datadir::commit::encode;
+    use crate::datadir::log::segments;
+
+    /// Commits `first` to `last`, each of about `len` bytes.
+    fn commits(version: u8, first: u64, last: u64, len: usize) -> Vec<u8> {
+        (first..=last).flat_map(|offset| encode(version, Offset(offset), 0, 1, &vec![offset as u8; len])).collect()
+    }
+
+    fn range(first: u64, last: u64) -> RangeInclusive<Offset> {
+        Offset(first)..=Offset(last)
+    }
+
+    #[test]
+    fn what_is_asked_for_is_written_and_a_new_version_starts_a_new_segment() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = SegmentWriter::new(dir.path(), Offset(3), Offset(25));
+        writer.write(0, range(0, 1), &commits(0, 0, 1, 50)).unwrap();
+        writer.write(0, range(2, 9), &commits(0, 2, 9, 50)).unwrap();
+        writer.write(1, range(10, 19), &commits(1, 10, 19, 50)).unwrap();
+        writer.write(1, range(20, 29), &commits(1, 20, 29, 50)).unwrap();
+        writer.finish().unwrap();
+        let found = segments(dir.path()).unwrap();
+        let checked: Vec<_> = found.iter().map(|file| (file.first.0, check_segment(file).unwrap().0)).collect();
+        assert_eq!(checked, [(3, 10), (10, 26)]);
+        let empty = SegmentWriter::new(dir.path(), Offset(3), Offset(25));
+        assert!(matches!(empty.finish(), Err(RestoreError::Unreachable { .. })));
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_lost_byte_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = SegmentWriter::new(dir.path(), Offset(4), Offset(6));
+        writer.write(1, range(4, 6), &commits(1, 4, 6, 40)).unwrap();
+        writer.finish().unwrap();
+        let file = segments(dir.path()).unwrap().remove(0);
+        let whole = std::fs::read(&file.path).unwrap();
+        assert_eq!(check_segment(&file), Ok(Offset(7)));
+        // The last two bytes of the header mean nothing.
+        for bit in (0..whole.len() * 8).filter(|bit| !(64..80).contains(bit)) {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&file.path, bytes).unwrap();
+            assert!(check_segment(&file).is_err(), "bit {bit}");
+        }
+        let commit = (whole.len() - SegmentHeader::LEN) / 3;
+        for len in 0..whole.len() {
+            std::fs::write(&file.path, &whole[..len]).unwrap();
+            let result = check_segment(&file);
+            match len.checked_sub(SegmentHeader::LEN) {
+                Some(held) if held % commit == 0 => assert_eq!(result, Ok(Offset(4 + (held / commit) as u64))),
+                _ => assert!(result.is_err(), "{len} bytes"),
+            }
+        }
+        std::fs::write(&file.path, [whole.as_slice(), &[0; 9000]].concat()).unwrap();
+        assert!(check_segment(&file).unwrap_err().contains("zeros"));
     }
 }

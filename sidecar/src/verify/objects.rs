@@ -9,8 +9,8 @@ use crate::ids::{ContentHash, Identity, Offset};
 use crate::repository::log_object::LogHeader;
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::ranges::{merged, without};
-use crate::repository::timeline::{Hole, LogEntry};
-use crate::repository::{InObject, RepositoryError, crypto::CryptoError, instance};
+use crate::repository::timeline::{Hole, LogEntry, OpenLog};
+use crate::repository::{InObject, Repository, RepositoryError, crypto::CryptoError, instance};
 use crate::verify::{Finding, FindingKind, Severity, Walk};
 
 impl Walk<'_> {
@@ -20,47 +20,39 @@ impl Walk<'_> {
         entry: &LogEntry,
         database: &str,
     ) -> Result<Option<LogHeader>, RepositoryError> {
-        let key = &entry.key;
-        if let Some(known) = self.logs.get(key) {
+        if let Some(known) = self.logs.get(&entry.key) {
             return Ok(known.clone());
         }
-        let opened = self.repository.open_log(entry).await;
+        let read = read_log(self.repository, entry, self.is_drawn(&entry.key)).await;
+        self.judge_log(entry, read, database).await
+    }
+
+    /// Turns what reading a log object showed into findings.
+    pub(super) async fn judge_log(
+        &mut self,
+        entry: &LogEntry,
+        read: LogRead,
+        database: &str,
+    ) -> Result<Option<LogHeader>, RepositoryError> {
+        let key = &entry.key;
         // Compaction and retention go on while a long verification reads what it listed.
-        if matches!(opened, Err(RepositoryError::Missing { .. })) && self.is_replaced(entry).await? {
+        if matches!(read.opened, Err(RepositoryError::Missing { .. })) && self.is_replaced(entry).await? {
             self.moved.insert(key.clone());
             return Ok(None);
         }
         let mut whole = None;
-        if let Some(open) = self.sort_out_log(entry, opened, database)? {
+        if let Some(open) = self.sort_out_log(entry, read.opened, database)? {
             self.report.objects += 1;
             self.report.bytes += open.header.object_len();
             whole = Some(open.header.as_ref().clone());
-            let parts = if self.is_drawn(key) { open.header.parts.len() } else { 0 };
-            for index in 0..parts {
-                let stored = self.repository.log_part(&open, index).await;
-                let Some(stored) = self.sort_out_log(entry, stored, database)? else {
-                    whole = None;
-                    break;
-                };
-                self.progress.advance(stored.len() as u64);
-                let (header, owned, keys) = (Arc::clone(&open.header), key.clone(), self.repository.keys.clone());
-                let checked = tokio::task::spawn_blocking(move || {
-                    // The parts' hashes can be checked without any key.
-                    header.check_part(index, &stored).in_object(&owned)?;
-                    Ok(header.decode_part(&owned, index, &stored, &keys).map(|_| ()))
-                });
-                match flatten(checked.await, key) {
-                    Ok(Ok(())) => {}
-                    Ok(Err(RepositoryError::Crypto(error))) => self.not_readable(key, &error),
+            for part in read.parts {
+                match part {
+                    PartRead::Whole { stored } => self.progress.advance(stored as u64),
+                    PartRead::Undecoded(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
                     // Its hash is right, and yet it holds no commits: it was written so.
-                    Ok(Err(error)) => {
+                    PartRead::Undecoded(error) | PartRead::Damaged(error) => {
                         self.sort_out_log(entry, Err::<(), _>(error), database)?;
                         whole = None;
-                    }
-                    Err(error) => {
-                        self.sort_out_log(entry, Err::<(), _>(error), database)?;
-                        whole = None;
-                        break;
                     }
                 }
             }
@@ -193,13 +185,7 @@ impl Walk<'_> {
 
     /// Is this one of the objects whose bodies are read?
     pub(super) fn is_drawn(&self, key: &Key) -> bool {
-        if self.report.read_data >= 100 {
-            return true;
-        }
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.salt.to_le_bytes()).update(key.as_ref().as_bytes());
-        let drawn = hasher.finalize().as_bytes().iter().take(4).fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte));
-        drawn % 100 < u64::from(self.report.read_data)
+        self.draw.is_drawn(key)
     }
 
     pub(super) async fn fetch(&mut self, key: &Key) -> Result<Option<bytes::Bytes>, RepositoryError> {
@@ -267,6 +253,77 @@ impl Walk<'_> {
         if !self.report.findings.contains(&finding) {
             self.report.findings.push(finding);
         }
+    }
+}
+
+/// Which objects' bodies are read: a share of them, others each time.
+#[derive(Clone, Copy)]
+pub(super) struct Draw {
+    pub salt: u128,
+    pub percent: u8,
+}
+
+impl Draw {
+    pub(super) fn is_drawn(self, key: &Key) -> bool {
+        if self.percent >= 100 {
+            return true;
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.salt.to_le_bytes()).update(key.as_ref().as_bytes());
+        let drawn = hasher.finalize().as_bytes().iter().take(4).fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte));
+        drawn % 100 < u64::from(self.percent)
+    }
+}
+
+/// What reading a log object showed. Reading needs nothing of the walk, so that several objects are read at once.
+pub(super) struct LogRead {
+    opened: Result<OpenLog, RepositoryError>,
+    /// The parts that were read, up to the first whose stored bytes are not right.
+    parts: Vec<PartRead>,
+}
+
+enum PartRead {
+    Whole {
+        stored: usize,
+    },
+    /// Its hash is right, but it does not open, or what it holds is wrong.
+    Undecoded(RepositoryError),
+    Damaged(RepositoryError),
+}
+
+/// Reads one log object, with its body if it is drawn.
+pub(super) async fn read_log(repository: &Repository, entry: &LogEntry, is_drawn: bool) -> LogRead {
+    let opened = repository.open_log(entry).await;
+    let mut parts = Vec::new();
+    if let (Ok(open), true) = (&opened, is_drawn) {
+        for index in 0..open.header.parts.len() {
+            let part = read_part(repository, open, index).await;
+            let is_over = matches!(part, PartRead::Damaged(_));
+            parts.push(part);
+            if is_over {
+                break;
+            }
+        }
+    }
+    LogRead { opened, parts }
+}
+
+async fn read_part(repository: &Repository, open: &OpenLog, index: usize) -> PartRead {
+    let stored = match repository.log_part(open, index).await {
+        Ok(stored) => stored,
+        Err(error) => return PartRead::Damaged(error),
+    };
+    let (header, key, keys) = (Arc::clone(&open.header), open.key.clone(), repository.keys.clone());
+    let checked = tokio::task::spawn_blocking(move || {
+        // The parts' hashes can be checked without any key.
+        header.check_part(index, &stored).in_object(&key)?;
+        let len = stored.len();
+        Ok(header.decode_part(&key, index, &stored, &keys).map(|_| len))
+    });
+    match flatten(checked.await, &open.key) {
+        Ok(Ok(stored)) => PartRead::Whole { stored },
+        Ok(Err(error)) => PartRead::Undecoded(error),
+        Err(error) => PartRead::Damaged(error),
     }
 }
 

@@ -36,7 +36,7 @@ impl Writer {
                 len += record.len() as u64 + 26;
                 records.push(record);
             }
-            synthetic.segment(1, self.next, &records);
+            synthetic.indexed_segment(1, self.next, &records);
             self.next += records.len() as u64;
             total += len;
         }

@@ -159,7 +159,7 @@ fn version(program: &str, arguments: &[&str]) -> String {
     version_of(Command::new(program).args(arguments))
 }
 
-fn version_of(command: &mut Command) -> String {
+pub(super) fn version_of(command: &mut Command) -> String {
     let output =
         command.output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     output.lines().next().unwrap_or("not here").trim_matches(['*', ' ']).to_owned()

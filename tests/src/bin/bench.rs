@@ -1,5 +1,5 @@
 //! The benchmark: ours and what users would pick instead, in turn, in one run. Machines are noisy, so only ratios count.
-//! `bench [GiB] [ROUNDS]` compares, `bench growth` shows how ours grows.
+//! `bench [GiB] [ROUNDS]` compares on this disk, `bench s3 [GiB] [ROUNDS]` over S3, `bench growth` shows how ours grows.
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a benchmark measures and prints")]
 
 use std::fmt::Write as _;
@@ -8,8 +8,10 @@ use std::process::Command;
 
 use harness::bench::log::{Writer, assert_same, size};
 use harness::bench::peers::Peer;
+use harness::bench::remote::Remote;
 use harness::bench::series::Table;
 use harness::measure::{Measured, measure};
+use harness::s3::{BUCKET, S3};
 use harness::sidecar::{Sidecar, path};
 use harness::synthetic::Synthetic;
 
@@ -18,12 +20,17 @@ const GIB: f64 = (1u64 << 30) as f64;
 fn main() {
     match std::env::args().nth(1).as_deref() {
         Some("growth") => write("benchmarks-growth.md", &growth()),
-        text => {
-            let gib = text.map_or(2.0, |text| text.parse().expect("a size in GiB"));
-            let rounds = std::env::args().nth(2).map_or(3, |text| text.parse().expect("a number of rounds"));
-            write("benchmarks.md", &compare(gib, rounds));
-        }
+        Some("s3") => write("benchmarks-s3.md", &over_s3(gib(2), rounds(3))),
+        _ => write("benchmarks.md", &compare(gib(1), rounds(2))),
     }
+}
+
+fn gib(argument: usize) -> f64 {
+    std::env::args().nth(argument).map_or(2.0, |text| text.parse().expect("a size in GiB"))
+}
+
+fn rounds(argument: usize) -> usize {
+    std::env::args().nth(argument).map_or(3, |text| text.parse().expect("a number of rounds"))
 }
 
 fn write(name: &str, text: &str) {
@@ -63,18 +70,21 @@ impl Place {
     }
 
     fn back_up(&self) -> Measured {
-        measure(self.sidecar().command().args([
-            "--quiet",
-            "backup",
-            "create",
-            "--data-dir",
-            path(&self.synthetic.path()),
-        ]))
+        self.back_up_with(&self.sidecar())
+    }
+
+    fn back_up_with(&self, sidecar: &Sidecar) -> Measured {
+        let data = self.synthetic.path();
+        measure(sidecar.command().args(["--quiet", "backup", "create", "--data-dir", path(&data)]))
     }
 
     fn restore(&self) -> Measured {
+        self.restore_with(&self.sidecar())
+    }
+
+    fn restore_with(&self, sidecar: &Sidecar) -> Measured {
         let to = self.dir("restored");
-        measure(self.sidecar().command().args(["--quiet", "restore", "--data-dir", path(&to)]))
+        measure(sidecar.command().args(["--quiet", "restore", "--data-dir", path(&to)]))
     }
 
     fn verify(&self) -> Measured {
@@ -180,8 +190,51 @@ fn compare(gib: f64, rounds: usize) -> String {
     text
 }
 
+/// The same over a real S3 server on this machine, which takes its share of the cores.
+fn over_s3(gib: f64, rounds: usize) -> String {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let place = Place::new(gib);
+    let remotes = Remote::all();
+    let mut table = Table::default();
+    for round in 1..=rounds {
+        println!("round {round} of {rounds}");
+        let server = runtime.block_on(S3::s3s()).expect("s3s-fs");
+        let sidecar = Sidecar::with(&format!("s3://{BUCKET}/ours")).configured(server.settings());
+        let ours = place.back_up_with(&sidecar);
+        let restored = place.restore_with(&sidecar);
+        assert_same(&place.synthetic.path(), &place.dir("restored"));
+        place.clear(&["restored"]);
+        for remote in &remotes {
+            println!("  {}", remote.name);
+            remote.init(&server);
+            let row = table.row("first backup", remote.name, None);
+            row.ours.add(ours, 0);
+            row.theirs.add(measure(&mut remote.backup(&place.synthetic.path(), &server)), 0);
+            let unpacked = place.dir("unpacked");
+            std::fs::create_dir(&unpacked).expect("a directory");
+            let row = table.row("restore", remote.name, None);
+            row.ours.add(restored, 0);
+            row.theirs.add(measure(&mut remote.restore(&server, &unpacked)), 0);
+            assert_same(&place.synthetic.path(), &unpacked);
+            place.clear(&["unpacked"]);
+        }
+    }
+    let mut text = format!(
+        "# Benchmarks over S3\n\nWritten by `cargo xtask bench s3`. A log of {gib:.2} GiB as in benchmarks.md, {rounds} rounds, to and from s3s-fs on the same \
+         machine, {}. rclone and s5cmd move the files as they are; ours and restic compress. Ratios above 1: ours is faster. CPU seconds and memory are \
+         ours / theirs, without the server's.\n\n",
+        machine()
+    );
+    for remote in &remotes {
+        let _ = writeln!(text, "- {}: {}", remote.name, remote.version);
+    }
+    let _ = write!(text, "\n{}", table.text());
+    text
+}
+
 fn segments(synthetic: &Synthetic) -> Vec<PathBuf> {
-    std::fs::read_dir(synthetic.log()).expect("the log").flatten().map(|entry| entry.path()).collect()
+    let files = std::fs::read_dir(synthetic.log()).expect("the log").flatten().map(|entry| entry.path());
+    files.filter(|path| path.extension().is_some_and(|kind| kind == "log")).collect()
 }
 
 fn compressed(files: &[PathBuf]) -> u64 {

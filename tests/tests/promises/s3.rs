@@ -176,9 +176,9 @@ async fn outages_of_every_kind_are_survived_with_bounded_memory_and_caught_up_wi
         }
         proxy.set(Fault::None);
         daemon.wait_archived(written - 1);
+        println!("after {fault:?} at most {} KiB were resident", resident(daemon.pid()));
     }
     let memory = resident(daemon.pid());
-    println!("at most {memory} KiB were resident");
     assert!(memory < 64 << 10, "{memory} KiB were resident");
     assert_eq!(daemon.stop(), 0);
     let run = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]);

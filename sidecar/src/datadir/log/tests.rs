@@ -139,3 +139,70 @@ fn what_is_no_longer_in_the_log_and_unknown_versions_are_named() {
     let empty = Written::new();
     assert_eq!(empty.offsets(0, 100), Vec::<u64>::new());
 }
+
+/// Writes an index that names what `entries` says.
+fn write_index(segment: &Path, entries: &[(u64, u64)], room: usize) {
+    let mut bytes: Vec<u8> =
+        entries.iter().flat_map(|(key, at)| [key.to_le_bytes(), at.to_le_bytes()].concat()).collect();
+    bytes.resize(bytes.len() + room, 0);
+    fs::write(segment.with_extension("ofs"), bytes).unwrap();
+}
+
+/// Where each commit of a segment starts.
+fn places(segment: &Path) -> Vec<(u64, u64)> {
+    let bytes = fs::read(segment).unwrap();
+    let (mut at, mut places) = (SegmentHeader::LEN, Vec::new());
+    while let Frame::Commit(commit) = Frame::parse(1, &bytes[at..]) {
+        places.push((commit.first.0, at as u64));
+        at += commit.bytes.len();
+    }
+    places
+}
+
+#[test]
+fn the_servers_index_leads_past_what_is_not_wanted() {
+    let log = Written::new();
+    let segment = log.segment(1, 0..200, &[]);
+    let places = places(&segment);
+    write_index(&segment, &places.iter().copied().skip(7).step_by(10).collect::<Vec<_>>(), 160);
+    for from in [0, 6, 7, 8, 16, 17, 100, 199] {
+        assert_eq!(log.offsets(from, 50), (from..200).collect::<Vec<_>>());
+    }
+    assert_eq!(end(log.dir.path()).unwrap(), Offset(200));
+    // What lies before is not even looked at.
+    let mut bytes = fs::read(&segment).unwrap();
+    bytes[usize::try_from(places[3].1).unwrap() + 30] ^= 1;
+    fs::write(&segment, bytes).unwrap();
+    assert_eq!(log.offsets(150, 50), (150..200).collect::<Vec<_>>());
+    assert_eq!(end(log.dir.path()).unwrap(), Offset(200));
+    fs::remove_file(segment.with_extension("ofs")).unwrap();
+    assert_eq!(end(log.dir.path()).unwrap(), Offset(3));
+}
+
+#[test]
+fn an_index_that_lies_changes_nothing() {
+    let log = Written::new();
+    let segment = log.segment(1, 0..200, &[0; 64]);
+    let places = places(&segment);
+    let mut state = 7u64;
+    let mut draw = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    for round in 0..400 {
+        let mut entries: Vec<(u64, u64)> = (0..draw(40)).map(|_| (draw(260), draw(9000))).collect();
+        if round % 2 == 0 {
+            entries.sort_unstable();
+        }
+        if round % 4 < 2 {
+            // A commit does start there, but often another one.
+            for (key, at) in &mut entries {
+                *at = places[usize::try_from(*key + draw(2)).unwrap() % places.len()].1;
+            }
+        }
+        write_index(&segment, &entries, round % 16);
+        let from = draw(220);
+        assert_eq!(log.offsets(from, 77), (from.min(200)..200).collect::<Vec<_>>(), "round {round}");
+        assert_eq!(end(log.dir.path()).unwrap(), Offset(200), "round {round}");
+    }
+}

@@ -52,11 +52,19 @@ impl Merge {
         self.open_links += u32::try_from(links.len()).unwrap_or(u32::MAX);
     }
 
-    /// Closes a part that holds `commits`, those of all links added since the last.
-    pub(crate) fn seal(&mut self, commits: &[u8], level: i32, keys: &Keyring) -> Result<Vec<u8>, RepositoryError> {
-        let (part, stored) = seal_part(commits, std::mem::take(&mut self.open_links), level, keys)?;
-        self.header.parts.push(part);
-        Ok(stored)
+    /// Closes a part that holds `commits`, those of all links added since the last, and appends it to `body`.
+    pub(crate) fn seal(
+        &mut self,
+        commits: &[u8],
+        level: i32,
+        keys: &Keyring,
+        body: &mut Vec<u8>,
+    ) -> Result<(), RepositoryError> {
+        let links = std::mem::take(&mut self.open_links);
+        seal_part(commits, links, level, keys, |part, stored| {
+            self.header.parts.push(part);
+            body.extend_from_slice(stored);
+        })
     }
 
     fn join(&mut self, input: &LogHeader) {

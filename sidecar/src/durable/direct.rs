@@ -1,0 +1,245 @@
+//! Large files past the page cache, where the file system can: what a restore writes would push out of memory what others
+//! need, and copying it in and out costs more than the disk does. Where it cannot, the files are written and read as any.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use crate::durable::{FileError, OnPath};
+
+/// Every disk is content with addresses, places and lengths that this divides.
+const ALIGNMENT: usize = 4096;
+
+/// Bytes that are written or read at a time.
+const BLOCK: usize = 2 << 20;
+
+/// Blocks on their way from the disk.
+const AHEAD: usize = 2;
+
+/// Room for one block, where the disk wants it in memory.
+struct Block {
+    room: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Block {
+    fn new() -> Self {
+        let room = vec![0; BLOCK + ALIGNMENT];
+        let start = room.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        Self { room, start, len: 0 }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.room[self.start..self.start + self.len]
+    }
+
+    fn whole(&mut self) -> &mut [u8] {
+        &mut self.room[self.start..self.start + BLOCK]
+    }
+
+    /// Takes what fits of `bytes`, and returns how much that is.
+    fn fill(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(BLOCK - self.len);
+        let at = self.start + self.len;
+        self.room[at..at + taken].copy_from_slice(&bytes[..taken]);
+        self.len += taken;
+        taken
+    }
+}
+
+/// Writes a new file from its start to its end.
+pub struct Writer {
+    file: File,
+    path: PathBuf,
+    is_direct: bool,
+    block: Block,
+}
+
+impl Writer {
+    /// # Errors
+    /// When the file exists or cannot be created.
+    pub fn create(path: &Path) -> Result<Self, FileError> {
+        let file = File::create_new(path).on("create", path)?;
+        let is_direct = set_direct(&file, true).is_ok();
+        Ok(Self { file, path: path.to_owned(), is_direct, block: Block::new() })
+    }
+
+    /// # Errors
+    /// When the disk fails or is full.
+    pub fn write(&mut self, mut bytes: &[u8]) -> Result<(), FileError> {
+        while !bytes.is_empty() {
+            bytes = &bytes[self.block.fill(bytes)..];
+            if self.block.len == BLOCK {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is left; not durable before the file system is synced.
+    ///
+    /// # Errors
+    /// When the disk fails or is full.
+    pub fn finish(mut self) -> Result<(), FileError> {
+        if !self.block.len.is_multiple_of(ALIGNMENT) {
+            self.leave_direct()?;
+        }
+        self.flush()
+    }
+
+    fn flush(&mut self) -> Result<(), FileError> {
+        let mut written = 0;
+        while written < self.block.len {
+            match self.file.write(&self.block.bytes()[written..]) {
+                Ok(0) => return Err(io::Error::from(ErrorKind::WriteZero)).on("write", &self.path),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // The disk wants other lengths, or part of a block was written.
+                Err(error) if error.kind() == ErrorKind::InvalidInput && self.is_direct => self.leave_direct()?,
+                Err(error) => return Err(error).on("write", &self.path),
+            }
+        }
+        self.block.len = 0;
+        Ok(())
+    }
+
+    fn leave_direct(&mut self) -> Result<(), FileError> {
+        if std::mem::take(&mut self.is_direct) {
+            set_direct(&self.file, false).on("write", &self.path)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file from its start to its end, some blocks ahead of the caller.
+pub struct Reader {
+    blocks: Option<mpsc::Receiver<io::Result<Block>>>,
+    spent: mpsc::Sender<Block>,
+    worker: Option<std::thread::JoinHandle<()>>,
+    path: PathBuf,
+    len: u64,
+}
+
+impl Reader {
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        let file = File::open(path).on("open", path)?;
+        let is_direct = set_direct(&file, true).is_ok();
+        let len = file.metadata().on("inspect", path)?.len();
+        let (sender, blocks) = mpsc::sync_channel(AHEAD);
+        let (spent, empty) = mpsc::channel();
+        let worker = std::thread::Builder::new()
+            .name("read ahead".into())
+            .spawn(move || read_ahead(file, is_direct, &sender, &empty))
+            .on("read", path)?;
+        Ok(Self { blocks: Some(blocks), spent, worker: Some(worker), path: path.to_owned(), len })
+    }
+
+    /// The file's length when it was opened.
+    pub fn file_len(&self) -> u64 {
+        self.len
+    }
+
+    /// Appends the next block to `buffer`. `false` at the end.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<bool, FileError> {
+        let Some(Ok(block)) = self.blocks.as_ref().map(mpsc::Receiver::recv) else { return Ok(false) };
+        let block = block.on("read", &self.path)?;
+        buffer.extend_from_slice(block.bytes());
+        // Nobody to take it: the file is read to its end.
+        let _ = self.spent.send(block);
+        Ok(true)
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // Without it the worker has nobody to read for.
+        self.blocks = None;
+        if let Some(worker) = self.worker.take() {
+            let _ = worker.join();
+        }
+    }
+}
+
+fn read_ahead(
+    mut file: File,
+    mut is_direct: bool,
+    sender: &mpsc::SyncSender<io::Result<Block>>,
+    empty: &mpsc::Receiver<Block>,
+) {
+    loop {
+        let mut block = empty.try_recv().unwrap_or_else(|_| Block::new());
+        let read = loop {
+            match file.read(block.whole()) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // A place in the middle of a block, after part of one was read.
+                Err(error) if error.kind() == ErrorKind::InvalidInput && std::mem::take(&mut is_direct) => {
+                    if let Err(error) = set_direct(&file, false) {
+                        break Err(error);
+                    }
+                }
+                result => break result,
+            }
+        };
+        let is_over = !matches!(read, Ok(1..));
+        let is_sent = match read {
+            Ok(0) => false,
+            Ok(len) => {
+                block.len = len;
+                sender.send(Ok(block)).is_ok()
+            }
+            Err(error) => sender.send(Err(error)).is_ok(),
+        };
+        if is_over || !is_sent {
+            break;
+        }
+    }
+}
+
+/// Turns the page cache off for a file, or on again.
+#[cfg(target_os = "linux")]
+fn set_direct(file: &File, direct: bool) -> io::Result<()> {
+    use rustix::fs::OFlags;
+    let mut flags = rustix::fs::fcntl_getfl(file)?;
+    flags.set(OFlags::DIRECT, direct);
+    Ok(rustix::fs::fcntl_setfl(file, flags)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn set_direct(_: &File, direct: bool) -> io::Result<()> {
+    if direct { Err(ErrorKind::Unsupported.into()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_any_length_come_back_as_they_were_written_and_are_never_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let lens = [0, 1, 4095, 4096, 4097, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5000, 8 * BLOCK];
+        for (index, len) in lens.into_iter().enumerate() {
+            for step in [777, 1 << 16, BLOCK + 3] {
+                let path = dir.path().join(format!("{index}-{step}"));
+                let bytes: Vec<u8> = (0..len).map(|at| (at * 31 + at / 4096 * 7) as u8).collect();
+                let mut writer = Writer::create(&path).unwrap();
+                bytes.chunks(step).for_each(|chunk| writer.write(chunk).unwrap());
+                writer.finish().unwrap();
+                assert!(Writer::create(&path).is_err());
+                assert!(std::fs::read(&path).unwrap() == bytes, "{len} bytes, {step} at a time");
+                let (mut reader, mut back) = (Reader::open(&path).unwrap(), Vec::new());
+                while reader.read(&mut back).unwrap() {}
+                assert!(back == bytes && reader.file_len() == len as u64, "{len} bytes read back");
+            }
+        }
+        // One that is not read to its end ends its worker.
+        let mut reader = Reader::open(&dir.path().join("9-777")).unwrap();
+        assert!(reader.read(&mut Vec::new()).unwrap());
+    }
+}
