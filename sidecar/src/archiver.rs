@@ -28,7 +28,7 @@ use crate::backup::log::{self, LogArchive, LogEvent, LogEventKind, Tip};
 use crate::backup::{BackupError, Work, blocking};
 use crate::clock::patience;
 use crate::datadir::DataDirError;
-use crate::datadir::log::{Batch, LogReader, Tail, segments};
+use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::observe::composed::{int, time_of};
 use crate::observe::metrics;
@@ -157,6 +157,7 @@ pub struct Archiver {
     requests: mpsc::Receiver<oneshot::Sender<LogArchive>>,
     waiting: Vec<oneshot::Sender<LogArchive>>,
     promised: Option<Position>,
+    told: Option<TornHeader>,
     stop: CancellationToken,
 }
 
@@ -177,8 +178,8 @@ impl Archiver {
     ) -> (Self, FlushHandle) {
         let (sender, requests) = mpsc::channel(4);
         let wake = Wake::new(&dir);
-        let archiver =
-            Self { work, followed, dir, settings, wake, requests, waiting: Vec::new(), promised: None, stop };
+        let (waiting, promised, told) = (Vec::new(), None, None);
+        let archiver = Self { work, followed, dir, settings, wake, requests, waiting, promised, told, stop };
         (archiver, FlushHandle(sender))
     }
 
@@ -240,7 +241,9 @@ impl Archiver {
             inner.timeline = Some(timeline);
             inner.tip = from.has_past.then_some(from.tip);
         }
-        let (mut tip, _) = log::upload(&self.work, database, timeline, from.tip, &self.dir).await?;
+        let uploaded = log::upload(&self.work, database, timeline, from.tip, &self.dir).await?;
+        self.tell_torn(uploaded.torn);
+        let mut tip = uploaded.tip;
         let mut has_past = from.has_past || tip.next != from.tip.next;
         let Some(opened) = self.open(tip).await? else { return Ok(Ended::Anew) };
         let mut reader = Some(opened);
@@ -257,6 +260,7 @@ impl Archiver {
                 return Ok(Ended::Anew);
             }
             self.follow_tail(&read.tail, &mut stuck, tip);
+            self.tell_torn(read.torn);
             let asked = stopping || !self.waiting.is_empty();
             let full = read.more || pending.len() >= self.settings.flush_bytes;
             let since = flushed_at.map_or(Duration::MAX, |at| at.elapsed());
@@ -373,8 +377,8 @@ impl Archiver {
             }
             // Looked at again after reading: what was read continues what was there before.
             let unchanged = unchanged && reader.is_unchanged()?;
-            let tail = reader.tail().clone();
-            Ok::<_, DataDirError>(Read { reader, pending, unchanged, tail, more })
+            let (tail, torn) = (reader.tail().clone(), reader.torn());
+            Ok::<_, DataDirError>(Read { reader, pending, unchanged, tail, torn, more })
         });
         let read = read.await??;
         if let Some((batch, _)) = read.pending.parts.last() {
@@ -399,6 +403,17 @@ impl Archiver {
                 tip.next.0.saturating_sub(1)
             );
             self.followed.event(self.work.clock.now(), LogEvent { kind: LogEventKind::Damage, message: text });
+        }
+    }
+
+    /// Says once what the server is going to drop.
+    fn tell_torn(&mut self, torn: Option<TornHeader>) {
+        if let Some(torn) = torn
+            && self.told != Some(torn)
+        {
+            self.told = Some(torn);
+            let event = LogEvent { kind: LogEventKind::Damage, message: torn.to_string() };
+            self.followed.event(self.work.clock.now(), event);
         }
     }
 
@@ -452,6 +467,7 @@ struct Read {
     /// Does the log still hold what was read of it?
     unchanged: bool,
     tail: Tail,
+    torn: Option<TornHeader>,
     /// There is more to read at once.
     more: bool,
 }

@@ -37,8 +37,12 @@ pub struct Outcome {
     pub files: usize,
 }
 
+/// What is said of a log that the server goes on with behind part of a commit's header.
+const TORN: &str = "the server has written on behind";
+
 /// Lines of a daemon's log that trouble explains.
 const EXPECTED: &[&str] = &[
+    TORN,
     "is tried again",
     "tried again",
     "the log no longer continues",
@@ -346,7 +350,10 @@ impl Scene {
 
         let sidecar = self.reader();
         let report = sidecar.run(["backup", "create", "--data-dir", path(data)]).ok();
-        assert_eq!(report["problems"].as_array().map(Vec::len), Some(0), "seed {seed}: {report}");
+        // A power cut may leave part of a header, and the server then writes on behind it: that is told, and nothing is lost.
+        let problems = report["problems"].as_array().expect("problems").iter();
+        let others: Vec<_> = problems.filter(|problem| !problem.to_string().contains(TORN)).collect();
+        assert!(others.is_empty(), "seed {seed}: {report}");
         server.kill();
         let verified = sidecar.run(["verify"]);
         assert_eq!(verified.json["findings"].as_array().map(Vec::len), Some(0), "seed {seed}: {}", verified.json);

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use crate::backup::{BackupError, OBJECT_SIZE, READ_SIZE, WORKERS, Work, blocking};
 use crate::buffers::Buffer;
 use crate::datadir::DataDirError;
-use crate::datadir::log::{Batch, LogReader, Tail, segments};
+use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
 use crate::repository::manifest::{Timeline, TimelineReason};
@@ -91,8 +91,9 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
     let Some(from) = find_continuation(work, database, dir).await? else {
         return Ok(LogArchive::default());
     };
-    let (tip, tail) = upload(work, database, from.timeline, from.tip, dir).await?;
+    let Uploaded { tip, tail, torn } = upload(work, database, from.timeline, from.tip, dir).await?;
     let mut problems: Vec<_> = from.events.into_iter().map(|event| event.message).collect();
+    problems.extend(torn.map(|torn| torn.to_string()));
     if let Tail::Unfinished { at, reason } = tail
         && is_stuck(dir, tip.next, at).await?
     {
@@ -124,6 +125,13 @@ async fn is_stuck(dir: &Path, next: Offset, at: u64) -> Result<bool, BackupError
     .await??)
 }
 
+/// How far a log was archived.
+pub(crate) struct Uploaded {
+    pub tip: ChainTip,
+    pub tail: Tail,
+    pub torn: Option<TornHeader>,
+}
+
 /// Reads the log from the tip on, compresses on several threads, and uploads in order.
 pub(crate) async fn upload(
     work: &Arc<Work>,
@@ -131,7 +139,7 @@ pub(crate) async fn upload(
     timeline: TimelineId,
     from: ChainTip,
     dir: &Path,
-) -> Result<(ChainTip, Tail), BackupError> {
+) -> Result<Uploaded, BackupError> {
     let (sender, receiver) = mpsc::channel::<Run>(1);
     // One more than is being compressed, so that the reader is always ahead.
     let room = Arc::new(Semaphore::new(WORKERS + 1));
@@ -245,7 +253,7 @@ fn read_runs(
     sender: &mpsc::Sender<Run>,
     room: &Arc<Semaphore>,
     handle: &tokio::runtime::Handle,
-) -> Result<(ChainTip, Tail), DataDirError> {
+) -> Result<Uploaded, DataDirError> {
     let mut reader = LogReader::open(dir, from.next)?;
     let mut tip = from;
     loop {
@@ -269,7 +277,7 @@ fn read_runs(
             break;
         }
     }
-    Ok((tip, reader.tail().clone()))
+    Ok(Uploaded { tip, tail: reader.tail().clone(), torn: reader.torn() })
 }
 
 /// Writes a log object. One that is there already counts if it holds the same commits: a backup that was cut off after

@@ -68,7 +68,8 @@ pub struct Commit<'a> {
     pub records: &'a [u8],
 }
 
-const fn header_len(log_version: u8) -> usize {
+/// Bytes before a commit's records.
+pub(super) const fn header_len(log_version: u8) -> usize {
     if log_version == 0 { 14 } else { 22 }
 }
 

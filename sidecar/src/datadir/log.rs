@@ -4,18 +4,20 @@
 //! - only commits with a good checksum and the expected offset are handed out, byte for byte as they stand;
 //! - a segment that the server has rewritten as zstd reads the same as before;
 //! - an unfinished end (a crash, a write under way, preallocated zeros) ends the stream, and reading on later is allowed;
+//! - what the server wrote on behind a torn commit header is read, and told of, for as long as it is the server's history;
 //! - a hole or a repetition in the middle is an error that names both offsets;
 //! - memory is bounded by the batch size, or by the largest single commit if that is larger.
 
 mod index;
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::datadir::DataDirError;
-use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
+use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader, header_len};
 use crate::durable::{FileError, OnPath};
 use crate::ids::{ContentHash, Offset};
 
@@ -78,6 +80,29 @@ pub enum Tail {
     Unfinished { at: u64, reason: &'static str },
 }
 
+/// Bytes of a commit's header that a crash left and the server wrote on behind. A server of 1.2.0 takes them for the end of
+/// its log and appends; at its next start it takes them for damage, and drops all that it has appended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TornHeader {
+    /// Where in the segment they stand.
+    pub at: u64,
+    pub len: usize,
+    /// The transaction that follows them.
+    pub next: Offset,
+}
+
+impl fmt::Display for TornHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the server has written on behind {} bytes of a commit header that a crash left at byte {} of its log; from \
+             transaction {} on this is archived, but the server drops it when it starts the next time: stop the server, \
+             restore the newest state, and only then start it again",
+            self.len, self.at, self.next
+        )
+    }
+}
+
 /// A segment's file, named for its first transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SegmentFile {
@@ -129,6 +154,7 @@ pub struct LogReader {
     tail: Tail,
     at_end: bool,
     last_read: Option<LastRead>,
+    torn: Option<TornHeader>,
 }
 
 /// The last commit handed out, where it can be looked at again.
@@ -151,6 +177,7 @@ struct OpenSegment {
     carry: Vec<u8>,
     /// A later segment was seen and this one read to its end since: nothing more will be appended.
     sealed: bool,
+    torn: Option<TornHeader>,
 }
 
 enum Source {
@@ -166,8 +193,15 @@ impl LogReader {
     /// [`DataDirError::Gone`] when the log starts after `from`; damage on the way to `from`.
     pub fn open(dir: &Path, from: Offset) -> Result<Self, DataDirError> {
         let files = segments(dir)?;
-        let mut reader =
-            Self { dir: dir.to_owned(), next: from, open: None, tail: Tail::Clean, at_end: false, last_read: None };
+        let mut reader = Self {
+            dir: dir.to_owned(),
+            next: from,
+            open: None,
+            tail: Tail::Clean,
+            at_end: false,
+            last_read: None,
+            torn: None,
+        };
         let Some(earliest) = files.first() else {
             reader.next = Offset(0);
             return Ok(reader);
@@ -208,6 +242,11 @@ impl LogReader {
         &self.tail
     }
 
+    /// The last torn header that was passed over.
+    pub fn torn(&self) -> Option<TornHeader> {
+        self.torn
+    }
+
     /// Fills `buffer` with whole commits of one format version, up to `max_bytes` but at least one commit.
     /// `None` at the end of the log; calling again later picks up what was written since.
     ///
@@ -228,7 +267,9 @@ impl LogReader {
             }
             filled.log_version = segment.log_version;
             buffer.append(&mut segment.carry);
-            match segment.fill(max_bytes, buffer, &mut filled, &mut self.next, &self.dir)? {
+            let filling = segment.fill(max_bytes, buffer, &mut filled, &mut self.next, &self.dir)?;
+            self.torn = segment.torn.or(self.torn);
+            match filling {
                 Filling::Full => break,
                 Filling::EndOfSegment(tail) => {
                     segment.carry.extend_from_slice(&buffer[filled.len..]);
@@ -348,6 +389,7 @@ impl LogReader {
             buffer.append(&mut segment.carry);
             let mut filled = Filled { log_version: segment.log_version, stop_at: Some(from), ..Filled::default() };
             let filling = segment.fill(READ_SIZE, &mut buffer, &mut filled, &mut self.next, &self.dir)?;
+            self.torn = segment.torn.or(self.torn);
             segment.carry.extend_from_slice(&buffer[filled.len..]);
             match filling {
                 Filling::Full if filled.stopped => return Ok(()),
@@ -442,7 +484,8 @@ impl OpenSegment {
         }
         let sealed = matches!(source, Source::Zstd(_));
         let log_version = header.log_version;
-        Ok(Some(Self { file: file.clone(), inode, source, log_version, read: read as u64, carry: Vec::new(), sealed }))
+        let (file, read, carry) = (file.clone(), read as u64, Vec::new());
+        Ok(Some(Self { file, inode, source, log_version, read, carry, sealed, torn: None }))
     }
 
     /// Goes to the commit that the server's index names as the last at or before `from`, if it really stands there.
@@ -533,9 +576,54 @@ impl OpenSegment {
             if tail == "zeros" || unread == 0 {
                 return self.end(buffer, filled, Tail::Clean);
             }
+            if self.skip_torn_header(buffer, filled.len, *next, dir)? {
+                continue;
+            }
+            let unread = buffer.len() - filled.len;
             let at = self.read - unread as u64;
             return self.end(buffer, filled, Tail::Unfinished { at, reason: tail });
         }
+    }
+
+    /// Where `buffer[from..]` is no commit: does the one that is expected follow a torn header? Then that is taken out.
+    fn skip_torn_header(
+        &mut self,
+        buffer: &mut Vec<u8>,
+        from: usize,
+        next: Offset,
+        dir: &Path,
+    ) -> Result<bool, DataDirError> {
+        let header = header_len(self.log_version);
+        if buffer.len() - from < 2 * header {
+            self.read_more(buffer, READ_SIZE)?;
+        }
+        for torn in 1..header {
+            while let Some(rest) = buffer.get(from + torn..)
+                && rest.starts_with(&next.0.to_le_bytes())
+            {
+                match Frame::parse(self.log_version, rest) {
+                    Frame::Commit(_) => {
+                        // A server that was started since goes on in a segment of its own: what follows here is dropped.
+                        let is_dropped = |file: &SegmentFile| file.first == next && file.first != self.file.first;
+                        if segments(dir)?.iter().any(is_dropped) {
+                            return Ok(false);
+                        }
+                        let at = self.read - (buffer.len() - from) as u64;
+                        self.torn = Some(TornHeader { at, len: torn, next });
+                        buffer.drain(from..from + torn);
+                        return Ok(true);
+                    }
+                    Frame::Incomplete { needs } if needs > rest.len() => {
+                        let missing = needs - rest.len();
+                        if !self.may_hold(missing as u64)? || self.read_more(buffer, missing.max(READ_SIZE))? == 0 {
+                            break;
+                        }
+                    }
+                    _ => break,
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Can the file hold so many bytes more? A damaged length must not make us read all that is left into memory.

@@ -55,15 +55,23 @@ pub struct Writer {
     path: PathBuf,
     is_direct: bool,
     block: Block,
+    follower: mpsc::Sender<Written>,
 }
+
+/// A block is on the disk.
+struct Written;
+
+/// What a [`Reader`] needs to follow a [`Writer`].
+pub struct Follow(mpsc::Receiver<Written>);
 
 impl Writer {
     /// # Errors
     /// When the file exists or cannot be created.
-    pub fn create(path: &Path) -> Result<Self, FileError> {
+    pub fn create(path: &Path) -> Result<(Self, Follow), FileError> {
         let file = File::create_new(path).on("create", path)?;
         let is_direct = set_direct(&file, true).is_ok();
-        Ok(Self { file, path: path.to_owned(), is_direct, block: Block::new() })
+        let (follower, written) = mpsc::channel();
+        Ok((Self { file, path: path.to_owned(), is_direct, block: Block::new(), follower }, Follow(written)))
     }
 
     /// # Errors
@@ -101,7 +109,10 @@ impl Writer {
                 Err(error) => return Err(error).on("write", &self.path),
             }
         }
-        self.block.len = 0;
+        if std::mem::take(&mut self.block.len) == BLOCK {
+            // Nobody may follow.
+            let _ = self.follower.send(Written);
+        }
         Ok(())
     }
 
@@ -119,28 +130,31 @@ pub struct Reader {
     spent: mpsc::Sender<Block>,
     worker: Option<std::thread::JoinHandle<()>>,
     path: PathBuf,
-    len: u64,
 }
 
 impl Reader {
+    /// Reads what a writer writes, block by block as it comes to the disk, and what is left once the writer is gone.
+    ///
     /// # Errors
     /// When the file cannot be opened.
-    pub fn open(path: &Path) -> Result<Self, FileError> {
+    pub fn follow(path: &Path, writer: Follow) -> Result<Self, FileError> {
         let file = File::open(path).on("open", path)?;
         let is_direct = set_direct(&file, true).is_ok();
-        let len = file.metadata().on("inspect", path)?.len();
         let (sender, blocks) = mpsc::sync_channel(AHEAD);
         let (spent, empty) = mpsc::channel();
         let worker = std::thread::Builder::new()
             .name("read ahead".into())
-            .spawn(move || read_ahead(file, is_direct, &sender, &empty))
+            .spawn(move || read_ahead(file, is_direct, &writer.0, &sender, &empty))
             .on("read", path)?;
-        Ok(Self { blocks: Some(blocks), spent, worker: Some(worker), path: path.to_owned(), len })
+        Ok(Self { blocks: Some(blocks), spent, worker: Some(worker), path: path.to_owned() })
     }
 
-    /// The file's length when it was opened.
-    pub fn file_len(&self) -> u64 {
-        self.len
+    /// Reads a file that nobody writes.
+    ///
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        Self::follow(path, Follow(mpsc::channel().1))
     }
 
     /// Appends the next block to `buffer`. `false` at the end.
@@ -170,10 +184,13 @@ impl Drop for Reader {
 fn read_ahead(
     mut file: File,
     mut is_direct: bool,
+    writer: &mpsc::Receiver<Written>,
     sender: &mpsc::SyncSender<io::Result<Block>>,
     empty: &mpsc::Receiver<Block>,
 ) {
     loop {
+        // An error says that the writer is done: then all is there.
+        let _ = writer.recv();
         let mut block = empty.try_recv().unwrap_or_else(|_| Block::new());
         let read = loop {
             match file.read(block.whole()) {
@@ -220,6 +237,12 @@ fn set_direct(_: &File, direct: bool) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn whole(mut reader: Reader) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while reader.read(&mut bytes).unwrap() {}
+        bytes
+    }
+
     #[test]
     fn files_of_any_length_come_back_as_they_were_written_and_are_never_replaced() {
         let dir = tempfile::tempdir().unwrap();
@@ -228,14 +251,17 @@ mod tests {
             for step in [777, 1 << 16, BLOCK + 3] {
                 let path = dir.path().join(format!("{index}-{step}"));
                 let bytes: Vec<u8> = (0..len).map(|at| (at * 31 + at / 4096 * 7) as u8).collect();
-                let mut writer = Writer::create(&path).unwrap();
+                let (mut writer, follow) = Writer::create(&path).unwrap();
+                let follower = std::thread::spawn({
+                    let path = path.clone();
+                    move || whole(Reader::follow(&path, follow).unwrap())
+                });
                 bytes.chunks(step).for_each(|chunk| writer.write(chunk).unwrap());
                 writer.finish().unwrap();
                 assert!(Writer::create(&path).is_err());
                 assert!(std::fs::read(&path).unwrap() == bytes, "{len} bytes, {step} at a time");
-                let (mut reader, mut back) = (Reader::open(&path).unwrap(), Vec::new());
-                while reader.read(&mut back).unwrap() {}
-                assert!(back == bytes && reader.file_len() == len as u64, "{len} bytes read back");
+                assert!(whole(Reader::open(&path).unwrap()) == bytes, "{len} bytes read back");
+                assert!(follower.join().unwrap() == bytes, "{len} bytes read meanwhile");
             }
         }
         // One that is not read to its end ends its worker.

@@ -12,7 +12,7 @@ use crate::datadir::lock::{self, ServerLock};
 use crate::durable::{self, FileError, OnPath, beside};
 use crate::progress::{Progress, Tally};
 use crate::repository::Repository;
-use crate::restore::build::{Build, blocking};
+use crate::restore::build::{Build, Built, blocking};
 use crate::restore::plan::{DatabasePlan, RestorePlan};
 use crate::restore::{RestoreError, check};
 
@@ -106,7 +106,8 @@ pub async fn apply(
     let tally = Arc::new(Tally::default());
     let (data, keys) = (staging.data.as_path(), staging.keys.as_path());
     let build = Build { repository, data, keys, tally: &tally, progress: &progress };
-    let mut has_keys = build.run(plan, options.name.as_deref()).await.map_err(RestoreError::with_disk_full)?;
+    let Built { mut has_keys, logs } =
+        build.run(plan, options.name.as_deref()).await.map_err(RestoreError::with_disk_full)?;
     if options.new_keys {
         if has_keys {
             fs::remove_dir_all(&staging.keys).on("remove", &staging.keys)?;
@@ -119,7 +120,7 @@ pub async fn apply(
         return Err(RestoreError::WouldOverwrite(key_dir));
     }
     progress.phase("self-check", None);
-    check::check(&staging.data, plan).await?;
+    check::check(&staging.data, plan, &logs).await?;
     progress.phase("making it durable", None);
     {
         // The keys may go to another file system.

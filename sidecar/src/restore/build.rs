@@ -18,7 +18,7 @@ use crate::repository::pack::{self, EntryKind};
 use crate::repository::{Repository, RepositoryError, instance, paths};
 use crate::restore::RestoreError;
 use crate::restore::plan::{DatabasePlan, RestorePlan};
-use crate::restore::segments::SegmentWriter;
+use crate::restore::segments::{CheckedSegment, SegmentWriter};
 
 /// Objects decoded at once, on two cores.
 const AHEAD: usize = 2;
@@ -33,10 +33,10 @@ pub(super) struct Build<'a> {
 }
 
 impl Build<'_> {
-    /// Returns whether token keys were extracted.
-    pub(super) async fn run(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
+    pub(super) async fn run(&self, plan: &RestorePlan, name: Option<&str>) -> Result<Built, RestoreError> {
         let has_keys = self.extract_instance(plan, name).await?;
         let data = DataDir::open(self.data)?;
+        let mut logs = Vec::new();
         for database in &plan.databases {
             let replica = data.replica(database.replica);
             if let Some(manifest) = &database.snapshot {
@@ -46,9 +46,9 @@ impl Build<'_> {
             }
             let total = database.log.iter().map(|entry| entry.size).sum();
             self.progress.phase(&format!("log of {}", database.name), Some(total));
-            self.write_log(database, &replica.log_path()).await?;
+            logs.push(self.write_log(database, &replica.log_path()).await?);
         }
-        Ok(has_keys)
+        Ok(Built { has_keys, logs })
     }
 
     async fn extract_instance(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
@@ -129,7 +129,7 @@ impl Build<'_> {
         Ok(())
     }
 
-    async fn write_log(&self, database: &DatabasePlan, dir: &Path) -> Result<(), RestoreError> {
+    async fn write_log(&self, database: &DatabasePlan, dir: &Path) -> Result<Vec<CheckedSegment>, RestoreError> {
         fs::create_dir_all(dir).on("create", dir)?;
         let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
         let (from, until) = (database.log_from, database.offset);
@@ -192,6 +192,14 @@ impl Build<'_> {
         let written = writer.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
         fed.and(written)
     }
+}
+
+/// What was built.
+pub(super) struct Built {
+    /// Were token keys extracted?
+    pub has_keys: bool,
+    /// The segments of each database of the plan.
+    pub logs: Vec<Vec<CheckedSegment>>,
 }
 
 /// A part of a log object.

@@ -1,32 +1,26 @@
-//! The offline check of a restored data directory, before it takes its place: every commit's checksum, the log's
-//! continuity up to the promised transaction, every page's and blob's hash. It reads the files back as a server would.
+//! The offline check of a restored data directory, before it takes its place: the log's continuity up to the promised
+//! transaction, every page's and blob's hash. The log's commits were read back from the disk as they were written.
 
 use std::path::Path;
-
-use futures::{StreamExt, TryStreamExt};
 
 use crate::datadir::log::segments;
 use crate::datadir::{DataDir, snapshot};
 use crate::ids::Offset;
 use crate::restore::RestoreError;
 use crate::restore::plan::{DatabasePlan, RestorePlan};
-use crate::restore::segments::check_segment;
+use crate::restore::segments::CheckedSegment;
 
-/// Segments that are checked at once.
-const AHEAD: usize = 2;
-
-/// Checks every database of the plan in `data`.
+/// Checks every database of the plan in `data`, with the segments of each that were read back.
 ///
 /// # Errors
 /// [`RestoreError::SelfCheck`] with the first thing that is not as it must be.
-pub async fn check(data: &Path, plan: &RestorePlan) -> Result<(), RestoreError> {
+pub(super) async fn check(data: &Path, plan: &RestorePlan, logs: &[Vec<CheckedSegment>]) -> Result<(), RestoreError> {
     let data = DataDir::open(data)?;
-    for database in &plan.databases {
+    for (database, checked) in plan.databases.iter().zip(logs) {
         let replica = data.replica(database.replica);
-        let (log, last) = (replica.log_path(), database.offset);
         let (snapshots, part) = (replica.snapshots_path(), database.clone());
         let snapshot = tokio::task::spawn_blocking(move || check_snapshot(&snapshots, &part));
-        let log = check_log(&log, last).await;
+        let log = check_log(&replica.log_path(), checked, database.offset);
         let snapshot = snapshot.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
         for result in [log, snapshot] {
             result.map_err(|reason| RestoreError::SelfCheck(format!("database {}: {reason}", database.name)))?;
@@ -35,31 +29,25 @@ pub async fn check(data: &Path, plan: &RestorePlan) -> Result<(), RestoreError> 
     Ok(())
 }
 
-async fn check_log(dir: &Path, last: Offset) -> Result<(), String> {
-    let files = segments(dir).map_err(|error| error.to_string())?;
-    let mut next = files.first().ok_or("the log is empty")?.first;
-    let mut checked = futures::stream::iter(files)
-        .map(|file| async move {
-            let name = file.path.display().to_string();
-            let first = file.first;
-            let checked = tokio::task::spawn_blocking(move || check_segment(&file));
-            match checked.await {
-                Ok(Ok(end)) => Ok((first, end)),
-                Ok(Err(reason)) => Err(format!("{name}: {reason}")),
-                Err(error) => Err(format!("{name}: {error}")),
-            }
-        })
-        .buffered(AHEAD);
-    while let Some((first, end)) = checked.try_next().await? {
-        if first != next {
-            return Err(format!("a segment starts at transaction {first} where {next} is expected"));
+fn check_log(dir: &Path, checked: &[CheckedSegment], last: Offset) -> Result<(), String> {
+    let found = segments(dir).map_err(|error| error.to_string())?;
+    if !found.iter().eq(checked.iter().map(|checked| &checked.segment)) {
+        return Err("the log's segments are not those that were written".into());
+    }
+    for pair in checked.windows(2) {
+        if let [before, after] = pair
+            && after.segment.first != before.next
+        {
+            return Err(format!("a segment starts at transaction {} and not at {}", after.segment.first, before.next));
         }
-        next = end;
     }
-    if next.0 != last.0 + 1 {
-        return Err(format!("the log ends before transaction {next} instead of after {last}"));
+    match checked.last() {
+        None => Err("the log is empty".into()),
+        Some(end) if end.next.0 != last.0 + 1 => {
+            Err(format!("the log ends before transaction {} instead of after {last}", end.next))
+        }
+        Some(_) => Ok(()),
     }
-    Ok(())
 }
 
 fn check_snapshot(dir: &Path, part: &DatabasePlan) -> Result<(), String> {

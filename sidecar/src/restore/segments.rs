@@ -2,23 +2,30 @@
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 
 use crate::buffers::Buffer;
 use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
 use crate::datadir::log::{SegmentFile, segment_name};
-use crate::durable::{FileError, direct};
+use crate::durable::{FileError, OnPath, direct};
 use crate::ids::Offset;
 use crate::restore::RestoreError;
 
 /// As large as the server makes its segments by default.
 const SEGMENT_SIZE: u64 = 1 << 30;
 
-/// Writes commits into segments, leaving out what lies before `from` and after `until`.
+/// Writes commits into segments, leaving out what lies before `from` and after `until`. Each segment is read back from the
+/// disk as it comes to it.
 pub(crate) struct SegmentWriter {
     dir: PathBuf,
     from: Offset,
     until: Offset,
     open: Option<Open>,
+    checks: Vec<Check>,
+    /// No commit is larger than what was written at once.
+    largest: Arc<AtomicUsize>,
 }
 
 struct Open {
@@ -27,9 +34,23 @@ struct Open {
     len: u64,
 }
 
+/// A segment that is being read back.
+struct Check {
+    segment: SegmentFile,
+    worker: JoinHandle<Result<Offset, String>>,
+}
+
+/// A segment that was read back from the disk and holds whole commits in a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct CheckedSegment {
+    pub segment: SegmentFile,
+    /// One past its last transaction.
+    pub next: Offset,
+}
+
 impl SegmentWriter {
     pub(crate) fn new(dir: &Path, from: Offset, until: Offset) -> Self {
-        Self { dir: dir.to_owned(), from, until, open: None }
+        Self { dir: dir.to_owned(), from, until, open: None, checks: Vec::new(), largest: Arc::default() }
     }
 
     /// Writes commits that were checked and hold the given transactions.
@@ -49,16 +70,30 @@ impl SegmentWriter {
                 if let Some(full) = full {
                     full.file.finish()?;
                 }
-                let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
-                let mut file = direct::Writer::create(&self.dir.join(segment_name(first)))?;
-                file.write(&header)?;
-                Open { file, log_version, len: header.len() as u64 }
+                self.begin(first, log_version)?
             }
         };
+        self.largest.fetch_max(bytes.len(), Ordering::Relaxed);
         open.file.write(bytes)?;
         open.len += bytes.len() as u64;
         self.open = Some(open);
         Ok(())
+    }
+
+    fn begin(&mut self, first: Offset, log_version: u8) -> Result<Open, FileError> {
+        let path = self.dir.join(segment_name(first));
+        let (mut file, follow) = direct::Writer::create(&path)?;
+        let segment = SegmentFile { first, path };
+        let reader = direct::Reader::follow(&segment.path, follow)?;
+        let largest = Arc::clone(&self.largest);
+        let worker = std::thread::Builder::new()
+            .name("read back".into())
+            .spawn(move || check_segment(first, reader, &largest))
+            .on("read", &segment.path)?;
+        self.checks.push(Check { segment, worker });
+        let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
+        file.write(&header)?;
+        Ok(Open { file, log_version, len: header.len() as u64 })
     }
 
     /// The commits that are asked for, and the first one's offset.
@@ -78,24 +113,32 @@ impl SegmentWriter {
         first.map(|first| (first, &commits[start..end]))
     }
 
-    /// A log without a segment would be a database without a transaction.
-    pub(crate) fn finish(self) -> Result<(), RestoreError> {
+    /// Finishes the last segment and waits until all are read back. A log without a segment would be a database without a
+    /// transaction.
+    pub(crate) fn finish(self) -> Result<Vec<CheckedSegment>, RestoreError> {
         match self.open {
-            Some(open) => Ok(open.file.finish()?),
-            None => Err(RestoreError::Unreachable {
-                wanted: self.until,
-                reason: "no commit lies wholly at or before it".into(),
-            }),
+            Some(open) => open.file.finish()?,
+            None => {
+                return Err(RestoreError::Unreachable {
+                    wanted: self.until,
+                    reason: "no commit lies wholly at or before it".into(),
+                });
+            }
         }
+        let finish = |check: Check| {
+            let checked = check.worker.join().map_err(|_| RestoreError::Worker("reading back".into()))?;
+            let next = checked
+                .map_err(|reason| RestoreError::SelfCheck(format!("{}: {reason}", check.segment.path.display())))?;
+            Ok(CheckedSegment { segment: check.segment, next })
+        };
+        self.checks.into_iter().map(finish).collect()
     }
 }
 
-/// Reads a segment from the disk: every commit must be whole, with a good checksum, and follow the one before. Returns one
-/// past its last transaction.
-pub(super) fn check_segment(segment: &SegmentFile) -> Result<Offset, String> {
+/// Every commit must be whole, with a good checksum, and follow the one before. Returns one past the last transaction.
+fn check_segment(first: Offset, mut reader: direct::Reader, largest: &AtomicUsize) -> Result<Offset, String> {
     let text = |error: FileError| error.to_string();
-    let mut reader = direct::Reader::open(&segment.path).map_err(text)?;
-    let (file_len, mut unread) = (reader.file_len(), Buffer::take());
+    let mut unread = Buffer::take();
     while unread.len() < SegmentHeader::LEN && reader.read(&mut unread).map_err(text)? {}
     let header = unread.first_chunk().map(SegmentHeader::parse);
     let header = header.ok_or("it has no header")?.map_err(|malformed| malformed.to_string())?;
@@ -105,7 +148,7 @@ pub(super) fn check_segment(segment: &SegmentFile) -> Result<Offset, String> {
             header.log_version, header.checksum_algorithm
         ));
     }
-    let (mut at, mut place, mut next) = (SegmentHeader::LEN, SegmentHeader::LEN as u64, segment.first);
+    let (mut at, mut place, mut next) = (SegmentHeader::LEN, SegmentHeader::LEN as u64, first);
     loop {
         let needs = match Frame::parse(header.log_version, &unread[at..]) {
             Frame::Commit(commit) if commit.first == next => {
@@ -123,12 +166,15 @@ pub(super) fn check_segment(segment: &SegmentFile) -> Result<Offset, String> {
         };
         unread.drain(..at);
         at = 0;
-        if unread.is_empty() && place == file_len {
-            return Ok(next);
-        }
         // A damaged length must not make us read all that is left into memory.
-        if place + needs as u64 > file_len || !reader.read(&mut unread).map_err(text)? {
-            return Err(format!("a commit of {needs} bytes starts at byte {place}, and the file has {file_len} bytes"));
+        if needs > largest.load(Ordering::Relaxed) {
+            return Err(format!("a commit of {needs} bytes starts at byte {place}"));
+        }
+        if !reader.read(&mut unread).map_err(text)? {
+            return match unread.is_empty() {
+                true => Ok(next),
+                false => Err(format!("it ends inside a commit of {needs} bytes, at byte {place}")),
+            };
         }
     }
 }
@@ -156,10 +202,15 @@ mod tests {
         writer.write(0, range(2, 9), &commits(0, 2, 9, 50)).unwrap();
         writer.write(1, range(10, 19), &commits(1, 10, 19, 50)).unwrap();
         writer.write(1, range(20, 29), &commits(1, 20, 29, 50)).unwrap();
-        writer.finish().unwrap();
-        let found = segments(dir.path()).unwrap();
-        let checked: Vec<_> = found.iter().map(|file| (file.first.0, check_segment(file).unwrap().0)).collect();
-        assert_eq!(checked, [(3, 10), (10, 26)]);
+        let checked = writer.finish().unwrap();
+        assert_eq!(
+            checked.iter().map(|found| found.segment.clone()).collect::<Vec<_>>(),
+            segments(dir.path()).unwrap()
+        );
+        assert_eq!(
+            checked.iter().map(|found| (found.segment.first.0, found.next.0)).collect::<Vec<_>>(),
+            [(3, 10), (10, 26)]
+        );
         let empty = SegmentWriter::new(dir.path(), Offset(3), Offset(25));
         assert!(matches!(empty.finish(), Err(RestoreError::Unreachable { .. })));
     }
@@ -169,27 +220,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = SegmentWriter::new(dir.path(), Offset(4), Offset(6));
         writer.write(1, range(4, 6), &commits(1, 4, 6, 40)).unwrap();
-        writer.finish().unwrap();
-        let file = segments(dir.path()).unwrap().remove(0);
+        let file = writer.finish().unwrap().remove(0).segment;
         let whole = std::fs::read(&file.path).unwrap();
-        assert_eq!(check_segment(&file), Ok(Offset(7)));
+        let largest = AtomicUsize::new(whole.len());
+        let check = || check_segment(Offset(4), direct::Reader::open(&file.path).unwrap(), &largest);
+        assert_eq!(check(), Ok(Offset(7)));
         // The last two bytes of the header mean nothing.
         for bit in (0..whole.len() * 8).filter(|bit| !(64..80).contains(bit)) {
             let mut bytes = whole.clone();
             bytes[bit / 8] ^= 1 << (bit % 8);
             std::fs::write(&file.path, bytes).unwrap();
-            assert!(check_segment(&file).is_err(), "bit {bit}");
+            assert!(check().is_err(), "bit {bit}");
         }
         let commit = (whole.len() - SegmentHeader::LEN) / 3;
         for len in 0..whole.len() {
             std::fs::write(&file.path, &whole[..len]).unwrap();
-            let result = check_segment(&file);
+            let result = check();
             match len.checked_sub(SegmentHeader::LEN) {
                 Some(held) if held % commit == 0 => assert_eq!(result, Ok(Offset(4 + (held / commit) as u64))),
                 _ => assert!(result.is_err(), "{len} bytes"),
             }
         }
         std::fs::write(&file.path, [whole.as_slice(), &[0; 9000]].concat()).unwrap();
-        assert!(check_segment(&file).unwrap_err().contains("zeros"));
+        assert!(check().unwrap_err().contains("zeros"));
     }
 }

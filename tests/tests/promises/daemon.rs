@@ -12,6 +12,7 @@ use harness::sidecar::{Sidecar, path};
 use harness::workload::{self, Random, TABLES};
 use harness::{oracle, tools};
 use inner_universe::config::RepositoryConfig;
+use inner_universe::datadir::commit::Frame;
 use inner_universe::ids::Offset;
 use inner_universe::repository::Repository;
 use inner_universe::repository::crypto::Keyring;
@@ -375,4 +376,59 @@ async fn one_that_was_killed_goes_on_at_once_and_a_copy_of_its_notes_takes_nothi
     assert_eq!(daemon.wait("the archive still", archives).lease_token, Some(2));
     assert_eq!(daemon.stop(), 0);
     server.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_appends_behind_a_torn_header_and_would_drop_is_archived_told_of_and_comes_back() {
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    let dir = |name: &str| scratch.path().join(name);
+    let (data, keys) = (dir("data"), dir("keys"));
+    let sidecar = Sidecar::at(&dir("repository"));
+    let server = Server::start(&data, &keys).await;
+    let client = server.client().await;
+    client.publish("ledger", tools::wasm("workload_module")).await;
+    let mut random = Random::from_env();
+    workload::run(&client, "ledger", &mut random, 40).await;
+    server.written().await;
+    let mut daemon = Daemon::start(&sidecar, &data, &[("ARCHIVE__FLUSH_INTERVAL", "20ms")], &[]);
+    daemon.wait_archived(30);
+    server.kill();
+    // The power goes while a commit is written: 13 bytes of its header reach the disk.
+    let replica = inner_universe::datadir::DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
+    let segment = inner_universe::datadir::log::segments(&replica.log_path()).expect("segments").remove(0).path;
+    let bytes = std::fs::read(&segment).expect("the segment");
+    let (mut at, mut last) = (10, 10);
+    while let Frame::Commit(commit) = Frame::parse(1, &bytes[at..]) {
+        last = at;
+        at += commit.bytes.len();
+    }
+    let file = std::fs::File::options().write(true).open(&segment).expect("the segment");
+    file.set_len(last as u64 + 13).expect("cut");
+
+    let server = Server::start(&data, &keys).await;
+    let client = server.client().await;
+    workload::run(&client, "ledger", &mut random, 60).await;
+    server.written().await;
+    let truth = client.rows("ledger", &TABLES).await;
+    let end = inner_universe::datadir::log::end(&replica.log_path()).expect("the log's end");
+    assert!(end.0 > 90, "the log is read to {end}");
+    let status = daemon.wait_archived(end.0 - 1);
+    let told = status.databases[0].events.iter().any(|event| event.message.contains("has written on behind 13 bytes"));
+    let label = ["backup", "create", "--label", "before-the-restart", "--data-dir", path(&data)];
+    sidecar.run(label).ok();
+    server.kill();
+    let server = Server::start(&data, &keys).await;
+    let after = server.client().await.rows("ledger", &TABLES).await;
+    // Were it a server that cuts the torn header off, nothing would be lost, and there would be nothing to tell.
+    assert_eq!(
+        after != truth,
+        told,
+        "the server lost something without a word, or nothing was lost and something told"
+    );
+    server.kill();
+    assert_eq!(daemon.stop(), 0);
+    let restored = dir("restored");
+    sidecar.restore(&restored, "label:before-the-restart");
+    let server = Server::start(&restored, &keys).await;
+    assert!(server.client().await.rows("ledger", &TABLES).await == truth, "what was archived comes back");
 }

@@ -206,3 +206,37 @@ fn an_index_that_lies_changes_nothing() {
         assert_eq!(end(log.dir.path()).unwrap(), Offset(200), "round {round}");
     }
 }
+
+#[test]
+fn what_was_written_behind_a_torn_header_is_read_until_the_server_drops_it() {
+    let commit =
+        |version, offset: u64| encode(version, Offset(offset), 0, 1, format!(" transaction {offset}").as_bytes());
+    for version in [0, 1] {
+        for torn in 1..header_len(version) {
+            let log = Written::new();
+            let mut tail = commit(version, 20)[..torn].to_vec();
+            (20..40).for_each(|offset| tail.extend(commit(version, offset)));
+            let segment = log.segment(version, 0..20, &tail);
+            for from in [0, 19, 20, 33] {
+                for max in [1, 99, 1 << 20] {
+                    assert_eq!(log.offsets(from, max), (from..40).collect::<Vec<_>>(), "{torn} bytes, from {from}");
+                }
+            }
+            let mut reader = LogReader::open_first(log.dir.path()).unwrap();
+            while reader.next_batch(64, &mut Vec::new()).unwrap().is_some() {}
+            let at = fs::metadata(&segment).unwrap().len() - tail.len() as u64;
+            assert_eq!(reader.torn(), Some(TornHeader { at, len: torn, next: Offset(20) }));
+            // The start of a write, or one that is cut off, is the end as it was.
+            let whole = fs::read(&segment).unwrap();
+            for len in usize::try_from(at).unwrap() + 1..usize::try_from(at).unwrap() + torn + commit(version, 20).len()
+            {
+                fs::write(&segment, &whole[..len]).unwrap();
+                assert_eq!(log.offsets(0, 99), (0..20).collect::<Vec<_>>());
+            }
+            fs::write(&segment, &whole).unwrap();
+            // Started again, the server goes on in a new segment, and what it had appended is no more.
+            log.segment(version, 20..23, &[]);
+            assert_eq!(log.offsets(0, 99), (0..23).collect::<Vec<_>>());
+        }
+    }
+}
