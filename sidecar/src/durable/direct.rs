@@ -12,10 +12,13 @@ use crate::durable::{FileError, OnPath};
 const ALIGNMENT: usize = 4096;
 
 /// Bytes that are written or read at a time.
-const BLOCK: usize = 2 << 20;
+const BLOCK: usize = 1 << 20;
 
 /// Blocks on their way from the disk.
-const AHEAD: usize = 2;
+const AHEAD: usize = 3;
+
+/// Bytes that a file grows by at a time: a write that makes its file longer keeps readers of that file waiting.
+const GROWTH: u64 = 64 << 20;
 
 /// Room for one block, where the disk wants it in memory.
 struct Block {
@@ -55,6 +58,10 @@ pub struct Writer {
     path: PathBuf,
     is_direct: bool,
     block: Block,
+    /// Bytes written so far.
+    written: u64,
+    /// Bytes that the file system has made room for; `None` where it does not.
+    allocated: Option<u64>,
     follower: mpsc::Sender<Written>,
 }
 
@@ -71,7 +78,10 @@ impl Writer {
         let file = File::create_new(path).on("create", path)?;
         let is_direct = set_direct(&file, true).is_ok();
         let (follower, written) = mpsc::channel();
-        Ok((Self { file, path: path.to_owned(), is_direct, block: Block::new(), follower }, Follow(written)))
+        let path = path.to_owned();
+        let allocated = is_direct.then_some(0);
+        let writer = Self { file, path, is_direct, block: Block::new(), written: 0, allocated, follower };
+        Ok((writer, Follow(written)))
     }
 
     /// # Errors
@@ -94,10 +104,17 @@ impl Writer {
         if !self.block.len.is_multiple_of(ALIGNMENT) {
             self.leave_direct()?;
         }
-        self.flush()
+        self.flush()?;
+        self.file.set_len(self.written).on("cut", &self.path)
     }
 
     fn flush(&mut self) -> Result<(), FileError> {
+        if let Some(allocated) = self.allocated
+            && self.written + self.block.len as u64 > allocated
+        {
+            // Whether the disk is full is for the write to find out: this would take more than is needed.
+            self.allocated = allocate(&self.file, allocated, GROWTH).ok().map(|()| allocated + GROWTH);
+        }
         let mut written = 0;
         while written < self.block.len {
             match self.file.write(&self.block.bytes()[written..]) {
@@ -109,6 +126,7 @@ impl Writer {
                 Err(error) => return Err(error).on("write", &self.path),
             }
         }
+        self.written += self.block.len as u64;
         if std::mem::take(&mut self.block.len) == BLOCK {
             // Nobody may follow.
             let _ = self.follower.send(Written);
@@ -217,6 +235,16 @@ fn read_ahead(
             break;
         }
     }
+}
+
+#[cfg(target_os = "linux")]
+fn allocate(file: &File, at: u64, len: u64) -> io::Result<()> {
+    Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), at, len)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn allocate(_: &File, _: u64, _: u64) -> io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
 }
 
 /// Turns the page cache off for a file, or on again.
