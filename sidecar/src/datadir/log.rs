@@ -22,6 +22,8 @@ use crate::durable::{FileError, OnPath};
 use crate::ids::{ContentHash, Offset};
 
 const READ_SIZE: usize = 1 << 20;
+/// Bytes of a commit that the index may lead to; before larger ones the segment is read from its start.
+const LARGEST_JUMP: usize = 16 << 20;
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const SEGMENT_SUFFIX: &str = ".stdb.log";
 
@@ -81,7 +83,7 @@ pub enum Tail {
 }
 
 /// Bytes of a commit's header that a crash left and the server wrote on behind. A server of 1.2.0 takes them for the end of
-/// its log and appends; at its next start it takes them for damage, and drops all that it has appended.
+/// its log and appends; at its next start it takes them for damage, and drops all that it has appended or refuses to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TornHeader {
     /// Where in the segment they stand.
@@ -96,8 +98,8 @@ impl fmt::Display for TornHeader {
         write!(
             f,
             "the server has written on behind {} bytes of a commit header that a crash left at byte {} of its log; from \
-             transaction {} on this is archived, but the server drops it when it starts the next time: stop the server, \
-             restore the newest state, and only then start it again",
+             transaction {} on this is archived, but when it starts the next time the server drops it, or does not start: \
+             stop the server, restore the newest state, and only then start it again",
             self.len, self.at, self.next
         )
     }
@@ -177,6 +179,8 @@ struct OpenSegment {
     carry: Vec<u8>,
     /// A later segment was seen and this one read to its end since: nothing more will be appended.
     sealed: bool,
+    /// Where the last commit that was parsed ends.
+    last_end: u64,
     torn: Option<TornHeader>,
 }
 
@@ -300,7 +304,7 @@ impl LogReader {
             && filled.last_in == Some(segment.file.first)
             && matches!(segment.source, Source::Plain(_))
         {
-            let (end, len) = (segment.read - segment.carry.len() as u64, filled.last_len);
+            let (end, len) = (segment.last_end, filled.last_len);
             let hash = ContentHash::of(&buffer[filled.len - len..filled.len]);
             self.last_read = Some(LastRead { segment: segment.file.first, at: end - len as u64, len, hash });
         }
@@ -485,7 +489,7 @@ impl OpenSegment {
         let sealed = matches!(source, Source::Zstd(_));
         let log_version = header.log_version;
         let (file, read, carry) = (file.clone(), read as u64, Vec::new());
-        Ok(Some(Self { file, inode, source, log_version, read, carry, sealed, torn: None }))
+        Ok(Some(Self { file, inode, source, log_version, read, carry, sealed, last_end: read, torn: None }))
     }
 
     /// Goes to the commit that the server's index names as the last at or before `from`, if it really stands there.
@@ -503,7 +507,12 @@ impl OpenSegment {
                     self.read = at;
                     return Some(first);
                 }
-                Frame::Incomplete { needs } if at.checked_add(needs as u64).is_some_and(|end| end <= len) => {
+                // A stale entry leads into the middle of a record: what is no length there could be any number.
+                Frame::Incomplete { needs }
+                    if at.checked_add(needs as u64).is_some_and(|end| end <= len)
+                        && needs <= LARGEST_JUMP
+                        && (frame.is_empty() || frame.starts_with(&first.0.to_le_bytes())) =>
+                {
                     frame.resize(needs, 0);
                     if read_at_most(file, &mut frame, at).ok()? < needs {
                         return None;
@@ -552,6 +561,7 @@ impl OpenSegment {
                     filled.last_len = commit.bytes.len();
                     filled.len += commit.bytes.len();
                     *next = Offset(commit.last().0 + 1);
+                    self.last_end = self.read - (buffer.len() - filled.len) as u64;
                     continue;
                 }
                 Frame::Incomplete { needs } => (needs, "a commit is cut off"),
@@ -561,11 +571,15 @@ impl OpenSegment {
             };
             let unread = buffer.len() - filled.len;
             if wanted > unread {
-                let before = buffer.len();
                 if filled.commits > 0 && filled.len >= max_bytes {
                     return Ok(Filling::Full);
                 }
                 let missing = (wanted - unread) as u64;
+                // The length may be made of a torn header's bytes and others.
+                if missing > READ_SIZE as u64 && self.skip_torn_header(buffer, filled.len, *next, dir)? {
+                    continue;
+                }
+                let before = buffer.len();
                 if (missing <= READ_SIZE as u64 || self.may_hold(missing)?)
                     && self.read_more(buffer, (wanted - unread).clamp(READ_SIZE.min(max_bytes), READ_SIZE))? > 0
                 {
@@ -593,6 +607,8 @@ impl OpenSegment {
         next: Offset,
         dir: &Path,
     ) -> Result<bool, DataDirError> {
+        // Only what the server still appends to.
+        let Source::Plain(_) = self.source else { return Ok(false) };
         let header = header_len(self.log_version);
         if buffer.len() - from < 2 * header {
             self.read_more(buffer, READ_SIZE)?;
@@ -615,7 +631,7 @@ impl OpenSegment {
                     }
                     Frame::Incomplete { needs } if needs > rest.len() => {
                         let missing = needs - rest.len();
-                        if !self.may_hold(missing as u64)? || self.read_more(buffer, missing.max(READ_SIZE))? == 0 {
+                        if !self.may_hold(missing as u64)? || self.read_more(buffer, READ_SIZE)? == 0 {
                             break;
                         }
                     }

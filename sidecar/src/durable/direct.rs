@@ -144,9 +144,8 @@ impl Writer {
 
 /// Reads a file from its start to its end, some blocks ahead of the caller.
 pub struct Reader {
-    blocks: Option<mpsc::Receiver<io::Result<Block>>>,
+    blocks: mpsc::Receiver<io::Result<Block>>,
     spent: mpsc::Sender<Block>,
-    worker: Option<std::thread::JoinHandle<()>>,
     path: PathBuf,
 }
 
@@ -160,11 +159,12 @@ impl Reader {
         let is_direct = set_direct(&file, true).is_ok();
         let (sender, blocks) = mpsc::sync_channel(AHEAD);
         let (spent, empty) = mpsc::channel();
-        let worker = std::thread::Builder::new()
+        // It ends by itself when the reader is gone, or the writer and all is read; nobody may wait for it: it waits for both.
+        std::thread::Builder::new()
             .name("read ahead".into())
             .spawn(move || read_ahead(file, is_direct, &writer.0, &sender, &empty))
             .on("read", path)?;
-        Ok(Self { blocks: Some(blocks), spent, worker: Some(worker), path: path.to_owned() })
+        Ok(Self { blocks, spent, path: path.to_owned() })
     }
 
     /// Reads a file that nobody writes.
@@ -180,22 +180,12 @@ impl Reader {
     /// # Errors
     /// When the disk fails.
     pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<bool, FileError> {
-        let Some(Ok(block)) = self.blocks.as_ref().map(mpsc::Receiver::recv) else { return Ok(false) };
+        let Ok(block) = self.blocks.recv() else { return Ok(false) };
         let block = block.on("read", &self.path)?;
         buffer.extend_from_slice(block.bytes());
         // Nobody to take it: the file is read to its end.
         let _ = self.spent.send(block);
         Ok(true)
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        // Without it the worker has nobody to read for.
-        self.blocks = None;
-        if let Some(worker) = self.worker.take() {
-            let _ = worker.join();
-        }
     }
 }
 
@@ -292,7 +282,7 @@ mod tests {
                 assert!(follower.join().unwrap() == bytes, "{len} bytes read meanwhile");
             }
         }
-        // One that is not read to its end ends its worker.
+        // One that is not read to its end leaves nobody waiting.
         let mut reader = Reader::open(&dir.path().join("9-777")).unwrap();
         assert!(reader.read(&mut Vec::new()).unwrap());
     }

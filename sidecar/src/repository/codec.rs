@@ -8,6 +8,10 @@ use zstd::zstd_safe::compress_bound;
 
 /// Contexts kept for the next who needs one.
 const KEPT: usize = 2;
+/// Above it a context takes more memory than it saves time.
+const HIGHEST: i32 = 9;
+/// Room that is kept; a commit can be hundreds of megabytes.
+const LARGEST: usize = 8 << 20;
 
 /// A context, and room for what it makes.
 struct Compression {
@@ -37,7 +41,9 @@ pub(super) fn compress<T>(bytes: &[u8], level: i32, then: impl FnOnce(&[u8]) -> 
     compression.output.reserve(compress_bound(bytes.len()));
     compression.context.compress_to_buffer(bytes, &mut compression.output)?;
     let result = then(&compression.output);
-    keep(&COMPRESSORS, compression);
+    if level <= HIGHEST && compression.output.capacity() <= LARGEST {
+        keep(&COMPRESSORS, compression);
+    }
     Ok(result)
 }
 

@@ -16,6 +16,9 @@ use crate::restore::segments::CheckedSegment;
 /// [`RestoreError::SelfCheck`] with the first thing that is not as it must be.
 pub(super) async fn check(data: &Path, plan: &RestorePlan, logs: &[Vec<CheckedSegment>]) -> Result<(), RestoreError> {
     let data = DataDir::open(data)?;
+    if plan.databases.len() != logs.len() {
+        return Err(RestoreError::SelfCheck("a database's log was not written".into()));
+    }
     for (database, checked) in plan.databases.iter().zip(logs) {
         let replica = data.replica(database.replica);
         let (snapshots, part) = (replica.snapshots_path(), database.clone());

@@ -1,5 +1,6 @@
 //! Writes commits as segments of a log, as the server would have, and reads them back to prove it.
 
+use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +17,9 @@ use crate::restore::RestoreError;
 /// As large as the server makes its segments by default.
 const SEGMENT_SIZE: u64 = 1 << 30;
 
+/// Segments that are read back at once: the one that is being written, and the one before it.
+const CHECKS: usize = 2;
+
 /// Writes commits into segments, leaving out what lies before `from` and after `until`. Each segment is read back from the
 /// disk as it comes to it.
 pub(crate) struct SegmentWriter {
@@ -23,7 +27,8 @@ pub(crate) struct SegmentWriter {
     from: Offset,
     until: Offset,
     open: Option<Open>,
-    checks: Vec<Check>,
+    checks: VecDeque<Check>,
+    checked: Vec<CheckedSegment>,
     /// No commit is larger than what was written at once.
     largest: Arc<AtomicUsize>,
 }
@@ -50,7 +55,15 @@ pub(crate) struct CheckedSegment {
 
 impl SegmentWriter {
     pub(crate) fn new(dir: &Path, from: Offset, until: Offset) -> Self {
-        Self { dir: dir.to_owned(), from, until, open: None, checks: Vec::new(), largest: Arc::default() }
+        Self {
+            dir: dir.to_owned(),
+            from,
+            until,
+            open: None,
+            checks: VecDeque::new(),
+            checked: Vec::new(),
+            largest: Arc::default(),
+        }
     }
 
     /// Writes commits that were checked and hold the given transactions.
@@ -59,7 +72,7 @@ impl SegmentWriter {
         log_version: u8,
         offsets: RangeInclusive<Offset>,
         commits: &[u8],
-    ) -> Result<(), FileError> {
+    ) -> Result<(), RestoreError> {
         let all = *offsets.start() >= self.from && *offsets.end() <= self.until;
         let wanted = if all { Some((*offsets.start(), commits)) } else { self.wanted(log_version, commits) };
         let Some((first, bytes)) = wanted.filter(|(_, bytes)| !bytes.is_empty()) else { return Ok(()) };
@@ -80,7 +93,10 @@ impl SegmentWriter {
         Ok(())
     }
 
-    fn begin(&mut self, first: Offset, log_version: u8) -> Result<Open, FileError> {
+    fn begin(&mut self, first: Offset, log_version: u8) -> Result<Open, RestoreError> {
+        if self.checks.len() >= CHECKS {
+            self.finish_check()?;
+        }
         let path = self.dir.join(segment_name(first));
         let (mut file, follow) = direct::Writer::create(&path)?;
         let segment = SegmentFile { first, path };
@@ -90,7 +106,7 @@ impl SegmentWriter {
             .name("read back".into())
             .spawn(move || check_segment(first, reader, &largest))
             .on("read", &segment.path)?;
-        self.checks.push(Check { segment, worker });
+        self.checks.push_back(Check { segment, worker });
         let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
         file.write(&header)?;
         Ok(Open { file, log_version, len: header.len() as u64 })
@@ -115,8 +131,8 @@ impl SegmentWriter {
 
     /// Finishes the last segment and waits until all are read back. A log without a segment would be a database without a
     /// transaction.
-    pub(crate) fn finish(self) -> Result<Vec<CheckedSegment>, RestoreError> {
-        match self.open {
+    pub(crate) fn finish(mut self) -> Result<Vec<CheckedSegment>, RestoreError> {
+        match self.open.take() {
             Some(open) => open.file.finish()?,
             None => {
                 return Err(RestoreError::Unreachable {
@@ -125,13 +141,20 @@ impl SegmentWriter {
                 });
             }
         }
-        let finish = |check: Check| {
-            let checked = check.worker.join().map_err(|_| RestoreError::Worker("reading back".into()))?;
-            let next = checked
-                .map_err(|reason| RestoreError::SelfCheck(format!("{}: {reason}", check.segment.path.display())))?;
-            Ok(CheckedSegment { segment: check.segment, next })
-        };
-        self.checks.into_iter().map(finish).collect()
+        while !self.checks.is_empty() {
+            self.finish_check()?;
+        }
+        Ok(self.checked)
+    }
+
+    /// Waits until the oldest segment that is not yet read back is.
+    fn finish_check(&mut self) -> Result<(), RestoreError> {
+        let Some(Check { segment, worker }) = self.checks.pop_front() else { return Ok(()) };
+        let checked = worker.join().map_err(|_| RestoreError::Worker("reading back".into()))?;
+        let next =
+            checked.map_err(|reason| RestoreError::SelfCheck(format!("{}: {reason}", segment.path.display())))?;
+        self.checked.push(CheckedSegment { segment, next });
+        Ok(())
     }
 }
 

@@ -45,12 +45,13 @@ impl Walk<'_> {
             self.report.objects += 1;
             self.report.bytes += open.header.object_len();
             whole = Some(open.header.as_ref().clone());
-            for part in read.parts {
-                match part {
-                    PartRead::Whole { stored } => self.progress.advance(stored as u64),
-                    PartRead::Undecoded(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
+            for PartRead { stored, found } in read.parts {
+                self.progress.advance(stored as u64);
+                match found {
+                    PartFound::Whole => {}
+                    PartFound::Undecoded(RepositoryError::Crypto(error)) => self.not_readable(key, &error),
                     // Its hash is right, and yet it holds no commits: it was written so.
-                    PartRead::Undecoded(error) | PartRead::Damaged(error) => {
+                    PartFound::Undecoded(error) | PartFound::Damaged(error) => {
                         self.sort_out_log(entry, Err::<(), _>(error), database)?;
                         whole = None;
                     }
@@ -282,10 +283,14 @@ pub(super) struct LogRead {
     parts: Vec<PartRead>,
 }
 
-enum PartRead {
-    Whole {
-        stored: usize,
-    },
+struct PartRead {
+    /// Bytes that were read.
+    stored: usize,
+    found: PartFound,
+}
+
+enum PartFound {
+    Whole,
     /// Its hash is right, but it does not open, or what it holds is wrong.
     Undecoded(RepositoryError),
     Damaged(RepositoryError),
@@ -298,7 +303,7 @@ pub(super) async fn read_log(repository: &Repository, entry: &LogEntry, is_drawn
     if let (Ok(open), true) = (&opened, is_drawn) {
         for index in 0..open.header.parts.len() {
             let part = read_part(repository, open, index).await;
-            let is_over = matches!(part, PartRead::Damaged(_));
+            let is_over = matches!(part.found, PartFound::Damaged(_));
             parts.push(part);
             if is_over {
                 break;
@@ -311,20 +316,21 @@ pub(super) async fn read_log(repository: &Repository, entry: &LogEntry, is_drawn
 async fn read_part(repository: &Repository, open: &OpenLog, index: usize) -> PartRead {
     let stored = match repository.log_part(open, index).await {
         Ok(stored) => stored,
-        Err(error) => return PartRead::Damaged(error),
+        Err(error) => return PartRead { stored: 0, found: PartFound::Damaged(error) },
     };
     let (header, key, keys) = (Arc::clone(&open.header), open.key.clone(), repository.keys.clone());
+    let len = stored.len();
     let checked = tokio::task::spawn_blocking(move || {
         // The parts' hashes can be checked without any key.
         header.check_part(index, &stored).in_object(&key)?;
-        let len = stored.len();
-        Ok(header.decode_part(&key, index, &stored, &keys).map(|_| len))
+        Ok(header.decode_part(&key, index, &stored, &keys).map(drop))
     });
-    match flatten(checked.await, &open.key) {
-        Ok(Ok(stored)) => PartRead::Whole { stored },
-        Ok(Err(error)) => PartRead::Undecoded(error),
-        Err(error) => PartRead::Damaged(error),
-    }
+    let found = match flatten(checked.await, &open.key) {
+        Ok(Ok(())) => PartFound::Whole,
+        Ok(Err(error)) => PartFound::Undecoded(error),
+        Err(error) => PartFound::Damaged(error),
+    };
+    PartRead { stored: len, found }
 }
 
 /// What is wrong, without the advice to run the very command that says it.

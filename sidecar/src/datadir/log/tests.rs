@@ -226,6 +226,14 @@ fn what_was_written_behind_a_torn_header_is_read_until_the_server_drops_it() {
             while reader.next_batch(64, &mut Vec::new()).unwrap().is_some() {}
             let at = fs::metadata(&segment).unwrap().len() - tail.len() as u64;
             assert_eq!(reader.torn(), Some(TornHeader { at, len: torn, next: Offset(20) }));
+            // What was read last is found again, on both sides of it.
+            for from in [18, 19, 20] {
+                let mut reader = LogReader::open(log.dir.path(), Offset(from)).unwrap();
+                for _ in 0..4 {
+                    assert!(reader.next_batch(1, &mut Vec::new()).unwrap().is_some());
+                    assert!(reader.is_unchanged().unwrap(), "{torn} bytes, from {from}, at {}", reader.position());
+                }
+            }
             // The start of a write, or one that is cut off, is the end as it was.
             let whole = fs::read(&segment).unwrap();
             for len in usize::try_from(at).unwrap() + 1..usize::try_from(at).unwrap() + torn + commit(version, 20).len()
