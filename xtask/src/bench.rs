@@ -20,6 +20,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
         Some((name, rest)) if name == "events" => ("events", rest),
         Some((name, rest)) if name == "export" => ("export", rest),
         Some((name, rest)) if name == "serving" => ("serving", rest),
+        Some((name, rest)) if name == "requests" => ("requests", rest),
         _ => ("bench", arguments),
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
@@ -36,7 +37,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     {
         command.env("INNER_UNIVERSE_TRANSFER", rclone.with_file_name(""));
     }
-    if bin == "live" || over_s3 {
+    if matches!(bin, "live" | "requests") || over_s3 {
         command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     }
     if bin == "export" {

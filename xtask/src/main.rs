@@ -24,6 +24,8 @@ cargo xtask bench s3 [GiB] [N]
                               the same to and from an S3 server; writes docs/benchmarks-s3.md
 cargo xtask bench serving [MiB] [N]
                               from a disaster to a server that answers; writes docs/benchmarks-serving.md
+cargo xtask bench requests [S]
+                              requests and bytes a day by flush interval; writes docs/benchmarks-requests.md
 cargo xtask bench growth      how time, memory and objects grow; writes docs/benchmarks-growth.md
 cargo xtask bench micro       the hot paths beside their bounds
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
