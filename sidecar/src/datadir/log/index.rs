@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use crate::datadir::log::read_at_most;
+use crate::datadir::log::segment::read_at_most;
 use crate::ids::Offset;
 
 /// A transaction's offset and the byte its commit starts at, both little-endian.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::datadir::commit::encode;
+use crate::datadir::commit::{Frame, SegmentHeader, encode, header_len};
 
 struct Written {
     dir: tempfile::TempDir,
