@@ -39,6 +39,7 @@ impl Run {
 #[derive(Clone)]
 pub struct Sidecar {
     pub repository: String,
+    binary: PathBuf,
     state: Arc<TempDir>,
     settings: Vec<(String, String)>,
     environment: Vec<(String, String)>,
@@ -55,9 +56,16 @@ impl Sidecar {
         Self {
             repository: url.to_owned(),
             state: Arc::new(tempfile::tempdir().expect("a temporary directory")),
+            binary: tools::inner_universe(),
             settings: Vec::new(),
             environment: Vec::new(),
         }
+    }
+
+    /// As users run it, for what is promised of that alone.
+    pub fn optimised(mut self) -> Self {
+        self.binary = tools::optimised();
+        self
     }
 
     /// With settings as variables without their prefix.
@@ -79,7 +87,7 @@ impl Sidecar {
     }
 
     pub fn command(&self) -> Command {
-        let mut command = Command::new(tools::inner_universe());
+        let mut command = Command::new(&self.binary);
         command.env_remove("RUST_LOG").env("INNER_UNIVERSE__ARCHIVE__STATE_DIR", self.state_dir());
         // Many run at once: each takes a free port, and says in its status which.
         command.env("INNER_UNIVERSE__HTTP__LISTEN", "127.0.0.1:0");
@@ -98,7 +106,7 @@ impl Sidecar {
 
     pub fn run<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(&self, arguments: I) -> Run {
         let output = self.command().args(arguments).output();
-        let output = output.unwrap_or_else(|error| panic!("run {}: {error}", tools::inner_universe().display()));
+        let output = output.unwrap_or_else(|error| panic!("run {}: {error}", self.binary.display()));
         let stdout = String::from_utf8_lossy(&output.stdout);
         Run {
             code: output.status.code().unwrap_or(-1),

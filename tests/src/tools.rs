@@ -48,6 +48,11 @@ pub fn inner_universe() -> PathBuf {
     })
 }
 
+/// The binary as users run it, which `cargo xtask test --all` builds; else the one under test.
+pub fn optimised() -> PathBuf {
+    from_env("INNER_UNIVERSE_OPTIMISED").unwrap_or_else(inner_universe)
+}
+
 /// The fixture written by a 2.8.3 server: archive and truth.
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)

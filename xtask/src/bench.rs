@@ -12,8 +12,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     }
     let mut prepared = test::prepare()?;
     // Ratios are of the binary that users run.
-    run(cargo().args(["build", "--release", "--quiet", "--locked", "--package", "inner-universe"]))?;
-    prepared.binary = crate::run::target().join("release/inner-universe");
+    prepared.binary = test::optimised()?;
     let mut command = cargo();
     let (bin, rest) = match arguments.split_first() {
         Some((name, rest)) if name == "live" => ("live", rest),

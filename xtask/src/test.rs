@@ -33,6 +33,12 @@ pub fn prepare() -> Result<Prepared> {
     Ok(Prepared { server, wasm, binary: target().join("debug/inner-universe") })
 }
 
+/// Builds the binary as users run it.
+pub fn optimised() -> Result<PathBuf> {
+    run(cargo().args(["build", "--release", "--quiet", "--locked", "--package", "inner-universe"]))?;
+    Ok(target().join("release/inner-universe"))
+}
+
 impl Prepared {
     /// Hands the parts to a command.
     pub fn give(&self, command: &mut Command) {
@@ -89,6 +95,7 @@ pub fn test(arguments: &[String]) -> Result<()> {
         command.env("INNER_UNIVERSE_LINT", checker.with_file_name(""));
     }
     if all {
+        command.env("INNER_UNIVERSE_OPTIMISED", optimised()?);
         command.env("INNER_UNIVERSE_TEST_ALL", "1").env("INNER_UNIVERSE_GARAGE", stores::garage()?);
         command.env("INNER_UNIVERSE_OTELITE", observers::otelite()?);
         if let Some(schemathesis) = stores::from_pypi("schemathesis", "schemathesis", SCHEMATHESIS, "schemathesis")? {

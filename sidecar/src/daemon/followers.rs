@@ -16,16 +16,19 @@ use crate::archiver::position::{Position, Positions};
 use crate::archiver::{Archiver, FlushHandle, Followed, Settings, compaction};
 use crate::backup::log::LogArchive;
 use crate::backup::{BackupError, LogSource, Observer, Work, blocking, snapshot};
+use crate::clock::Stopwatch;
 use crate::daemon::{Daemon, DaemonError, LOOK_INTERVAL};
-use crate::datadir::ReplicaDir;
 use crate::datadir::control_db::{ControlDbCopy, Database};
-use crate::ids::{Identity, TimelineId};
+use crate::datadir::{self, ReplicaDir};
+use crate::ids::{Identity, Offset, TimelineId};
 use crate::observe::own::{traced, work_span};
 use crate::observe::{calls, metrics};
 use crate::repository::log_object::ChainTip;
 
-/// How often native snapshots are looked for.
+/// How often native snapshots are looked for on the disk.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the store is asked whether it still holds what was archived of them.
+const SNAPSHOT_DOUBT: Duration = Duration::from_secs(600);
 /// Who wants a restore point waits so long for a log to be archived.
 const FLUSH_LIMIT: Duration = Duration::from_secs(120);
 /// Restore points that nobody asked for are at least so far apart.
@@ -299,6 +302,8 @@ async fn follow_snapshots(
     stop: CancellationToken,
 ) {
     let mut told = HashSet::new();
+    // What the disk held when all of it was archived, and since when: asking the store costs five requests.
+    let mut settled: Option<(TimelineId, Vec<Offset>, Stopwatch)> = None;
     loop {
         tokio::select! {
             () = work.clock.sleep(SNAPSHOT_INTERVAL) => {}
@@ -306,7 +311,17 @@ async fn follow_snapshots(
         }
         let progress = followed.progress();
         let (Some(timeline), Some(tip)) = (progress.timeline, progress.tip) else { continue };
-        let Some(archived) = tip.next.0.checked_sub(1).map(crate::ids::Offset) else { continue };
+        let Some(archived) = tip.next.0.checked_sub(1).map(Offset) else { continue };
+        // One that cannot be listed is for the archiving below to report.
+        let found = datadir::snapshot::list(&replica.snapshots_path()).unwrap_or_default();
+        let usable: Vec<_> = found.into_iter().map(|found| found.offset).filter(|offset| *offset <= archived).collect();
+        let is_settled = settled.as_ref().is_some_and(|(on, held, since)| {
+            *on == timeline && *held == usable && since.elapsed_seconds() < SNAPSHOT_DOUBT.as_secs_f64()
+        });
+        if is_settled {
+            continue;
+        }
+        settled = None;
         let _upload = uploads.read().await;
         let found = tokio::select! {
             found = snapshot::archive(&work, followed.identity, timeline, archived, &replica) => found,
@@ -314,6 +329,9 @@ async fn follow_snapshots(
         };
         match found {
             Ok(problems) => {
+                if problems.is_empty() {
+                    settled = Some((timeline, usable, Stopwatch::start()));
+                }
                 for problem in problems {
                     if told.insert(problem.clone()) {
                         tracing::warn!(database = %followed.name, "{problem}");
