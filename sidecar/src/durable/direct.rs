@@ -1,5 +1,6 @@
-//! Large files past the page cache, where the file system can: what a restore writes would push out of memory what others
-//! need, and copying it in and out costs more than the disk does. Where it cannot, the files are written and read as any.
+//! Large files that are written past the page cache, where the file system can, and read back from the disk into it: copying
+//! them in to write and out to check costs more than the disk does, and who needs them next finds them in memory. Where it
+//! cannot, the files are written as any.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -156,13 +157,14 @@ impl Reader {
     /// When the file cannot be opened.
     pub fn follow(path: &Path, writer: Follow) -> Result<Self, FileError> {
         let file = File::open(path).on("open", path)?;
-        let is_direct = set_direct(&file, true).is_ok();
+        // Each read is a large one already; what lies behind it may not be written yet.
+        expect_no_more(&file);
         let (sender, blocks) = mpsc::sync_channel(AHEAD);
         let (spent, empty) = mpsc::channel();
         // It ends by itself when the reader is gone, or the writer and all is read; nobody may wait for it: it waits for both.
         std::thread::Builder::new()
             .name("read ahead".into())
-            .spawn(move || read_ahead(file, is_direct, &writer.0, &sender, &empty))
+            .spawn(move || read_ahead(file, &writer.0, &sender, &empty))
             .on("read", path)?;
         Ok(Self { blocks, spent, path: path.to_owned() })
     }
@@ -191,7 +193,6 @@ impl Reader {
 
 fn read_ahead(
     mut file: File,
-    mut is_direct: bool,
     writer: &mpsc::Receiver<Written>,
     sender: &mpsc::SyncSender<io::Result<Block>>,
     empty: &mpsc::Receiver<Block>,
@@ -200,32 +201,41 @@ fn read_ahead(
         // An error says that the writer is done: then all is there.
         let _ = writer.recv();
         let mut block = empty.try_recv().unwrap_or_else(|_| Block::new());
-        let read = loop {
-            match file.read(block.whole()) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // A place in the middle of a block, after part of one was read.
-                Err(error) if error.kind() == ErrorKind::InvalidInput && std::mem::take(&mut is_direct) => {
-                    if let Err(error) = set_direct(&file, false) {
-                        break Err(error);
-                    }
-                }
-                result => break result,
-            }
-        };
-        let is_over = !matches!(read, Ok(1..));
-        let is_sent = match read {
-            Ok(0) => false,
-            Ok(len) => {
-                block.len = len;
-                sender.send(Ok(block)).is_ok()
-            }
-            Err(error) => sender.send(Err(error)).is_ok(),
-        };
-        if is_over || !is_sent {
+        // Whole blocks: the writer tells of no less, and behind what it has written there is room that holds zeros.
+        let read = fill(&mut file, block.whole());
+        let is_last = !matches!(read, Ok(BLOCK));
+        let sent = sender.send(read.map(|len| {
+            block.len = len;
+            block
+        }));
+        if is_last || sent.is_err() {
             break;
         }
     }
 }
+
+/// Reads until the buffer is full or the file ends.
+fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(target_os = "linux")]
+fn expect_no_more(file: &File) {
+    // A hint, that need not be taken.
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn expect_no_more(_: &File) {}
 
 #[cfg(target_os = "linux")]
 fn allocate(file: &File, at: u64, len: u64) -> io::Result<()> {

@@ -1,8 +1,11 @@
 //! A backup whose store fails at any of its steps, before or after the step took effect, leaves what the next one ends.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use harness::faulty::{DiesAt, FaultyStore, Flaky, Moment};
+use harness::shim::{Fault, Shim};
+use harness::sidecar::Sidecar;
 use harness::workload::Random;
 use inner_universe::clock::SystemClock;
 use inner_universe::ids::Offset;
@@ -15,7 +18,7 @@ use inner_universe::restore::target::Target;
 use inner_universe::verify::{VerifyOptions, VerifyReport, verify};
 use object_store::memory::InMemory;
 
-use crate::synthetic::{self, Synthetic, record};
+use crate::synthetic::{self, Synthetic, log_of, record};
 
 async fn open(
     objects: Arc<dyn object_store::ObjectStore>,
@@ -115,4 +118,23 @@ async fn a_store_that_fails_one_request_in_ten_at_any_moment_loses_nothing() {
         assert_eq!(verified(&objects).await.findings, []);
         restores_all(&objects, &synthetic, last).await;
     }
+}
+
+#[test]
+fn a_log_of_many_blocks_is_backed_up_and_restored_though_half_of_the_reads_are_short() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..24_000).map(|n| record(n, format!("row {n} ").repeat(50).as_bytes())).collect();
+    synthetic.segment(1, 0, &records);
+    let Some(shim) = Shim::new(synthetic.dir.path(), 7) else {
+        println!("skipped: there is no C compiler");
+        return;
+    };
+    let dir = |name: &str| synthetic.dir.path().join(name);
+    let sidecar = Sidecar::at(&dir("repository")).with_environment(shim.environment(synthetic.dir.path()));
+    shim.set(Fault::ShortRead, 500);
+    sidecar.backup(&synthetic.path());
+    sidecar.restore(&dir("restored"), "latest");
+    assert!(shim.faults() > 10, "only {} reads were short", shim.faults());
+    let log = |root: &Path| std::fs::read(log_of(root).join("00000000000000000000.stdb.log")).expect("the segment");
+    assert!(log(&dir("restored")) == log(&synthetic.path()), "another log came back");
 }
