@@ -16,7 +16,7 @@ const ALIGNMENT: usize = 4096;
 const BLOCK: usize = 1 << 20;
 
 /// Blocks on their way from the disk.
-const AHEAD: usize = 3;
+const AHEAD: usize = 1;
 
 /// Bytes that a file grows by at a time: a write that makes its file longer keeps readers of that file waiting.
 const GROWTH: u64 = 64 << 20;
