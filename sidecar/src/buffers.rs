@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
 /// Buffers kept for the next who needs one: as many as a pipeline on two cores has under way.
-const KEPT: usize = 4;
+const KEPT: usize = 3;
 /// Larger ones are rare, and given back to the system.
 const LARGEST: usize = 8 << 20;
 

@@ -6,15 +6,22 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::compress_bound;
 
-use crate::buffers::Buffer;
-
 /// Contexts kept for the next who needs one.
 const KEPT: usize = 2;
 /// Above it a context takes more memory than it saves time.
 const HIGHEST: i32 = 9;
+/// Room that is kept; a commit can be hundreds of megabytes.
+const LARGEST: usize = 8 << 20;
 
-/// Contexts with their levels.
-static COMPRESSORS: Mutex<Vec<(i32, Compressor<'static>)>> = Mutex::new(Vec::new());
+/// A context, and room for what it makes. Not one of the shared buffers: of those every page is in memory, and of this only
+/// what a compressed object takes.
+struct Compression {
+    context: Compressor<'static>,
+    level: i32,
+    output: Vec<u8>,
+}
+
+static COMPRESSORS: Mutex<Vec<Compression>> = Mutex::new(Vec::new());
 static DECOMPRESSORS: Mutex<Vec<Decompressor<'static>>> = Mutex::new(Vec::new());
 
 /// Compresses into one frame and hands it to `then`.
@@ -23,19 +30,20 @@ static DECOMPRESSORS: Mutex<Vec<Decompressor<'static>>> = Mutex::new(Vec::new())
 /// When zstd fails.
 pub(super) fn compress<T>(bytes: &[u8], level: i32, then: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
     let kept = lock(&COMPRESSORS).pop();
-    let (before, mut context) = match kept {
+    let mut compression = match kept {
         Some(kept) => kept,
-        None => (level, Compressor::new(level)?),
+        None => Compression { context: Compressor::new(level)?, level, output: Vec::new() },
     };
-    if before != level {
-        context.set_compression_level(level)?;
+    if compression.level != level {
+        compression.context.set_compression_level(level)?;
+        compression.level = level;
     }
-    let mut output = Buffer::take();
-    output.reserve(compress_bound(bytes.len()));
-    context.compress_to_buffer(bytes, &mut *output)?;
-    let result = then(&output);
-    if level <= HIGHEST {
-        keep(&COMPRESSORS, (level, context));
+    compression.output.clear();
+    compression.output.reserve(compress_bound(bytes.len()));
+    compression.context.compress_to_buffer(bytes, &mut compression.output)?;
+    let result = then(&compression.output);
+    if level <= HIGHEST && compression.output.capacity() <= LARGEST {
+        keep(&COMPRESSORS, compression);
     }
     Ok(result)
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
-use crate::buffers::Buffer;
 use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
 use crate::datadir::log::{SegmentFile, segment_name};
 use crate::durable::{FileError, OnPath, direct};
@@ -161,7 +160,8 @@ impl SegmentWriter {
 /// Every commit must be whole, with a good checksum, and follow the one before. Returns one past the last transaction.
 fn check_segment(first: Offset, mut reader: direct::Reader, largest: &AtomicUsize) -> Result<Offset, String> {
     let text = |error: FileError| error.to_string();
-    let mut unread = Buffer::take();
+    // Its own: a shared one has room for a whole object, which this never needs.
+    let mut unread = Vec::new();
     while unread.len() < SegmentHeader::LEN && reader.read(&mut unread).map_err(text)? {}
     let header = unread.first_chunk().map(SegmentHeader::parse);
     let header = header.ok_or("it has no header")?.map_err(|malformed| malformed.to_string())?;
