@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::{fmt, fs, io};
 
 use crate::datadir::DataDirError;
+pub(crate) use crate::datadir::log::index::IndexWriter;
 use crate::datadir::log::segment::{Filled, Filling, OpenSegment, Source, read_at_most};
 use crate::durable::{FileError, OnPath};
 use crate::ids::{ContentHash, Offset};

@@ -1,4 +1,4 @@
-//! Writes commits as segments of a log, as the server would have, and reads them back to prove it.
+//! Writes commits as segments of a log with their indexes, as the server would have, and reads them back to prove it.
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
-use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader};
-use crate::datadir::log::{SegmentFile, segment_name};
+use crate::datadir::commit::{Commit, Frame, NEWEST_LOG_VERSION, SegmentHeader};
+use crate::datadir::log::{IndexWriter, SegmentFile, segment_name};
 use crate::durable::{FileError, OnPath, direct};
 use crate::ids::Offset;
 use crate::restore::RestoreError;
@@ -41,7 +41,7 @@ struct Open {
 /// A segment that is being read back.
 struct Check {
     segment: SegmentFile,
-    worker: JoinHandle<Result<Offset, String>>,
+    worker: JoinHandle<Result<Offset, RestoreError>>,
 }
 
 /// A segment that was read back from the disk and holds whole commits in a row.
@@ -101,10 +101,17 @@ impl SegmentWriter {
         let segment = SegmentFile { first, path };
         let reader = direct::Reader::follow(&segment.path, follow)?;
         let largest = Arc::clone(&self.largest);
-        let worker = std::thread::Builder::new()
-            .name("read back".into())
-            .spawn(move || check_segment(first, reader, &largest))
-            .on("read", &segment.path)?;
+        let mut index = IndexWriter::create(&segment.path)?;
+        let path = segment.path.clone();
+        let check = move || {
+            let next = check_segment(first, reader, &largest, |commit, place| {
+                index.commit(commit.first, place, commit.bytes.len());
+            })
+            .map_err(|reason| RestoreError::SelfCheck(format!("{}: {reason}", path.display())))?;
+            index.finish()?;
+            Ok(next)
+        };
+        let worker = std::thread::Builder::new().name("read back".into()).spawn(check).on("read", &segment.path)?;
         self.checks.push_back(Check { segment, worker });
         let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
         file.write(&header)?;
@@ -149,16 +156,20 @@ impl SegmentWriter {
     /// Waits until the oldest segment that is not yet read back is.
     fn finish_check(&mut self) -> Result<(), RestoreError> {
         let Some(Check { segment, worker }) = self.checks.pop_front() else { return Ok(()) };
-        let checked = worker.join().map_err(|_| RestoreError::Worker("reading back".into()))?;
-        let next =
-            checked.map_err(|reason| RestoreError::SelfCheck(format!("{}: {reason}", segment.path.display())))?;
+        let next = worker.join().map_err(|_| RestoreError::Worker("reading back".into()))??;
         self.checked.push(CheckedSegment { segment, next });
         Ok(())
     }
 }
 
-/// Every commit must be whole, with a good checksum, and follow the one before. Returns one past the last transaction.
-fn check_segment(first: Offset, mut reader: direct::Reader, largest: &AtomicUsize) -> Result<Offset, String> {
+/// Every commit must be whole, with a good checksum, and follow the one before; then `seen` is told of it and of the byte
+/// it starts at. Returns one past the last transaction.
+fn check_segment(
+    first: Offset,
+    mut reader: direct::Reader,
+    largest: &AtomicUsize,
+    mut seen: impl FnMut(&Commit<'_>, u64),
+) -> Result<Offset, String> {
     let text = |error: FileError| error.to_string();
     // Its own: a shared one has room for a whole object, which this never needs.
     let mut unread = Vec::new();
@@ -175,6 +186,7 @@ fn check_segment(first: Offset, mut reader: direct::Reader, largest: &AtomicUsiz
     loop {
         let needs = match Frame::parse(header.log_version, &unread[at..]) {
             Frame::Commit(commit) if commit.first == next => {
+                seen(&commit, place);
                 next = Offset(commit.last().0 + 1);
                 at += commit.bytes.len();
                 place += commit.bytes.len() as u64;
@@ -204,9 +216,11 @@ fn check_segment(first: Offset, mut reader: direct::Reader, largest: &AtomicUsiz
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::datadir::commit::encode;
-    use crate::datadir::log::segments;
+    use crate::datadir::log::{self, segments};
 
     /// Commits `first` to `last`, each of about `len` bytes.
     fn commits(version: u8, first: u64, last: u64, len: usize) -> Vec<u8> {
@@ -239,6 +253,30 @@ mod tests {
     }
 
     #[test]
+    fn an_index_leads_into_each_segment() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = SegmentWriter::new(dir.path(), Offset(0), Offset(999));
+        for first in (0..1000).step_by(10) {
+            let commits = commits(1, first, first + 9, 1 + 40 * (first as usize % 70));
+            writer.write(1, range(first, first + 9), &commits).unwrap();
+        }
+        let file = writer.finish().unwrap().remove(0).segment;
+        let (segment, index) = (fs::read(&file.path).unwrap(), fs::read(file.path.with_extension("ofs")).unwrap());
+        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
+        let entries = index.chunks_exact(16).map(|entry| (number(&entry[..8]), number(&entry[8..])));
+        let (mut last, mut place) = (0, SegmentHeader::LEN);
+        for (first, at) in entries.take_while(|entry| entry.0 != 0) {
+            let Frame::Commit(commit) = Frame::parse(1, &segment[at as usize..]) else { panic!("nothing at {at}") };
+            assert_eq!(commit.first.0, first);
+            assert!(first > last && at as usize >= place, "transaction {first} at byte {at} is too close");
+            // The first transaction of all counts, but has no entry.
+            (last, place) = (first, at as usize + 4000);
+        }
+        assert!(segment.len() < place + 5000, "nothing leads behind byte {place} of {}", segment.len());
+        assert_eq!(log::end(dir.path()).unwrap(), Offset(1000));
+    }
+
+    #[test]
     fn every_flipped_bit_and_every_lost_byte_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = SegmentWriter::new(dir.path(), Offset(4), Offset(6));
@@ -246,7 +284,7 @@ mod tests {
         let file = writer.finish().unwrap().remove(0).segment;
         let whole = std::fs::read(&file.path).unwrap();
         let largest = AtomicUsize::new(whole.len());
-        let check = || check_segment(Offset(4), direct::Reader::open(&file.path).unwrap(), &largest);
+        let check = || check_segment(Offset(4), direct::Reader::open(&file.path).unwrap(), &largest, |_, _| {});
         assert_eq!(check(), Ok(Offset(7)));
         // The last two bytes of the header mean nothing.
         for bit in (0..whole.len() * 8).filter(|bit| !(64..80).contains(bit)) {

@@ -17,6 +17,8 @@ struct History {
     sidecar: Sidecar,
     client: Client,
     transactions: Vec<Transaction>,
+    /// The server's index of its log.
+    index: Vec<u8>,
     /// The rows after the publish, and after each change since.
     states: Vec<Rows>,
 }
@@ -47,9 +49,11 @@ impl History {
         let log = oracle::log_dir(&data, replica(&data));
         let transactions = settled(&log).await;
         sidecar.backup(&data);
+        let index = index(&log);
+        assert!(!index.is_empty(), "the server has written no index");
         server.kill();
         std::fs::remove_dir_all(&data).expect("destroy the data directory");
-        let history = Self { scratch, sidecar, client, transactions, states };
+        let history = Self { scratch, sidecar, client, transactions, index, states };
         let changes = history.transactions.iter().filter(|transaction| history.is_change(transaction)).count();
         assert_eq!(changes + 1, history.states.len(), "the oracle's own count: {:?}", &history.transactions[..10]);
         history
@@ -90,11 +94,11 @@ impl History {
         let data = self.scratch.path().join("restored");
         let report = self.sidecar.restore(&data, target);
         let offset = report["databases"][0]["offset"].as_u64().expect("an offset");
-        assert_eq!(
-            oracle::last_offset(&oracle::log_dir(&data, replica(&data))),
-            Some(offset),
-            "by the official reader"
-        );
+        let log = oracle::log_dir(&data, replica(&data));
+        assert_eq!(oracle::last_offset(&log), Some(offset), "by the official reader");
+        let index = index(&log);
+        assert!(self.index.starts_with(&index), "the index is not what the server had written");
+        assert!(offset < self.last() || index == self.index, "the index is shorter than the server's");
         let server = Server::start(&data, &self.scratch.path().join("keys")).await;
         let rows = self.client.at(&server.url).rows(DATABASE, &TABLES).await;
         server.kill();
@@ -107,6 +111,15 @@ fn replica(data: &Path) -> u64 {
     let mut replicas = std::fs::read_dir(data.join("replicas")).expect("list replicas");
     let name = replicas.next().expect("a replica").expect("a replica").file_name();
     name.to_str().and_then(|name| name.parse().ok()).expect("a replica's number")
+}
+
+/// The entries of the index beside the only segment.
+fn index(log: &Path) -> Vec<u8> {
+    let mut files = std::fs::read_dir(log).expect("list the log").map(|file| file.expect("a file").path());
+    let file = files.find(|path| path.extension().is_some_and(|extension| extension == "ofs")).expect("an index");
+    let bytes = std::fs::read(file).expect("read the index");
+    let entries = bytes.chunks_exact(16).take_while(|entry| entry[..8] != [0; 8]).count();
+    bytes[..entries * 16].to_vec()
 }
 
 /// The log once it has stopped growing.
