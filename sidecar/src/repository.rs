@@ -194,6 +194,11 @@ impl Repository {
         self.conditional
     }
 
+    /// Does it lie on a disk of this machine?
+    pub(crate) fn is_local(&self) -> bool {
+        self.store.local().is_some()
+    }
+
     /// The same repository, whose writes fail once `fence` says so.
     fn fenced(mut self, fence: Arc<Fence>) -> Self {
         self.fence = Some(fence);

@@ -61,14 +61,16 @@ fn largest(pid: u32) -> f64 {
     let (mut open, mut peak) = (vec![u64::from(pid)], 0.0f64);
     while let Some(pid) = open.pop() {
         open.extend(children.remove(&pid).unwrap_or_default());
-        if let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/status"))
-            && let Some(line) = text.lines().find(|line| line.starts_with("VmHWM:"))
-        {
-            let kib: f64 = line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0.0);
-            peak = peak.max(kib / 1024.0);
-        }
+        peak = peak.max(peak_mib(pid));
     }
     peak
+}
+
+/// MiB that a process has had resident at the most.
+pub fn peak_mib(pid: impl std::fmt::Display) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }
 
 /// The middle of some values.

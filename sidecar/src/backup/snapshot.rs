@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use futures::StreamExt;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::backup::{BackupError, WORKERS, Work, blocking};
 use crate::datadir::snapshot::{self, Manifest, ObjectKind, SnapshotDir};
@@ -17,6 +17,8 @@ use crate::repository::{RepositoryError, paths};
 
 /// Bytes of pages in one pack; a restore reads a pack for any page of it.
 const PACK_SIZE: usize = 4 << 20;
+/// Packs on their way at once to a store, which takes its time to answer, and to this machine's disk.
+const UPLOADS: (usize, usize) = (4, 1);
 /// The server may delete a snapshot while we read it; then the next newest is tried.
 const ATTEMPTS: usize = 3;
 
@@ -130,21 +132,24 @@ async fn upload(
         }
     }
     let native_manifest = ContentHash::of(&native);
-    let (sender, receiver) = mpsc::channel::<PackBuilder>(1);
-    let reader = tokio::task::spawn_blocking(move || read_objects(&source, &native, &missing, &sender));
+    let (sender, receiver) = mpsc::channel::<Filled>(1);
+    let reader = {
+        let filling = Filling::new(tokio::runtime::Handle::current());
+        tokio::task::spawn_blocking(move || read_objects(&source, &native, &missing, filling, &sender))
+    };
     let packs = futures::stream::unfold(receiver, |mut receiver| async move {
-        receiver.recv().await.map(|builder| (builder, receiver))
+        receiver.recv().await.map(|filled| (filled, receiver))
     })
-    .map(|builder| {
+    .map(|Filled { builder, _room }| {
         let work = Arc::clone(work);
         blocking(move || {
+            let _room = _room;
             let (id, bytes) = builder.finish(work.level, &work.repository.keys)?;
             Ok::<_, RepositoryError>((id, bytes, builder.hashes(), builder.raw_len()))
         })
     })
-    .buffered(WORKERS);
-    let mut packs = std::pin::pin!(packs);
-    while let Some(pack) = packs.next().await {
+    .buffered(WORKERS + 1)
+    .map(|pack| async {
         let (id, bytes, entries, raw_len) = pack??;
         let len = bytes.len();
         if !work.repository.exists(&paths::pack(&database, id)).await? {
@@ -153,7 +158,14 @@ async fn upload(
         }
         work.tally.read(raw_len);
         work.progress.advance(raw_len as u64);
-        uses.insert(id, PackUse { pack: id, stored_bytes: len as u64, entries });
+        Ok::<_, BackupError>(PackUse { pack: id, stored_bytes: len as u64, entries })
+    })
+    // In no order: the manifest that names them is written when all are there.
+    .buffer_unordered(if work.repository.is_local() { UPLOADS.1 } else { UPLOADS.0 });
+    let mut packs = std::pin::pin!(packs);
+    while let Some(pack) = packs.next().await {
+        let pack = pack?;
+        uses.insert(pack.pack, pack);
     }
     let raw_new = reader.await.map_err(|error| BackupError::Worker(error.to_string()))??;
     let mut packs: Vec<PackUse> = uses.into_values().collect();
@@ -179,30 +191,57 @@ fn shared_bytes(manifest: &Manifest, known: &Known) -> u64 {
     PAGE * manifest.objects.iter().filter(|(hash, _)| known.packs.contains_key(hash)).count() as u64
 }
 
+/// A pack's entries, before they are compressed.
+struct Filled {
+    builder: PackBuilder,
+    /// Held until they are: it bounds how many packs are in memory.
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+/// Begins packs, as soon as there is room for one more.
+struct Filling {
+    room: Arc<Semaphore>,
+    handle: tokio::runtime::Handle,
+}
+
+impl Filling {
+    fn new(handle: tokio::runtime::Handle) -> Self {
+        // One more than is being compressed, so that the reader is always ahead.
+        Self { room: Arc::new(Semaphore::new(WORKERS + 1)), handle }
+    }
+
+    fn begin(&self) -> Filled {
+        // The semaphore is never closed.
+        let room = self.handle.block_on(Arc::clone(&self.room).acquire_owned()).ok();
+        Filled { builder: PackBuilder::default(), _room: room }
+    }
+}
+
 /// Reads and checks every object and hands them on in packs. Returns the bytes read.
 fn read_objects(
     source: &SnapshotDir,
     native: &[u8],
     objects: &[(ContentHash, ObjectKind)],
-    sender: &mpsc::Sender<PackBuilder>,
+    filling: Filling,
+    sender: &mpsc::Sender<Filled>,
 ) -> Result<u64, DataDirError> {
-    let mut builder = PackBuilder::default();
+    let mut filled = filling.begin();
     let mut total = native.len() as u64;
-    builder.add(ContentHash::of(native), EntryKind::Manifest, native);
+    filled.builder.add(ContentHash::of(native), EntryKind::Manifest, native);
     for (hash, kind) in objects {
         let bytes = source.object(hash, *kind)?;
-        if builder.raw_len() + bytes.len() > PACK_SIZE
-            && !builder.is_empty()
-            && sender.blocking_send(std::mem::take(&mut builder)).is_err()
-        {
-            return Ok(total);
+        if filled.builder.raw_len() + bytes.len() > PACK_SIZE && !filled.builder.is_empty() {
+            if sender.blocking_send(filled).is_err() {
+                return Ok(total);
+            }
+            filled = filling.begin();
         }
         total += bytes.len() as u64;
-        builder.add(*hash, EntryKind::Object(*kind), &bytes);
+        filled.builder.add(*hash, EntryKind::Object(*kind), &bytes);
     }
-    if !builder.is_empty() {
+    if !filled.builder.is_empty() {
         // The uploader gave up and says why itself.
-        let _ = sender.blocking_send(builder);
+        let _ = sender.blocking_send(filled);
     }
     Ok(total)
 }

@@ -162,6 +162,33 @@ impl LogHeader {
         keys: &Keyring,
     ) -> Result<Buffer, RepositoryError> {
         self.check_part(index, stored).in_object(key)?;
+        let commits = self.unpack(key, index, stored, keys)?;
+        let (_, first, links) = self.span(index);
+        check_frames(self.log_version, first, links, &commits).in_object(key)?;
+        Ok(commits)
+    }
+
+    /// Opens part `index` for those who look at each commit themselves: the chain proves that these are, byte for byte, the
+    /// bytes that were archived, and no commit is parsed.
+    ///
+    /// # Errors
+    /// When a hash or the chain is wrong, or the part cannot be unsealed.
+    pub fn unpack_part(
+        &self,
+        key: &Key,
+        index: usize,
+        stored: &[u8],
+        keys: &Keyring,
+    ) -> Result<Buffer, RepositoryError> {
+        let unpacked = self.unpack(key, index, stored, keys);
+        if unpacked.is_err() {
+            // Stored bytes that are damaged are told as such, whatever came of them.
+            self.check_part(index, stored).in_object(key)?;
+        }
+        unpacked
+    }
+
+    fn unpack(&self, key: &Key, index: usize, stored: &[u8], keys: &Keyring) -> Result<Buffer, RepositoryError> {
         let opened;
         let compressed = if self.sealed {
             opened = keys.open(stored)?;
@@ -169,10 +196,10 @@ impl LogHeader {
         } else {
             stored
         };
-        let (chain, first, links) = self.span(index);
+        let (chain, _, links) = self.span(index);
         let raw_len = links.iter().fold(0u64, |sum, link| sum.saturating_add(link.raw_len));
         let commits = decompress(compressed, raw_len).map_err(|error| RepositoryError::damaged(key, error))?;
-        check_commits(self.log_version, chain, first, links, &commits).in_object(key)?;
+        check_chain(chain, links, &commits).in_object(key)?;
         Ok(commits)
     }
 }
@@ -219,25 +246,32 @@ fn decompress(compressed: &[u8], raw_len: u64) -> std::io::Result<Buffer> {
     }
 }
 
-fn check_commits(
-    log_version: u8,
-    mut chain: ContentHash,
-    mut next: Offset,
-    links: &[Link],
-    commits: &[u8],
-) -> Result<(), Malformed> {
+/// The runs of commits that belong to `links`, as long as these say, with the places where they start.
+fn runs<'a>(links: &'a [Link], commits: &'a [u8]) -> impl Iterator<Item = (&'a Link, usize, &'a [u8])> {
+    let mut end = 0usize;
+    links.iter().map(move |link| {
+        let at = end;
+        end = at.saturating_add(usize::try_from(link.raw_len).unwrap_or(usize::MAX));
+        (link, at, commits.get(at..end).unwrap_or_default())
+    })
+}
+
+fn check_chain(mut chain: ContentHash, links: &[Link], commits: &[u8]) -> Result<(), Malformed> {
     let raw_len = links.iter().fold(0u64, |sum, link| sum.saturating_add(link.raw_len));
     if commits.len() as u64 != raw_len {
         return Err(Malformed { at: 0, reason: "the body is not as long as its header says".into() });
     }
-    let mut at = 0;
-    for expected in links {
-        let end = at + usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
-        let run = commits.get(at..end).unwrap_or_default();
+    for (expected, at, run) in runs(links, commits) {
         chain = link(&chain, run);
         if chain != expected.chain {
             return Err(Malformed { at: at as u64, reason: "the commits do not match the chain".into() });
         }
+    }
+    Ok(())
+}
+
+fn check_frames(log_version: u8, mut next: Offset, links: &[Link], commits: &[u8]) -> Result<(), Malformed> {
+    for (expected, at, run) in runs(links, commits) {
         let mut inside = 0;
         while inside < run.len() {
             let Frame::Commit(commit) = Frame::parse(log_version, &run[inside..]) else {
@@ -252,11 +286,10 @@ fn check_commits(
         }
         if next.0 != expected.last.0 + 1 {
             return Err(Malformed {
-                at: end as u64,
+                at: (at + run.len()) as u64,
                 reason: format!("the link ends before transaction {}", expected.last),
             });
         }
-        at = end;
     }
     Ok(())
 }
@@ -305,6 +338,16 @@ mod tests {
         }
         for cut in 0..bytes.len() {
             assert!(decode(&key, &bytes[..cut], &Keyring::default()).is_err(), "cut at {cut}");
+        }
+        // Who unpacks alone gets the same commits, or hears of the stored bytes.
+        let body = &bytes[header.len..];
+        for bit in 0..body.len() * 8 {
+            let mut flipped = body.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            match header.unpack_part(&key, 0, &flipped, &Keyring::default()) {
+                Ok(unpacked) => assert_eq!(*unpacked, commits, "bit {bit}"),
+                Err(error) => assert!(error.to_string().contains("does not match its hash"), "bit {bit}: {error}"),
+            }
         }
     }
 

@@ -5,11 +5,12 @@
 
 use object_store::path::Path as Key;
 
+use crate::buffers::Buffer;
 use crate::datadir::bytes::{Cursor, Malformed};
 use crate::datadir::snapshot::{ObjectKind, object_hash};
 use crate::ids::ContentHash;
-use crate::repository::crypto::Keyring;
-use crate::repository::{InObject, RepositoryError};
+use crate::repository::crypto::{CryptoError, Keyring};
+use crate::repository::{InObject, RepositoryError, codec};
 
 const MAGIC: [u8; 8] = *b"IUPACK\r\x1a";
 const VERSION: u16 = 1;
@@ -46,10 +47,15 @@ impl EntryKind {
 }
 
 /// Gathers entries until they are worth an object.
-#[derive(Default)]
 pub struct PackBuilder {
     entries: Vec<(ContentHash, EntryKind, u32)>,
-    raw: Vec<u8>,
+    raw: Buffer,
+}
+
+impl Default for PackBuilder {
+    fn default() -> Self {
+        Self { entries: Vec::new(), raw: Buffer::take() }
+    }
 }
 
 impl PackBuilder {
@@ -86,18 +92,20 @@ impl PackBuilder {
                 len += self.entries[entry].2 as usize;
                 entry += 1;
             }
-            let frame = zstd::bulk::compress(&self.raw[at..at + len], level)
-                .map_err(|error| RepositoryError::damaged(&Key::from("pack"), error))?;
+            let frame_len = codec::compress(&self.raw[at..at + len], level, |frame| {
+                payload.extend_from_slice(frame);
+                frame.len()
+            })
+            .map_err(|error| CryptoError::Seal(format!("compress: {error}")))?;
             at += len;
             frames += 1;
-            index.extend_from_slice(&u64::try_from(frame.len()).unwrap_or(u64::MAX).to_le_bytes());
+            index.extend_from_slice(&u64::try_from(frame_len).unwrap_or(u64::MAX).to_le_bytes());
             index.extend_from_slice(&u32::try_from(entry - first).unwrap_or(u32::MAX).to_le_bytes());
             for (hash, kind, len) in &self.entries[first..entry] {
                 index.extend_from_slice(&hash.0);
                 index.push(kind.code());
                 index.extend_from_slice(&len.to_le_bytes());
             }
-            payload.extend_from_slice(&frame);
         }
         payload.extend_from_slice(&frames.to_le_bytes());
         payload.extend_from_slice(&index);
@@ -175,7 +183,7 @@ pub fn read<E: From<RepositoryError>>(
         body
     };
     let mut frames_at = 0usize;
-    let mut raw = Vec::new();
+    let mut raw = Buffer::take();
     for frame in index(payload).in_object(key)? {
         let compressed = payload.get(frames_at..).and_then(|rest| rest.get(..frame.compressed_len));
         let compressed = compressed.ok_or_else(|| RepositoryError::damaged(key, "a frame is cut short"))?;
@@ -241,10 +249,17 @@ fn index(payload: &[u8]) -> Result<Vec<Frame>, Malformed> {
     Ok(frames)
 }
 
+/// Above it, what a frame claims to hold is only believed as it comes.
+const BELIEVED: usize = 8 * FRAME_LEN;
+
 fn decompress(compressed: &[u8], raw_len: usize, raw: &mut Vec<u8>) -> std::io::Result<()> {
     use std::io::Read;
-    raw.clear();
-    zstd::Decoder::new(compressed)?.take(raw_len as u64 + 1).read_to_end(raw)?;
+    if raw_len <= BELIEVED {
+        codec::decompress(compressed, raw_len, raw)?;
+    } else {
+        raw.clear();
+        zstd::Decoder::new(compressed)?.take(raw_len as u64 + 1).read_to_end(raw)?;
+    }
     if raw.len() != raw_len {
         return Err(std::io::Error::other("a frame is not as long as the index says"));
     }

@@ -28,12 +28,31 @@ pub struct LogEntry {
 /// Objects up to this size are read in one request.
 const READ_WHOLE: u64 = 6 << 20;
 
+impl LogEntry {
+    /// Bytes that opening it reads.
+    pub fn size_to_open(&self) -> u64 {
+        if self.is_read_whole() { self.size } else { HEADER_READ }
+    }
+
+    fn is_read_whole(&self) -> bool {
+        self.size <= READ_WHOLE
+    }
+}
+
 /// A log object whose header was read.
 #[derive(Debug, Clone)]
 pub struct OpenLog {
     pub key: Key,
     pub header: Arc<LogHeader>,
     whole: Option<Bytes>,
+}
+
+impl OpenLog {
+    /// Bytes that reading part `index` still takes: none where all of the object was read.
+    pub fn len_to_read(&self, index: usize) -> u64 {
+        let range = self.header.part_range(index);
+        if self.whole.is_some() { 0 } else { range.end.saturating_sub(range.start) }
+    }
 }
 
 /// The row of log objects of one timeline and the ancestors it grew from.
@@ -364,7 +383,7 @@ impl Repository {
     /// # Errors
     /// When it is missing, its header is damaged, or it is another than its name says.
     pub async fn open_log(&self, entry: &LogEntry) -> Result<OpenLog, RepositoryError> {
-        let (header, whole) = if entry.size <= READ_WHOLE {
+        let (header, whole) = if entry.is_read_whole() {
             let whole = self.get(&entry.key).await?;
             (LogHeader::parse(&whole).in_object(&entry.key)?, Some(whole))
         } else {

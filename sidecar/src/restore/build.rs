@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::buffers::Buffer;
 use crate::datadir::{DataDir, control_db, snapshot};
@@ -22,6 +23,43 @@ use crate::restore::segments::{CheckedSegment, SegmentWriter};
 
 /// Objects decoded at once, on two cores.
 const AHEAD: usize = 2;
+
+/// Requests that wait for the store at once: each takes its time, however little it brings.
+const REQUESTS: usize = 16;
+
+/// Bytes on their way from a store, or waiting to be decoded.
+const FROM_FAR: u64 = 8 << 20;
+
+/// The same from this machine's disk, which answers at once.
+const FROM_DISK: u64 = 3 << 20;
+
+/// Objects that are decoded, or being so, and not yet written.
+const DECODED: u64 = 3;
+
+/// Room in memory, given in the order of asking. What is larger than all of it gets it alone.
+struct Room {
+    size: u64,
+    unit: u64,
+    free: Arc<Semaphore>,
+}
+
+impl Room {
+    /// For bytes.
+    fn of_bytes(size: u64) -> Self {
+        Self::new(size, 1 << 10)
+    }
+
+    fn new(size: u64, unit: u64) -> Self {
+        Self { size, unit, free: Arc::new(Semaphore::new((size / unit) as usize)) }
+    }
+
+    /// Waits for room; it is held until the permit is dropped.
+    async fn take(&self, wanted: u64) -> Option<OwnedSemaphorePermit> {
+        let units = wanted.min(self.size).div_ceil(self.unit) as u32;
+        // It is never closed.
+        Arc::clone(&self.free).acquire_many_owned(units).await.ok()
+    }
+}
 
 /// What a restore is built with, and where.
 pub(super) struct Build<'a> {
@@ -49,6 +87,11 @@ impl Build<'_> {
             logs.push(self.write_log(database, &replica.log_path()).await?);
         }
         Ok(Built { has_keys, logs })
+    }
+
+    /// How many bytes may be on their way at once.
+    fn on_the_way(&self) -> u64 {
+        if self.repository.is_local() { FROM_DISK } else { FROM_FAR }
     }
 
     async fn extract_instance(&self, plan: &RestorePlan, name: Option<&str>) -> Result<bool, RestoreError> {
@@ -83,19 +126,22 @@ impl Build<'_> {
         let target = snapshots.join(snapshot::dir_name(manifest.offset));
         fs::create_dir_all(&target).on("create", &target)?;
         let writer = Arc::new(ObjectWriter { target, offset: manifest.offset });
+        let room = &Room::of_bytes(self.on_the_way());
         let mut writes = futures::stream::iter(manifest.packs.clone())
             .map(|pack| async move {
                 let key = paths::pack(&database, pack.pack);
+                let held = room.take(pack.stored_bytes).await;
                 let bytes = self.repository.get(&key).await?;
                 self.tally.read(bytes.len());
                 self.progress.advance(bytes.len() as u64);
-                Ok::<_, RestoreError>((key, pack, bytes))
+                Ok::<_, RestoreError>((key, pack, bytes, held))
             })
-            .buffered(1)
-            .map_ok(|(key, pack, bytes)| {
+            .buffered(REQUESTS)
+            .map_ok(|(key, pack, bytes, held)| {
                 let (writer, keys) = (Arc::clone(&writer), self.repository.keys.clone());
                 async move {
                     blocking(move || {
+                        let _held = held;
                         let mut wanted: HashSet<ContentHash> = pack.entries.into_iter().collect();
                         let mut written = 0;
                         let all = wanted.clone();
@@ -133,41 +179,58 @@ impl Build<'_> {
         fs::create_dir_all(dir).on("create", dir)?;
         let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
         let (from, until) = (database.log_from, database.offset);
+        // Of their own each: what is opened early would otherwise take the room of parts that come before it.
+        let (whole, parts) = (&Room::of_bytes(self.on_the_way()), &Room::of_bytes(self.on_the_way()));
+        let unwritten = &Room::new(DECODED, 1);
         let decoded = futures::stream::iter(database.log.clone())
-            .map(|entry| async move { Ok::<_, RestoreError>((self.repository.open_log(&entry).await?, entry)) })
-            .buffered(AHEAD)
-            .map_ok(|(open, entry)| {
-                let parts = open.header.parts_within(from, until.min(entry.last));
-                futures::stream::iter(parts.map(move |index| Ok::<_, RestoreError>((open.clone(), entry.last, index))))
+            .map(|entry| async move {
+                let held = Arc::new(whole.take(entry.size_to_open()).await);
+                Ok::<_, RestoreError>((self.repository.open_log(&entry).await?, entry, held))
+            })
+            .buffered(REQUESTS)
+            .map_ok(|(open, entry, held)| {
+                let indexes = open.header.parts_within(from, until.min(entry.last));
+                let part = move |index| Ok::<_, RestoreError>((open.clone(), entry.last, index, Arc::clone(&held)));
+                futures::stream::iter(indexes.map(part))
             })
             .try_flatten()
-            .map_ok(|(open, last, index)| async move {
+            .map_ok(|(open, last, index, whole)| async move {
+                let part = parts.take(open.len_to_read(index)).await;
                 let stored = self.repository.log_part(&open, index).await?;
                 self.tally.read(stored.len());
                 self.progress.advance(stored.len() as u64);
+                Ok::<_, RestoreError>((open, last, index, stored, (whole, part)))
+            })
+            .try_buffered(REQUESTS)
+            .map_ok(|(open, last, index, stored, held)| async move {
+                let room = unwritten.take(1).await;
                 let keys = self.repository.keys.clone();
                 let decode = move || {
-                    let mut commits = open.header.decode_part(&open.key, index, &stored, &keys)?;
+                    let _held = held;
+                    // Each commit is looked at when it is read back from the disk.
+                    let mut commits = open.header.unpack_part(&open.key, index, &stored, &keys)?;
                     // Where a timeline forks off inside an object, what follows belongs to another history.
                     let span = open.header.part_until(index, last);
                     commits.truncate(usize::try_from(span.len).unwrap_or(usize::MAX));
-                    Ok(Decoded { header: open.header, span, commits })
+                    Ok(Decoded { header: open.header, span, commits, room })
                 };
                 blocking(decode).await?.map_err(|error: RepositoryError| RestoreError::from(error))
             })
             .try_buffered(AHEAD);
         let mut decoded = std::pin::pin!(decoded);
         // The disk's writes and the decoding do not wait for each other.
-        let (sender, mut receiver) = tokio::sync::mpsc::channel::<(u8, PartSpan, Buffer)>(1);
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<Decoded>(1);
         let writer = tokio::task::spawn_blocking(move || {
-            while let Some((log_version, span, commits)) = receiver.blocking_recv() {
-                segments.write(log_version, span.first..=span.last(), &commits)?;
+            while let Some(Decoded { header, span, commits, room }) = receiver.blocking_recv() {
+                segments.write(header.log_version, span.first..=span.last(), &commits)?;
+                drop((commits, room));
             }
             segments.finish()
         });
         let feed = async {
             let mut tip: Option<ContentHash> = None;
-            while let Some(Decoded { header, span, commits }) = decoded.try_next().await? {
+            while let Some(part) = decoded.try_next().await? {
+                let (header, span) = (&part.header, part.span);
                 if header.database != database.identity {
                     let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
                     return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
@@ -178,8 +241,8 @@ impl Build<'_> {
                         reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
                     });
                 }
-                self.tally.wrote(commits.len());
-                if sender.send((header.log_version, span, commits)).await.is_err() {
+                self.tally.wrote(part.commits.len());
+                if sender.send(part).await.is_err() {
                     // The writer gave up and says why itself.
                     break;
                 }
@@ -207,6 +270,8 @@ struct Decoded {
     header: Arc<LogHeader>,
     span: PartSpan,
     commits: Buffer,
+    /// Held until it is written.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 /// Writes a snapshot's objects where the server looks for them.

@@ -1,9 +1,9 @@
 //! A log of transactions as the server writes them, from a seed.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::synthetic::{Synthetic, log_of, record};
+use crate::synthetic::{Synthetic, record};
 use crate::workload::Random;
 
 /// About what the server writes for a reducer that inserts a row of 200 bytes.
@@ -58,20 +58,6 @@ impl Writer {
         }
         bytes
     }
-}
-
-/// # Panics
-/// When what was restored has another log.
-pub fn assert_same(original: &Path, restored: &Path) {
-    let read = |dir: PathBuf| {
-        let mut reader = inner_universe::datadir::log::LogReader::open_first(&dir).expect("open");
-        let (mut hasher, mut buffer) = (blake3::Hasher::new(), Vec::new());
-        while reader.next_batch(1 << 22, &mut buffer).expect("read").is_some() {
-            hasher.update(&buffer);
-        }
-        hasher.finalize()
-    };
-    assert_eq!(read(log_of(original)), read(log_of(restored)), "what was restored differs");
 }
 
 /// Bytes of a file, or of all files below a directory.

@@ -16,6 +16,7 @@ enum Kind {
     Tar,
     Copy,
     Restic(PathBuf),
+    Rustic(PathBuf),
     Borg(PathBuf),
 }
 
@@ -39,6 +40,10 @@ impl Peer {
                 kind: Kind::Borg(root),
             });
         }
+        if let Some(rustic) = std::env::var_os("INNER_UNIVERSE_RUSTIC").map(PathBuf::from) {
+            let version = version_of(Command::new(&rustic).arg("--version"));
+            peers.push(Self { name: "rustic", version, kind: Kind::Rustic(rustic) });
+        }
         peers
     }
 
@@ -52,7 +57,7 @@ impl Peer {
     }
 
     pub fn is_incremental(&self) -> bool {
-        matches!(self.kind, Kind::Restic(_) | Kind::Borg(_))
+        matches!(self.kind, Kind::Restic(_) | Kind::Rustic(_) | Kind::Borg(_))
     }
 
     pub fn file_name(&self) -> String {
@@ -66,6 +71,11 @@ impl Peer {
             Kind::Restic(restic) => {
                 let mut command = restic_on(restic, repository);
                 command.args(["check", "--quiet", "--read-data"]);
+                Some(command)
+            }
+            Kind::Rustic(rustic) => {
+                let mut command = rustic_on(rustic, repository);
+                command.args(["check", "--read-data"]);
                 Some(command)
             }
             Kind::Borg(root) => {
@@ -83,6 +93,11 @@ impl Peer {
             Kind::Restic(restic) => {
                 let mut command = restic_on(restic, repository);
                 command.args(["init", "--quiet", "--repository-version", "2"]);
+                command
+            }
+            Kind::Rustic(rustic) => {
+                let mut command = rustic_on(rustic, repository);
+                command.arg("init");
                 command
             }
             Kind::Borg(root) => {
@@ -105,6 +120,11 @@ impl Peer {
                 command.args(["backup", "--quiet", "."]).current_dir(data);
                 command
             }
+            Kind::Rustic(rustic) => {
+                let mut command = rustic_on(rustic, repository);
+                command.args(["backup", "."]).current_dir(data);
+                command
+            }
             Kind::Borg(root) => {
                 let mut command = borg(root);
                 command.args(["create", "--compression", "zstd,3"]);
@@ -122,6 +142,11 @@ impl Peer {
             Kind::Restic(restic) => {
                 let mut command = restic_on(restic, repository);
                 command.args(["restore", "--quiet", "latest", "--target"]).arg(to);
+                command
+            }
+            Kind::Rustic(rustic) => {
+                let mut command = rustic_on(rustic, repository);
+                command.args(["restore", "latest"]).arg(to);
                 command
             }
             Kind::Borg(root) => {
@@ -143,6 +168,13 @@ fn restic_on(restic: &Path, repository: &Path) -> Command {
     let mut command = Command::new(restic);
     // No cache of the user's: a repository on this disk needs none.
     command.arg("--repo").arg(repository).arg("--no-cache").env("RESTIC_PASSWORD", "benchmark");
+    command
+}
+
+fn rustic_on(rustic: &Path, repository: &Path) -> Command {
+    let mut command = Command::new(rustic);
+    command.arg("--repository").arg(repository).args(["--no-cache", "--no-progress", "--log-level", "warn"]);
+    command.env("RUSTIC_PASSWORD", "benchmark");
     command
 }
 

@@ -12,6 +12,7 @@ use axum::body::Body;
 use axum::http::{StatusCode, Uri};
 use harness::client::{Client, some};
 use harness::daemon::Daemon;
+use harness::measure::peak_mib;
 use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
 use harness::tools;
@@ -108,11 +109,11 @@ async fn main() {
     while sink.refused.load(Ordering::SeqCst) < before + 20 {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let waiting = resident(daemon.pid());
+    let waiting = peak_mib(daemon.pid());
     println!("the collector takes everything");
     sink.down.store(false, Ordering::SeqCst);
     let all = sink.rate(backlog).await;
-    let sending = resident(daemon.pid());
+    let sending = peak_mib(daemon.pid());
     assert_eq!(daemon.stop(), 0);
 
     let mut rates = Vec::new();
@@ -228,10 +229,4 @@ fn set_cursor(sidecar: &Sidecar, sequence: u64) {
     let hash = inner_universe::ids::ContentHash::of(b"iu").to_string();
     let cursor = json!({"sequence": sequence, "known": [[sequence, format!("imported-{sequence:012}")]]});
     std::fs::write(dir.join(format!("events-{}.json", &hash[..16])), cursor.to_string()).expect("write the cursor");
-}
-
-fn resident(pid: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }

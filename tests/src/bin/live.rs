@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::daemon::Daemon;
+use harness::measure::peak_mib;
 use harness::s3::{ACCESS_KEY, BUCKET, Proxy, S3, SECRET_KEY};
 use harness::server::Server;
 use harness::sidecar::Sidecar;
@@ -42,7 +43,7 @@ async fn main() {
     println!("{RATE} transactions a second for {seconds} s");
     let calls = load(&client, seconds, Some(RATE)).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let memory = resident(daemon.pid());
+    let memory = peak_mib(daemon.pid());
     let lags = lags(&repository);
 
     println!("restarts after a kill");
@@ -207,10 +208,4 @@ fn lag(object: &[u8], written: std::time::SystemTime) -> Option<f64> {
     let header = LogHeader::parse(object).expect("a header");
     let written = written.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs_f64();
     Some(written - header.times.first? as f64 / 1e6)
-}
-
-fn resident(pid: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }
