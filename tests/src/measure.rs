@@ -14,11 +14,13 @@ pub struct Measured {
     pub peak_mib: f64,
 }
 
-/// Runs a command to its end.
+/// Runs a command to its end, on a disk that has nothing left to do for those before.
 ///
 /// # Panics
 /// When it fails.
 pub fn measure(command: &mut Command) -> Measured {
+    let synced = Command::new("sync").status();
+    assert!(synced.is_ok_and(|status| status.success()), "sync failed");
     let (started, cpu) = (Instant::now(), cpu_of_children());
     let mut child = command.stdout(Stdio::null()).spawn().expect("start");
     let mut peak = 0.0f64;

@@ -1,4 +1,4 @@
-//! Builds a data directory from what a plan names: instance, snapshots, logs.
+//! Builds a data directory from what a plan names: instance, snapshots, logs. Snapshots are checked on the way.
 
 use std::collections::HashSet;
 use std::fs;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
 
 use crate::buffers::Buffer;
 use crate::datadir::{DataDir, control_db, snapshot};
@@ -17,9 +18,9 @@ use crate::repository::log_object::{LogHeader, PartSpan};
 use crate::repository::manifest::SnapshotManifest;
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::{Repository, RepositoryError, instance, paths};
-use crate::restore::RestoreError;
 use crate::restore::plan::{DatabasePlan, RestorePlan};
 use crate::restore::segments::{CheckedSegment, SegmentWriter};
+use crate::restore::{RestoreError, check};
 
 /// Objects decoded at once, on two cores.
 const AHEAD: usize = 2;
@@ -77,14 +78,21 @@ impl Build<'_> {
         let mut logs = Vec::new();
         for database in &plan.databases {
             let replica = data.replica(database.replica);
+            let mut settled = None;
             if let Some(manifest) = &database.snapshot {
                 let total = manifest.packs.iter().map(|pack| pack.stored_bytes).sum();
                 self.progress.phase(&format!("snapshot of {}", database.name), Some(total));
                 self.write_snapshot(database.identity, manifest, &replica.snapshots_path()).await?;
+                settled = Some(settle(database.clone(), replica.snapshots_path()));
             }
             let total = database.log.iter().map(|entry| entry.size).sum();
             self.progress.phase(&format!("log of {}", database.name), Some(total));
-            logs.push(self.write_log(database, &replica.log_path()).await?);
+            let log = self.write_log(database, &replica.log_path()).await;
+            // Waited for in any case: nothing may still be at work while a failed restore is cleared away.
+            if let Some(settled) = settled {
+                settled.await.map_err(|error| RestoreError::Worker(error.to_string()))??;
+            }
+            logs.push(log?);
         }
         Ok(Built { has_keys, logs })
     }
@@ -255,6 +263,14 @@ impl Build<'_> {
         let written = writer.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
         fed.and(written)
     }
+}
+
+/// Checks a snapshot that was written, and brings its thousands of files to the disk, while the log is written past them.
+fn settle(database: DatabasePlan, snapshots: PathBuf) -> JoinHandle<Result<(), RestoreError>> {
+    tokio::task::spawn_blocking(move || {
+        check::snapshot(&snapshots, &database)?;
+        Ok(durable::sync_file_system(&snapshots)?)
+    })
 }
 
 /// What was built.

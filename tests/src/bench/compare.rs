@@ -13,7 +13,7 @@ use crate::s3::{BUCKET, S3};
 use crate::sidecar::Sidecar;
 
 const HOW: &str = "Ratios are of times within one round, their middle and their spread over the rounds: above 1, ours is faster. CPU seconds and \
-                   memory are ours / theirs (memory of the largest process), bytes ours divided by theirs.";
+                   memory are ours / theirs (memory of the largest process), bytes ours divided by theirs. Before each turn the disk finishes what was written before.";
 
 /// What one round measured of ours.
 struct Ours {
