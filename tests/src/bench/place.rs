@@ -22,7 +22,7 @@ enum Source {
     /// A log alone, made by hand; whole segments need no server's patience.
     Log { synthetic: Synthetic, writer: Writer },
     /// A real server's, with its native snapshots.
-    Server { prepared: Prepared, copy: prepared::Copy, scratch: TempDir, runtime: Runtime },
+    Server { prepared: Prepared, copy: Box<prepared::Copy>, scratch: TempDir, runtime: Runtime },
 }
 
 /// A data directory, and room beside it.
@@ -46,7 +46,7 @@ impl Place {
         let runtime = Runtime::new().expect("a runtime");
         let scratch = tempfile::tempdir().expect("a directory");
         let prepared = runtime.block_on(Prepared::get(gib));
-        let copy = prepared.copy(scratch.path());
+        let copy = Box::new(prepared.copy(scratch.path()));
         let mut bytes = 0;
         each_batch(&replica(&copy.data).log_path(), Offset(0), |commits| bytes += commits.len() as u64);
         Self { source: Source::Server { prepared, copy, scratch, runtime }, bytes }
@@ -100,7 +100,7 @@ impl Place {
             self.clear(&["data", "keys"]);
         }
         if let Source::Server { prepared, copy, scratch, .. } = &mut self.source {
-            *copy = prepared.copy(scratch.path());
+            **copy = prepared.copy(scratch.path());
         }
     }
 
