@@ -14,6 +14,7 @@ pub mod host;
 pub mod measure;
 pub mod oracle;
 pub mod page;
+pub mod pipeline;
 pub mod s3;
 pub mod scene;
 pub mod server;

@@ -1,6 +1,7 @@
 //! What benchmarks measure with.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,8 @@ pub struct Measured {
     pub cpu_seconds: f64,
     /// Of the largest of its processes.
     pub peak_mib: f64,
+    /// Until what it wrote was on the disk, where that was waited for.
+    pub synced_seconds: Option<f64>,
 }
 
 /// Runs a command to its end, on a disk that has nothing left to do for those before.
@@ -33,7 +36,19 @@ pub fn measure(command: &mut Command) -> Measured {
     };
     assert!(status.success(), "{command:?} ended with {status}");
     let seconds = started.elapsed().as_secs_f64();
-    Measured { seconds, cpu_seconds: cpu_of_children() - cpu, peak_mib: peak }
+    Measured { seconds, cpu_seconds: cpu_of_children() - cpu, peak_mib: peak, synced_seconds: None }
+}
+
+/// As [`measure`], and how long it took until what it wrote to the file system of `written` was on the disk.
+///
+/// # Panics
+/// When it fails.
+pub fn measure_onto_disk(command: &mut Command, written: &Path) -> Measured {
+    let measured = measure(command);
+    let started = Instant::now();
+    let synced = Command::new("sync").arg("--file-system").arg(written).status();
+    assert!(synced.is_ok_and(|status| status.success()), "sync {}", written.display());
+    Measured { synced_seconds: Some(measured.seconds + started.elapsed().as_secs_f64()), ..measured }
 }
 
 /// The numbers of `/proc/PID/stat` after the process's name.

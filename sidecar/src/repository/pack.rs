@@ -183,7 +183,8 @@ pub fn read<E: From<RepositoryError>>(
         body
     };
     let mut frames_at = 0usize;
-    let mut raw = Buffer::take();
+    // Its own: a shared one has room for a whole object, and a frame is a quarter of that.
+    let mut raw = Vec::new();
     for frame in index(payload).in_object(key)? {
         let compressed = payload.get(frames_at..).and_then(|rest| rest.get(..frame.compressed_len));
         let compressed = compressed.ok_or_else(|| RepositoryError::damaged(key, "a frame is cut short"))?;

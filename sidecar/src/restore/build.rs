@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::task::JoinError;
+use tokio_util::task::TaskTracker;
 
 use crate::buffers::Buffer;
 use crate::datadir::{DataDir, control_db, snapshot};
@@ -15,7 +17,6 @@ use crate::durable::{self, FileError, OnPath};
 use crate::ids::{ContentHash, Identity, Offset};
 use crate::progress::{Progress, Tally};
 use crate::repository::log_object::{LogHeader, PartSpan};
-use crate::repository::manifest::SnapshotManifest;
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::{Repository, RepositoryError, instance, paths};
 use crate::restore::plan::{DatabasePlan, RestorePlan};
@@ -78,20 +79,16 @@ impl Build<'_> {
         let mut logs = Vec::new();
         for database in &plan.databases {
             let replica = data.replica(database.replica);
-            let mut settled = None;
-            if let Some(manifest) = &database.snapshot {
-                let total = manifest.packs.iter().map(|pack| pack.stored_bytes).sum();
-                self.progress.phase(&format!("snapshot of {}", database.name), Some(total));
-                self.write_snapshot(database.identity, manifest, &replica.snapshots_path()).await?;
-                settled = Some(settle(database.clone(), replica.snapshots_path()));
-            }
-            let total = database.log.iter().map(|entry| entry.size).sum();
-            self.progress.phase(&format!("log of {}", database.name), Some(total));
-            let log = self.write_log(database, &replica.log_path()).await;
-            // Waited for in any case: nothing may still be at work while a failed restore is cleared away.
-            if let Some(settled) = settled {
-                settled.await.map_err(|error| RestoreError::Worker(error.to_string()))??;
-            }
+            let what = if database.snapshot.is_some() { "snapshot and log" } else { "log" };
+            self.progress.phase(&format!("{what} of {}", database.name), Some(database.bytes_to_read()));
+            // The disk writes the log's large blocks while the snapshot's thousands of files are made, checked and brought to it.
+            // Both are waited for in any case: nothing may still be at work while a failed restore is cleared away.
+            let failed = &Failed::default();
+            let (snapshot, log) = tokio::join!(
+                async { failed.note(self.write_snapshot(database, &replica.snapshots_path(), failed).await) },
+                async { failed.note(self.write_log(database, &replica.log_path(), failed).await) },
+            );
+            snapshot?;
             logs.push(log?);
         }
         Ok(Built { has_keys, logs })
@@ -125,16 +122,16 @@ impl Build<'_> {
         Ok(extracted.keys.is_some())
     }
 
-    async fn write_snapshot(
-        &self,
-        database: Identity,
-        manifest: &SnapshotManifest,
-        snapshots: &Path,
-    ) -> Result<(), RestoreError> {
+    /// Writes the snapshot, if there is to be one, checks it and brings it to the disk.
+    async fn write_snapshot(&self, plan: &DatabasePlan, snapshots: &Path, failed: &Failed) -> Result<(), RestoreError> {
+        let Some(manifest) = &plan.snapshot else { return Ok(()) };
+        let database = plan.identity;
         let target = snapshots.join(snapshot::dir_name(manifest.offset));
         fs::create_dir_all(&target).on("create", &target)?;
         let writer = Arc::new(ObjectWriter { target, offset: manifest.offset });
-        let room = &Room::of_bytes(self.on_the_way());
+        // The log's objects are on their way beside it.
+        let room = &Room::of_bytes(self.on_the_way() / 2);
+        let tasks = &TaskTracker::new();
         let mut writes = futures::stream::iter(manifest.packs.clone())
             .map(|pack| async move {
                 let key = paths::pack(&database, pack.pack);
@@ -148,7 +145,7 @@ impl Build<'_> {
             .map_ok(|(key, pack, bytes, held)| {
                 let (writer, keys) = (Arc::clone(&writer), self.repository.keys.clone());
                 async move {
-                    blocking(move || {
+                    let write = move || {
                         let _held = held;
                         let mut wanted: HashSet<ContentHash> = pack.entries.into_iter().collect();
                         let mut written = 0;
@@ -172,18 +169,38 @@ impl Build<'_> {
                             Some(hash) => Err(RepositoryError::damaged(&key, format!("it lacks entry {hash}")).into()),
                             None => Ok(written),
                         }
-                    })
-                    .await?
+                    };
+                    joined(tasks.spawn_blocking(write).await)?
                 }
             })
             .try_buffer_unordered(AHEAD);
-        while let Some(written) = writes.try_next().await? {
-            self.tally.wrote(written);
+        let written = loop {
+            match writes.try_next().await {
+                Ok(Some(written)) if !failed.is_noted() => self.tally.wrote(written),
+                Ok(_) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        tasks.close();
+        tasks.wait().await;
+        written?;
+        if failed.is_noted() {
+            return Ok(());
         }
-        Ok(())
+        let (plan, snapshots) = (plan.clone(), snapshots.to_owned());
+        blocking(move || {
+            check::snapshot(&snapshots, &plan)?;
+            Ok(durable::sync_file_system(&snapshots)?)
+        })
+        .await?
     }
 
-    async fn write_log(&self, database: &DatabasePlan, dir: &Path) -> Result<Vec<CheckedSegment>, RestoreError> {
+    async fn write_log(
+        &self,
+        database: &DatabasePlan,
+        dir: &Path,
+        failed: &Failed,
+    ) -> Result<Vec<CheckedSegment>, RestoreError> {
         fs::create_dir_all(dir).on("create", dir)?;
         let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
         let (from, until) = (database.log_from, database.offset);
@@ -250,8 +267,8 @@ impl Build<'_> {
                     });
                 }
                 self.tally.wrote(part.commits.len());
-                if sender.send(part).await.is_err() {
-                    // The writer gave up and says why itself.
+                // The writer gave up and says why itself, or the snapshot's does.
+                if sender.send(part).await.is_err() || failed.is_noted() {
                     break;
                 }
             }
@@ -259,18 +276,24 @@ impl Build<'_> {
         };
         let fed = feed.await;
         drop(sender);
-        // Waited for in any case: nothing may still be written while a failed restore is cleared away.
-        let written = writer.await.map_err(|error| RestoreError::Worker(error.to_string()))?;
+        let written = joined(writer.await)?;
         fed.and(written)
     }
 }
 
-/// Checks a snapshot that was written, and brings its thousands of files to the disk, while the log is written past them.
-fn settle(database: DatabasePlan, snapshots: PathBuf) -> JoinHandle<Result<(), RestoreError>> {
-    tokio::task::spawn_blocking(move || {
-        check::snapshot(&snapshots, &database)?;
-        Ok(durable::sync_file_system(&snapshots)?)
-    })
+/// Whether one of two that work side by side has failed: the other need not go on.
+#[derive(Default)]
+struct Failed(AtomicBool);
+
+impl Failed {
+    fn note<T>(&self, result: Result<T, RestoreError>) -> Result<T, RestoreError> {
+        self.0.fetch_or(result.is_err(), Ordering::Relaxed);
+        result
+    }
+
+    fn is_noted(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// What was built.
@@ -315,5 +338,10 @@ impl ObjectWriter {
 
 /// Runs work that may block.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, RestoreError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| RestoreError::Worker(error.to_string()))
+    joined(tokio::task::spawn_blocking(work).await)
+}
+
+/// What a worker ended with.
+fn joined<T>(ended: Result<T, JoinError>) -> Result<T, RestoreError> {
+    ended.map_err(|error| RestoreError::Worker(error.to_string()))
 }

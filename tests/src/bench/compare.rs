@@ -8,12 +8,13 @@ use crate::bench::place::{Place, assert_same};
 use crate::bench::remote::Remote;
 use crate::bench::report::{Spread, machine};
 use crate::bench::series::Table;
-use crate::measure::{Measured, measure};
+use crate::measure::{Measured, measure, measure_onto_disk};
 use crate::s3::{BUCKET, S3};
 use crate::sidecar::Sidecar;
 
 const HOW: &str = "Ratios are of times within one round, their middle and their spread over the rounds: above 1, ours is faster. CPU seconds and \
-                   memory are ours / theirs (memory of the largest process), bytes ours divided by theirs. Before each turn the disk finishes what was written before.";
+                   memory are ours / theirs (memory of the largest process), bytes ours divided by theirs. Before each turn the disk finishes what was written before. Ours has \
+                   brought to the disk what it wrote when it ends; «on the disk» is the ratio where the others' time too is until then (`sync -f` right after them).";
 
 /// What one round measured of ours.
 struct Ours {
@@ -76,8 +77,8 @@ pub fn on_disk(mut place: Place, rounds: usize, command: &str) -> String {
     }
     let mut text = format!(
         "Written by `{command}`: {described}. {rounds} rounds, ours and the others in turn within each, {}. {HOW} What is restored is compared byte for \
-         byte. Ours makes durable what it writes (fsync) and reads a restore back before it counts; of the others restic syncs what it stores, tar, zstd and \
-         cp sync nothing. Ours stores and restores the newest snapshot and the log, and restores only the log after the snapshot; the others store and restore \
+         byte. Ours makes durable what it writes and reads a restore back before it counts; of the others restic syncs what it stores, and none what it \
+         restores. Ours stores and restores the newest snapshot and the log, and restores only the log after the snapshot; the others store and restore \
          every file.\n\n",
         machine()
     );
@@ -108,11 +109,11 @@ fn against(place: &Place, peer: &Peer, ours: &Ours, table: &mut Table) {
     let (data, repository, unpacked) = (place.data(), place.dir("theirs"), place.dir("unpacked"));
     std::fs::create_dir(&unpacked).expect("a directory");
     peer.init(&repository);
-    let backed_up = measure(&mut peer.backup(&data, &repository, 1));
+    let backed_up = measure_onto_disk(&mut peer.backup(&data, &repository, 1), &data);
     let row = table.row("first backup", peer.name, peer.wanted("backup"));
     row.ours.add(ours.first, ours.stored);
     row.theirs.add(backed_up, size(&repository));
-    let back = measure(&mut peer.restore(&repository, &unpacked, 1));
+    let back = measure_onto_disk(&mut peer.restore(&repository, &unpacked, 1), &unpacked);
     let row = table.row("restore", peer.name, peer.wanted("restore"));
     row.ours.add(ours.restored, ours.restored_bytes);
     row.theirs.add(back, size(&unpacked));
@@ -157,7 +158,7 @@ pub fn over_s3(place: &Place, rounds: usize, command: &str) -> String {
             std::fs::create_dir(&unpacked).expect("a directory");
             let row = table.row("restore", remote.name, None);
             row.ours.add(restored, 0);
-            row.theirs.add(measure(&mut remote.restore(&server, &unpacked)), 0);
+            row.theirs.add(measure_onto_disk(&mut remote.restore(&server, &unpacked), &unpacked), 0);
             place.assert_log(&unpacked);
             place.clear(&["unpacked"]);
         }

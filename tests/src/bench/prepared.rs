@@ -5,12 +5,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use inner_universe::config::Config;
-use inner_universe::database::link::Link;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::log::size;
 use crate::client::{Client, Rows};
+use crate::pipeline;
 use crate::server::Server;
 use crate::sidecar::path;
 use crate::tools;
@@ -27,9 +26,6 @@ const CALLS_A_GIB: f64 = 1_475_000.0;
 /// Notes are written over again and again; the journal grows with every transaction.
 const NOTES: u64 = 400_000;
 const TEXT: usize = 200;
-
-/// Calls on their way at once.
-const WINDOW: usize = 400;
 
 /// A stopped server's data directory with its keys.
 pub struct Prepared {
@@ -141,28 +137,9 @@ fn forget_process(data: &Path) {
     let _ = std::fs::remove_file(data.join("spacetime.pid"));
 }
 
-/// Calls by their numbers, from the seed, pipelined.
+/// Calls by their numbers, from the seed.
 async fn call(server: &Server, client: &Client, numbers: Range<u64>) {
-    let scratch = tempfile::tempdir().expect("a directory");
-    let token = scratch.path().join("token");
-    std::fs::write(&token, &client.token).expect("write the token");
-    let mut config = Config::default();
-    config.spacetimedb_config.url = Some(server.url.clone());
-    config.spacetimedb_config.token_file = Some(token);
-    let mut link = Link::new(&config.spacetimedb_config, &config.server_config, DATABASE).expect("a link");
-    let mut open = 0;
-    for number in numbers {
-        link.call("put_note", note(number)).await.expect("a call");
-        open += 1;
-        if open == WINDOW {
-            link.confirm().await.expect("an answer").expect("success");
-            open -= 1;
-        }
-    }
-    for _ in 0..open {
-        link.confirm().await.expect("an answer").expect("success");
-    }
-    link.close().await;
+    pipeline::calls(&server.url, client, DATABASE, "put_note", numbers.map(note)).await;
 }
 
 /// The arguments of call `n`: a third noise, two thirds words, as rows of people are.

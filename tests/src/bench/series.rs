@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::bench::report::Spread;
 use crate::measure::{Measured, median};
 
 /// The same work by ours and by another, round by round.
@@ -58,23 +59,33 @@ impl Table {
     /// Above 1, ours is faster: the ratio of each round, their middle and their spread.
     pub fn text(&self) -> String {
         let mut text = String::from(
-            "| work | against | ratio | spread | must reach | ours | theirs | CPU s | memory MiB | bytes |\n\
-             |---|---|---|---|---|---|---|---|---|---|\n",
+            "| work | against | ratio | spread | on the disk | must reach | ours | theirs | CPU s | memory MiB | bytes |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|\n",
         );
         for row in &self.rows {
-            let pairs = row.ours.rounds.iter().zip(&row.theirs.rounds);
-            let ratios: Vec<f64> = pairs.map(|(ours, theirs)| theirs.seconds / ours.seconds).collect();
-            let (low, high) = ratios.iter().fold((f64::MAX, 0.0f64), |(low, high), r| (low.min(*r), high.max(*r)));
+            let pairs = || row.ours.rounds.iter().zip(&row.theirs.rounds);
+            let ratio = Spread::of(pairs().map(|(ours, theirs)| theirs.seconds / ours.seconds));
+            let on_disk: Vec<_> =
+                pairs().filter_map(|(ours, theirs)| Some(theirs.synced_seconds? / ours.seconds)).collect();
+            let on_disk = match on_disk.as_slice() {
+                [] => "-".to_owned(),
+                ratios => {
+                    let Spread { middle, least, most } = Spread::of(ratios.iter().copied());
+                    format!("{middle:.2} ({least:.2} to {most:.2})")
+                }
+            };
             let bytes = match row.theirs.bytes {
                 0 => "-".to_owned(),
                 theirs => format!("{:.3}", row.ours.bytes as f64 / theirs as f64),
             };
             let _ = writeln!(
                 text,
-                "| {} | {} | {:.2} | {low:.2} to {high:.2} | {} | {:.2} s | {:.2} s | {:.1} / {:.1} | {:.0} / {:.0} | {bytes} |",
+                "| {} | {} | {:.2} | {:.2} to {:.2} | {on_disk} | {} | {:.2} s | {:.2} s | {:.1} / {:.1} | {:.0} / {:.0} | {bytes} |",
                 row.work,
                 row.peer,
-                median(&ratios),
+                ratio.middle,
+                ratio.least,
+                ratio.most,
                 row.wanted.map_or("-".into(), |wanted| wanted.to_string()),
                 row.ours.median(|round| round.seconds),
                 row.theirs.median(|round| round.seconds),

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use futures::TryStreamExt as _;
 use harness::faulty::{DiesAt, FaultyStore, Flaky, Moment};
 use harness::shim::{Fault, Shim};
 use harness::sidecar::Sidecar;
@@ -17,6 +18,7 @@ use inner_universe::restore::plan::RestoreRequest;
 use inner_universe::restore::target::Target;
 use inner_universe::verify::{VerifyOptions, VerifyReport, verify};
 use object_store::memory::InMemory;
+use object_store::{ObjectStore as _, ObjectStoreExt as _};
 
 use crate::synthetic::{self, Synthetic, log_of, record};
 
@@ -117,6 +119,31 @@ async fn a_store_that_fails_one_request_in_ten_at_any_moment_loses_nothing() {
         script.set(0);
         assert_eq!(verified(&objects).await.findings, []);
         restores_all(&objects, &synthetic, last).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_fails_while_it_writes_pages_leaves_nothing_behind() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..30).map(|n| record(n * 1_000_000, &[7; 900])).collect();
+    synthetic.segment(1, 0, &records);
+    synthetic.snapshot(20, 20_000);
+    let (repository, objects) = synthetic::repository().await;
+    synthetic::back_up(&repository, &synthetic.path()).await.expect("a backup");
+    let all: Vec<_> = objects.list(None).try_collect().await.expect("a listing");
+    let mut packs: Vec<_> =
+        all.into_iter().map(|found| found.location).filter(|key| key.as_ref().contains("/packs/")).collect();
+    packs.sort();
+    assert!(packs.len() > 4, "{packs:?}");
+    // While those before it are being written.
+    objects.delete(packs.last().expect("a pack")).await.expect("delete it");
+    for round in 0..10 {
+        let request = RestoreRequest { target: Target::Latest, ..RestoreRequest::default() };
+        let restored = synthetic::restore(&repository, &request, &synthetic.dir.path().join("restored")).await;
+        assert!(restored.is_err(), "round {round}");
+        let left: Vec<_> =
+            std::fs::read_dir(synthetic.dir.path()).expect("list").flatten().map(|entry| entry.file_name()).collect();
+        assert_eq!(left, ["data"], "round {round}");
     }
 }
 

@@ -1,42 +1,21 @@
 //! The log that grows without end: on a real server with a native snapshot at transaction 1,000,000, segments before it go
 //! while the server runs, it starts again without them, and they are restored from the archive.
 
+use harness::client::Client;
+use harness::pipeline;
 use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
 use harness::tools;
-use inner_universe::config::Config;
-use inner_universe::database::link::Link;
 use inner_universe::datadir::DataDir;
 use inner_universe::datadir::commit::{Frame, SegmentHeader};
 use inner_universe::datadir::log::{LogReader, segment_name, segments};
 use inner_universe::ids::Offset;
 use serde_json::Value;
 
-/// Calls on their way at once.
-const WINDOW: usize = 400;
-
-async fn write(server: &Server, token: &std::path::Path, count: u64) {
-    let mut config = Config::default();
-    config.spacetimedb_config.url = Some(server.url.clone());
-    config.spacetimedb_config.token_file = Some(token.to_owned());
-    let mut link = Link::new(&config.spacetimedb_config, &config.server_config, "ledger").expect("a link");
-    let mut open = 0;
-    for n in 0..count {
-        // The same note again and again: the table stays small and the log grows.
-        let mut arguments = (n % 7).to_le_bytes().to_vec();
-        arguments.extend(4_u32.to_le_bytes());
-        arguments.extend(b"note");
-        link.call("put_note", arguments).await.expect("a call");
-        open += 1;
-        if open == WINDOW {
-            link.confirm().await.expect("an answer").expect("success");
-            open -= 1;
-        }
-    }
-    for _ in 0..open {
-        link.confirm().await.expect("an answer").expect("success");
-    }
-    link.close().await;
+/// The same note again and again: the table stays small and the log grows.
+async fn write(server: &Server, client: &Client, count: u64) {
+    let note = |n: u64| [&(n % 7).to_le_bytes()[..], &4_u32.to_le_bytes(), b"note"].concat();
+    pipeline::calls(&server.url, client, "ledger", "put_note", (0..count).map(note)).await;
 }
 
 /// Cuts the one segment of a stopped server into several, as a rotation would have.
@@ -73,12 +52,11 @@ async fn a_server_goes_on_without_the_segments_before_its_snapshot_and_they_are_
         return;
     }
     let scratch = tempfile::tempdir().expect("a temporary directory");
-    let (data, keys, token) = (scratch.path().join("data"), scratch.path().join("keys"), scratch.path().join("token"));
+    let (data, keys) = (scratch.path().join("data"), scratch.path().join("keys"));
     let server = Server::start(&data, &keys).await;
     let client = server.client().await;
-    std::fs::write(&token, &client.token).expect("write");
     client.publish("ledger", tools::wasm("workload_module")).await;
-    write(&server, &token, 1_000_200).await;
+    write(&server, &client, 1_000_200).await;
     server.written().await;
     let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
     let snapshots = inner_universe::datadir::snapshot::list(&replica.snapshots_path()).expect("list");
@@ -97,12 +75,12 @@ async fn a_server_goes_on_without_the_segments_before_its_snapshot_and_they_are_
             let (sidecar, data) = (sidecar.clone(), data.clone());
             move || sidecar.run(["prune-local", "--data-dir", path(&data), "--keep-snapshots", "1", "--apply"]).ok()
         }),
-        write(&server, &token, 5_000)
+        write(&server, &client, 5_000)
     );
     let done = done.expect("a prune");
     assert_eq!((named(&done), &done["applied"]), (Some(3), &Value::Bool(true)), "{done}");
     assert!(done["bytes"].as_u64() > Some(30_000_000), "{done}");
-    write(&server, &token, 100).await;
+    write(&server, &client, 100).await;
     server.written().await;
     let truth = client.at(&server.url).rows("ledger", &["note", "account"]).await;
     let steps = client.at(&server.url).sql("ledger", "select count(*) as n from journal").await;
@@ -110,7 +88,7 @@ async fn a_server_goes_on_without_the_segments_before_its_snapshot_and_they_are_
     let server = Server::start(&data, &keys).await;
     assert_eq!(client.at(&server.url).rows("ledger", &["note", "account"]).await, truth);
     assert_eq!(client.at(&server.url).sql("ledger", "select count(*) as n from journal").await, steps);
-    write(&server, &token, 100).await;
+    write(&server, &client, 100).await;
     server.written().await;
     let report = sidecar.backup(&data);
     assert_eq!(report["databases"][0]["timeline"], 1, "{report}");
