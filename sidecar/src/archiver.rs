@@ -26,6 +26,7 @@ use crate::archiver::position::Position;
 use crate::archiver::wake::Wake;
 use crate::backup::log::{self, LogArchive, LogEvent, LogEventKind, Tip};
 use crate::backup::{BackupError, Work, blocking};
+use crate::buffers::Buffer;
 use crate::clock::patience;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
@@ -368,12 +369,13 @@ impl Archiver {
     async fn read(&self, mut reader: LogReader, mut pending: Pending) -> Result<Read, BackupError> {
         let room = self.settings.flush_bytes.saturating_sub(pending.len()).max(1);
         let read = blocking(move || {
-            let mut commits = Vec::new();
+            // A shared one: it has room for more than a database writes in a second, and there may be hundreds of databases.
+            let mut commits = Buffer::take();
             let mut more = false;
             let unchanged = reader.is_unchanged()?;
             if unchanged && let Some(batch) = reader.next_batch(room, &mut commits)? {
                 more = !reader.at_end();
-                pending.add(batch, commits);
+                pending.add(batch, &commits);
             }
             // Looked at again after reading: what was read continues what was there before.
             let unchanged = unchanged && reader.is_unchanged()?;
@@ -442,13 +444,13 @@ struct Pending {
 }
 
 impl Pending {
-    fn add(&mut self, batch: Batch, commits: Vec<u8>) {
+    fn add(&mut self, batch: Batch, commits: &[u8]) {
         match self.parts.last_mut() {
             Some((pending, before)) if pending.log_version == batch.log_version => {
                 pending.merge(&batch);
-                before.extend_from_slice(&commits);
+                before.extend_from_slice(commits);
             }
-            _ => self.parts.push((batch, commits)),
+            _ => self.parts.push((batch, commits.to_vec())),
         }
     }
 

@@ -25,7 +25,7 @@ use object_store::{ObjectMeta, ObjectStoreExt, PutMode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Stopwatch};
 use crate::config::RepositoryConfig;
 use crate::datadir::bytes::Malformed;
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
@@ -316,6 +316,7 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn list(&self, prefix: &Key) -> Result<Vec<(Key, u64)>, RepositoryError> {
+        let took = Stopwatch::start();
         let mut pages = self.store.objects().list(Some(prefix)).try_ready_chunks(PAGE);
         let mut objects = Vec::new();
         loop {
@@ -327,7 +328,14 @@ impl Repository {
             }
         }
         objects.sort();
+        tracing::debug!(%prefix, objects = objects.len(), seconds = took.elapsed_seconds(), "listed");
         Ok(objects)
+    }
+
+    /// Is there any object below `prefix`? Asks for the first page alone.
+    pub(crate) async fn holds_any(&self, prefix: &Key) -> Result<bool, RepositoryError> {
+        let mut objects = self.store.objects().list(Some(prefix));
+        Ok(self.store.within(Operation::List, prefix, 0, objects.try_next()).await?.is_some())
     }
 
     /// The names of the folders directly below `prefix`.

@@ -1,6 +1,6 @@
 //! A database's log in the repository: the row of objects that leads to a place on a timeline, through its ancestors.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -344,7 +344,7 @@ impl Repository {
         timelines: &[Timeline],
     ) -> Result<Option<TimelineId>, RepositoryError> {
         for timeline in timelines.iter().rev() {
-            if !self.list(&paths::logs(database, timeline.timeline)).await?.is_empty() {
+            if self.holds_any(&paths::logs(database, timeline.timeline)).await? {
                 return Ok(Some(timeline.timeline));
             }
         }
@@ -444,22 +444,26 @@ struct Row {
 fn assemble(rows: Vec<Row>) -> LogChain {
     let mut chain = LogChain::default();
     let mut next: Option<Offset> = None;
-    for Row { timeline, start, until, entries } in rows {
-        let by_first = furthest(entries);
+    for Row { timeline, start, until, mut entries } in rows {
+        entries.sort_by_key(|entry| Reverse(entry.first));
+        let mut candidates = furthest(&entries);
+        let mut entries: Vec<_> = entries.into_iter().map(Some).collect();
         let mut at = next.unwrap_or(start);
         let is_ours = |offset: Offset| until.is_none_or(|until| offset <= until);
-        while is_ours(at) {
-            if let Some((entry, _)) = by_first.get(&at) {
-                at = Offset(entry.last.0.saturating_add(1));
-                let last = until.map_or(entry.last, |until| entry.last.min(until));
-                chain.entries.push(LogEntry { last, ..entry.clone() });
+        while let Some(candidate) = candidates.pop() {
+            if candidate.first < at {
                 continue;
             }
-            let Some(found) = by_first.range(at..).map(|(first, _)| *first).find(|first| is_ours(*first)) else {
+            if !is_ours(candidate.first) {
                 break;
-            };
-            chain.holes.push(Hole { timeline, missing: at, found, removed: false });
-            at = found;
+            }
+            if candidate.first > at {
+                chain.holes.push(Hole { timeline, missing: at, found: candidate.first, removed: false });
+            }
+            let Some(entry) = entries.get_mut(candidate.index).and_then(Option::take) else { break };
+            at = Offset(entry.last.0.saturating_add(1));
+            let last = until.map_or(entry.last, |until| entry.last.min(until));
+            chain.entries.push(LogEntry { last, ..entry });
         }
         if let Some(until) = until {
             let found = Offset(until.0.saturating_add(1));
@@ -473,19 +477,27 @@ fn assemble(rows: Vec<Row>) -> LogChain {
     chain
 }
 
-/// For every offset that objects start at, the one to take and how far the row reaches from it.
-fn furthest(mut entries: Vec<LogEntry>) -> BTreeMap<Offset, (LogEntry, Offset)> {
-    // From the end on, so that what follows an object is known when it is looked at.
-    entries.sort_by_key(|entry| std::cmp::Reverse(entry.first));
-    let mut best: BTreeMap<Offset, (LogEntry, Offset)> = BTreeMap::new();
-    for entry in entries {
-        let following = best.get(&Offset(entry.last.0.saturating_add(1)));
-        let reach = following.map_or(entry.last, |(_, reach)| (*reach).max(entry.last));
-        match best.get(&entry.first) {
-            Some((other, other_reach)) if (*other_reach, other.last) >= (reach, entry.last) => {}
-            _ => {
-                best.insert(entry.first, (entry, reach));
-            }
+/// The object to take of those that start at one offset.
+struct Candidate {
+    first: Offset,
+    /// Its place among the objects.
+    index: usize,
+    /// How far the row reaches from it.
+    reach: Offset,
+}
+
+/// For every offset that objects start at, the one to take. From the end on, as `entries` are, so that what follows an object
+/// is known when it is looked at.
+fn furthest(entries: &[LogEntry]) -> Vec<Candidate> {
+    let mut best: Vec<Candidate> = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let (first, next) = (entry.first, Offset(entry.last.0.saturating_add(1)));
+        let following = best.binary_search_by(|found| next.cmp(&found.first)).ok().map(|at| best[at].reach);
+        let reach = following.map_or(entry.last, |reach| reach.max(entry.last));
+        match best.last_mut().filter(|other| other.first == first) {
+            Some(other) if (other.reach, entries[other.index].last) >= (reach, entry.last) => {}
+            Some(other) => *other = Candidate { first, index, reach },
+            None => best.push(Candidate { first, index, reach }),
         }
     }
     best

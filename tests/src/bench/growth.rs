@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::bench::place::{Place, files};
@@ -50,8 +50,15 @@ pub fn all() -> String {
     for count in DATABASES {
         text += &runtime.block_on(databases(count));
     }
-    text += "\n## With the objects\n\n`restore --dry-run` over a repository with that many log objects (names only, which is what a plan reads), beside `find` that lists \
-             them:\n\n| log objects | plan s | MiB | find s | plan without its listing s |\n|---|---|---|---|---|\n";
+    text + &with_objects()
+}
+
+/// How a plan grows with the objects of a repository.
+pub fn with_objects() -> String {
+    let mut text = String::from(
+        "\n## With the objects\n\n`restore --dry-run` over a repository with that many log objects (names only, which is what a plan reads), and how long its \
+         listings of them took:\n\n| log objects | plan s | MiB | its listings s | without them s |\n|---|---|---|---|---|\n",
+    );
     for count in OBJECTS {
         text += &objects(count);
     }
@@ -173,17 +180,29 @@ async fn write(client: &Client, database: &str, calls: u64) {
 fn objects(count: u64) -> String {
     let place = Place::of_log(0.001);
     place.back_up(&place.sidecar());
-    let log = log_objects(&place.dir("repository"), count);
+    log_objects(&place.dir("repository"), count);
     let to = place.dir("restored");
-    let dry = ["--quiet", "restore", "--dry-run", "--data-dir", path(&to), "--to", "offset:100"];
-    let plan = measure(place.sidecar().command().args(dry));
-    let find = measure(Command::new("find").arg(&log).args(["-type", "f", "-printf", "%f %s\\n"]));
-    let without = plan.seconds - find.seconds;
-    format!("| {count} | {} | {:.2} | {without:.2} |\n", cells(&plan), find.seconds)
+    let log_file = place.dir("log");
+    let mut plan = place.sidecar().command();
+    plan.args(["restore", "--dry-run", "--data-dir", path(&to), "--to", "offset:100", "--log-format", "json"]);
+    plan.env("RUST_LOG", "inner_universe=debug").stderr(std::fs::File::create(&log_file).expect("a file"));
+    let plan = measure(&mut plan);
+    let listing = listed(&log_file);
+    format!("| {count} | {} | {listing:.2} | {:.2} |\n", cells(&plan), plan.seconds - listing)
+}
+
+/// Seconds that listings took, as the log of a command tells.
+fn listed(log: &Path) -> f64 {
+    let text = std::fs::read_to_string(log).expect("a log");
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let seconds: Vec<f64> =
+        lines.filter(|line| line["message"] == "listed").filter_map(|line| line["seconds"].as_f64()).collect();
+    assert!(!seconds.is_empty(), "no listing in {}", log.display());
+    seconds.iter().sum()
 }
 
 /// Continues a log's first level with empty objects, up to `objects` in all.
-fn log_objects(repository: &Path, objects: u64) -> PathBuf {
+fn log_objects(repository: &Path, objects: u64) {
     let output = Command::new("find").arg(repository).args(["-name", "*.iulog"]).output().expect("find");
     let found = String::from_utf8(output.stdout).expect("names");
     let mut files: Vec<_> = found.lines().map(PathBuf::from).collect();
@@ -196,5 +215,4 @@ fn log_objects(repository: &Path, objects: u64) -> PathBuf {
         std::fs::File::create(folder.join(format!("{next:020}-{:020}.iulog", next + 9))).expect("an object");
         next += 10;
     }
-    folder.to_owned()
 }

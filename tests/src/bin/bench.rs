@@ -1,6 +1,6 @@
 //! The benchmark: ours and what users would pick instead, in turn, in one run. Machines are noisy, so only ratios count.
 //! `bench [GiB] [ROUNDS]` compares on the data of a real server, `bench log [GiB] [ROUNDS]` on a log alone, `bench s3 [GiB]
-//! [ROUNDS]` over S3; `bench growth` shows how ours grows; `bench micro DIR` tells
+//! [ROUNDS]` over S3; `bench growth` shows how ours grows (`growth objects` prints its last table alone); `bench micro DIR` tells
 //! what criterion has measured.
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a benchmark measures and prints")]
 
@@ -9,6 +9,9 @@ use harness::bench::{compare, growth, micro, report};
 
 fn main() {
     match std::env::args().nth(1).as_deref() {
+        Some("growth") if std::env::args().nth(2).as_deref() == Some("objects") => {
+            println!("{}", growth::with_objects())
+        }
         Some("growth") => report::write("benchmarks-growth.md", &growth::all()),
         Some("micro") => {
             let figures = std::env::args().nth(2).expect("where criterion leaves its figures");
