@@ -490,7 +490,7 @@ impl Repository {
             let id = key.parts().rev().nth(1).and_then(|id| id.as_ref().parse::<TimelineId>().ok());
             if !found.timelines.iter().any(|timeline| Some(timeline.timeline) == id) {
                 let Some(id) = id else { return Err(error) };
-                if !self.list(&paths::logs(database, id)).await?.is_empty() {
+                if self.holds_any(&paths::logs(database, id)).await? {
                     return Err(error);
                 }
                 tracing::warn!(%error, "the timeline has no log, and is passed over");
