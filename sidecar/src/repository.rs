@@ -3,10 +3,13 @@
 //! Invariants: an object is written once and never changed; what a manifest names was durable before the manifest was
 //! written; whatever is read is checked against a hash before it is used; only this room builds object names.
 
+pub mod chain;
 mod codec;
+mod contents;
 pub mod crypto;
 pub mod document;
 pub mod instance;
+mod large;
 pub mod lease;
 pub mod log_object;
 pub mod manifest;
@@ -28,12 +31,11 @@ use serde::de::DeserializeOwned;
 use crate::clock::{Clock, Stopwatch};
 use crate::config::RepositoryConfig;
 use crate::datadir::bytes::Malformed;
-use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
+use crate::ids::RestorePointId;
 use crate::repository::crypto::{CryptoError, Keyring};
+use crate::repository::large::LargePut;
 use crate::repository::lease::Fence;
-use crate::repository::manifest::{
-    LastDrill, Pin, RepositoryInfo, RestorePoint, RestorePointList, Retention, SnapshotManifest, Timeline,
-};
+use crate::repository::manifest::RepositoryInfo;
 use crate::repository::store::{Conditional, Operation, Store};
 
 /// What can go wrong with the repository.
@@ -292,7 +294,7 @@ impl Repository {
     pub async fn put_large(&self, key: &Key, start: Bytes) -> Result<LargePut<'_>, RepositoryError> {
         self.check_fence()?;
         let upload = self.store.begin_large(key).await?;
-        Ok(LargePut { repository: self, key: key.clone(), upload, buffer: start.to_vec() })
+        Ok(LargePut::new(self, key.clone(), upload, start.to_vec()))
     }
 
     /// Is there an object of this name?
@@ -316,20 +318,30 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn list(&self, prefix: &Key) -> Result<Vec<(Key, u64)>, RepositoryError> {
+        let mut objects = Vec::new();
+        self.visit(prefix, |object| objects.push((object.location, object.size))).await?;
+        objects.sort();
+        Ok(objects)
+    }
+
+    /// Gives every object below `prefix` to `take`, as the store lists them.
+    async fn visit(&self, prefix: &Key, mut take: impl FnMut(ObjectMeta)) -> Result<(), RepositoryError> {
         let took = Stopwatch::start();
         let mut pages = self.store.objects().list(Some(prefix)).try_ready_chunks(PAGE);
-        let mut objects = Vec::new();
+        let mut objects = 0;
         loop {
             // Each page has the deadline of a request: one that is never answered must not hold everything up for ever.
             let page = async { pages.try_next().await.map_err(|error| error.1) };
             match self.store.within(Operation::List, prefix, 0, page).await? {
-                Some(page) => objects.extend(page.into_iter().map(|object| (object.location, object.size))),
+                Some(page) => {
+                    objects += page.len();
+                    page.into_iter().for_each(&mut take);
+                }
                 None => break,
             }
         }
-        objects.sort();
-        tracing::debug!(%prefix, objects = objects.len(), seconds = took.elapsed_seconds(), "listed");
-        Ok(objects)
+        tracing::debug!(%prefix, objects, seconds = took.elapsed_seconds(), "listed");
+        Ok(())
     }
 
     /// Is there any object below `prefix`? Asks for the first page alone.
@@ -359,237 +371,10 @@ impl Repository {
         self.put(key, bytes.into()).await?;
         Ok(len)
     }
-
-    /// Every restore point's id, oldest first.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn restore_point_ids(&self) -> Result<Vec<RestorePointId>, RepositoryError> {
-        let objects = self.list(&paths::restore_points()).await?;
-        Ok(objects.iter().filter_map(|(key, _)| paths::parse_restore_point(key)).collect())
-    }
-
-    /// Every restore point; those that are missing or damaged are told apart.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn restore_points(&self) -> Result<RestorePointList, RepositoryError> {
-        let mut listing = RestorePointList { restore_points: Vec::new(), problems: Vec::new() };
-        for id in self.restore_point_ids().await? {
-            match self.restore_point(id).await {
-                Ok(point) => listing.restore_points.push(point),
-                Err(error) if error.is_damage() => listing.problems.push(error.to_string()),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(listing)
-    }
-
-    /// # Errors
-    /// When it is missing or damaged.
-    pub async fn restore_point(&self, id: RestorePointId) -> Result<RestorePoint, RepositoryError> {
-        self.get_document(&paths::restore_point(id)).await
-    }
-
-    /// Writes a restore point: the last write of a backup. Returns the bytes written.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn put_restore_point(&self, point: &RestorePoint) -> Result<usize, RepositoryError> {
-        self.put_document(&paths::restore_point(point.id), point).await
-    }
-
-    /// What retention did last; `None` where it never did anything.
-    ///
-    /// # Errors
-    /// When the store fails, or the document is damaged.
-    pub async fn retention(&self) -> Result<Option<Retention>, RepositoryError> {
-        let mut result = Ok(None);
-        for _ in 0..2 {
-            for (key, _) in self.list(&paths::retentions()).await?.into_iter().rev() {
-                match self.get_document(&key).await {
-                    Ok(found) => return Ok(Some(found)),
-                    // A prune has put a newer one in its place meanwhile.
-                    Err(RepositoryError::Missing { .. }) => {}
-                    // The one before says nearly the same: what was removed stays so.
-                    Err(error) if error.is_damage() => {
-                        tracing::warn!(%error, "what retention did is read from the document before");
-                        result = Err(error);
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        result
-    }
-
-    /// The newest drill; `None` before the first.
-    ///
-    /// # Errors
-    /// When the store fails, or its result is damaged.
-    pub async fn last_drill(&self) -> Result<Option<LastDrill>, RepositoryError> {
-        match self.list(&paths::drills()).await?.pop() {
-            Some((key, _)) => self.get_document(&key).await.map(Some),
-            None => Ok(None),
-        }
-    }
-
-    /// Restore points that retention keeps.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn pins(&self) -> Result<Vec<RestorePointId>, RepositoryError> {
-        let objects = self.list(&paths::pins()).await?;
-        Ok(objects.iter().filter_map(|(key, _)| paths::parse_restore_point(key)).collect())
-    }
-
-    /// Keeps a restore point from retention. One that is pinned already stays so.
-    ///
-    /// # Errors
-    /// When there is no such restore point, or the store fails.
-    pub async fn pin(&self, id: RestorePointId, at: jiff::Timestamp) -> Result<(), RepositoryError> {
-        self.restore_point(id).await?;
-        if self.exists(&paths::pin(id)).await? {
-            return Ok(());
-        }
-        self.put_document(&paths::pin(id), &Pin { restore_point: id, pinned_at: at }).await?;
-        // A prune that had read the pins before may have taken it.
-        match self.restore_point(id).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.unpin(id).await?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Leaves a restore point to retention.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn unpin(&self, id: RestorePointId) -> Result<(), RepositoryError> {
-        self.delete(&paths::pin(id)).await
-    }
-
-    /// Every database with anything in the repository.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn databases(&self) -> Result<Vec<Identity>, RepositoryError> {
-        let names = self.folders(&paths::databases()).await?;
-        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
-    }
-
-    /// Every timeline of a database, oldest first.
-    ///
-    /// # Errors
-    /// When the store fails or a timeline's document is damaged.
-    pub async fn timelines(&self, database: &Identity) -> Result<Vec<Timeline>, RepositoryError> {
-        let found = self.timelines_and_problems(database).await?;
-        for (key, error) in found.problems {
-            let id = key.parts().rev().nth(1).and_then(|id| id.as_ref().parse::<TimelineId>().ok());
-            if !found.timelines.iter().any(|timeline| Some(timeline.timeline) == id) {
-                let Some(id) = id else { return Err(error) };
-                if self.holds_any(&paths::logs(database, id)).await? {
-                    return Err(error);
-                }
-                tracing::warn!(%error, "the timeline has no log, and is passed over");
-                continue;
-            }
-            tracing::warn!(%error, "what the timeline was is told by its log; `inner-universe verify --repair` writes it anew");
-        }
-        Ok(found.timelines)
-    }
-
-    /// # Errors
-    /// When the store fails.
-    pub async fn put_timeline(&self, database: &Identity, timeline: &Timeline) -> Result<usize, RepositoryError> {
-        self.put_document(&paths::timeline(database, timeline.timeline), timeline).await
-    }
-
-    /// The offsets of every snapshot kept on one timeline, oldest first.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn snapshots(&self, database: &Identity, timeline: TimelineId) -> Result<Vec<Offset>, RepositoryError> {
-        let objects = self.list(&paths::snapshots(database, timeline)).await?;
-        Ok(objects.iter().filter_map(|(key, _)| paths::parse_snapshot(key)).collect())
-    }
-
-    /// # Errors
-    /// When it is missing or damaged.
-    pub async fn snapshot(
-        &self,
-        database: &Identity,
-        timeline: TimelineId,
-        offset: Offset,
-    ) -> Result<SnapshotManifest, RepositoryError> {
-        self.get_document(&paths::snapshot(database, timeline, offset)).await
-    }
-
-    /// # Errors
-    /// When the store fails.
-    pub async fn put_snapshot(&self, manifest: &SnapshotManifest) -> Result<usize, RepositoryError> {
-        self.put_document(&paths::snapshot(&manifest.identity, manifest.timeline, manifest.offset), manifest).await
-    }
-
-    /// Writes a pack under the name of its content.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn put_pack(&self, database: &Identity, id: ContentHash, bytes: Bytes) -> Result<(), RepositoryError> {
-        self.put(&paths::pack(database, id), bytes).await
-    }
 }
 
 /// Objects that a store lists in one answer.
 const PAGE: usize = 1000;
-
-/// What S3 accepts as a part, and more than that.
-const LARGE_PART: usize = 8 << 20;
-
-/// An object on its way to the store in parts. It is there only once [`LargePut::finish`] has returned.
-pub struct LargePut<'a> {
-    repository: &'a Repository,
-    key: Key,
-    upload: Box<dyn object_store::MultipartUpload>,
-    buffer: Vec<u8>,
-}
-
-impl LargePut<'_> {
-    /// # Errors
-    /// When the lease is lost or the store fails.
-    pub async fn write(&mut self, bytes: Bytes) -> Result<(), RepositoryError> {
-        self.buffer.extend_from_slice(&bytes);
-        if self.buffer.len() >= LARGE_PART { self.send().await } else { Ok(()) }
-    }
-
-    async fn send(&mut self) -> Result<(), RepositoryError> {
-        self.repository.check_fence()?;
-        let part = std::mem::take(&mut self.buffer);
-        let len = part.len() as u64;
-        let sent = self.upload.put_part(part.into());
-        self.repository.store.within(Operation::Part, &self.key, len, sent).await
-    }
-
-    /// # Errors
-    /// When the lease is lost or the store fails.
-    pub async fn finish(mut self) -> Result<(), RepositoryError> {
-        if !self.buffer.is_empty() {
-            self.send().await?;
-        }
-        self.repository.check_fence()?;
-        self.repository.store.within(Operation::Put, &self.key, 0, self.upload.complete()).await.map(|_| ())
-    }
-
-    /// Leaves nothing behind, as far as the store lets us.
-    pub async fn abandon(mut self) {
-        let store = self.repository.store.clone();
-        if let Err(error) = store.within(Operation::Delete, &self.key, 0, self.upload.abort()).await {
-            tracing::debug!(key = %self.key, %error, "an unfinished upload was not cleared away");
-        }
-    }
-}
 
 /// Bytes of the repository that make no sense carry their object's name.
 pub(crate) trait InObject<T> {

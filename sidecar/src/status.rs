@@ -238,7 +238,7 @@ async fn archived_end(
     let Some(newest) = repository.newest_timeline(database, &timelines).await? else { return Ok(None) };
     let chain = repository.log_chain(database, &timelines, newest).await?;
     let Some(entry) = chain.entries.last() else { return Ok(None) };
-    let header = repository.log_header(&entry.key).await?;
+    let header = repository.log_header(&entry.key()).await?;
     Ok(Some((newest, header.last, header.times.max)))
 }
 

@@ -16,9 +16,10 @@ use serde::Serialize;
 
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::Progress;
+use crate::repository::chain::LogChain;
 use crate::repository::log_object::{ChainTip, LogHeader};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
-use crate::repository::timeline::{LogChain, ancestry};
+use crate::repository::timeline::ancestry;
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::plan::describe;
 use crate::verify::objects::{Draw, read_log};
@@ -275,21 +276,21 @@ impl Walk<'_> {
         let (repository, draw) = (self.repository, self.draw);
         let entries: Vec<_> = chain.entries.iter().filter(|entry| counts(entry.first)).collect();
         // Timelines share what they forked from: that was read already.
-        let is_known: Vec<_> = entries.iter().map(|entry| self.logs.contains_key(&entry.key)).collect();
+        let is_known: Vec<_> = entries.iter().map(|entry| self.logs.contains_key(&entry.key())).collect();
         let mut reads = futures::stream::iter(0..entries.len())
             .map(|index| {
                 let (entry, is_known) = (entries[index], is_known[index]);
                 async move {
                     match is_known {
                         true => None,
-                        false => Some(read_log(repository, entry, draw.is_drawn(&entry.key)).await),
+                        false => Some(read_log(repository, entry, draw.is_drawn(&entry.key())).await),
                     }
                 }
             })
             .buffered(AHEAD);
         for entry in &entries {
             let read = reads.next().await.flatten();
-            self.used.insert(entry.key.clone());
+            self.used.insert(entry.key());
             if chain.holes.iter().any(|hole| hole.found == entry.first) {
                 tip = None;
             }
@@ -298,19 +299,19 @@ impl Walk<'_> {
                 None => self.log_object(entry, name).await?,
             };
             let Some(header) = header else {
-                if !self.moved.contains(&entry.key) {
-                    bad.logs.insert(entry.key.clone());
+                if !self.moved.contains(&entry.key()) {
+                    bad.logs.insert(entry.key());
                 }
                 tip = None;
                 continue;
             };
             let continues = tip.is_none_or(|tip| tip.next == header.first && tip.chain == header.previous_chain);
             if !continues || header.database != database {
-                bad.logs.insert(entry.key.clone());
+                bad.logs.insert(entry.key());
                 self.find(
                     Severity::Error,
                     FindingKind::BrokenChain,
-                    &entry.key,
+                    &entry.key(),
                     format!(
                         "it does not continue the object before it; transactions from {} on are not to be trusted",
                         header.first
@@ -358,7 +359,7 @@ impl Walk<'_> {
                 );
             }
             let Some(entry) = chain.range(point.offset, point.offset).first() else { continue };
-            let Some(Some(header)) = self.logs.get(&entry.key) else { continue };
+            let Some(Some(header)) = self.logs.get(&entry.key()) else { continue };
             if !header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain) {
                 self.find(
                     Severity::Error,

@@ -11,8 +11,8 @@ use jiff::Timestamp;
 
 use crate::backup::{BackupError, OBJECT_SIZE, Work, blocking};
 use crate::ids::{Identity, TimelineId};
+use crate::repository::chain::LogEntry;
 use crate::repository::log_object::{LogHeader, Merge};
-use crate::repository::timeline::LogEntry;
 use crate::repository::{RepositoryError, paths};
 
 /// The highest level.
@@ -101,7 +101,7 @@ async fn merge(
     let repository = &work.repository;
     let mut headers: Vec<LogHeader> = Vec::with_capacity(run.len());
     for entry in run {
-        let header = repository.log_header(&entry.key).await?;
+        let header = repository.log_header(&entry.key()).await?;
         // Format versions never share an object, and what does not continue is left to `verify`.
         let fits = headers.last().is_none_or(|before| {
             before.log_version == header.log_version
@@ -133,7 +133,7 @@ async fn merge(
                     let stored = repository.log_part(&open, index).await?;
                     if let Err(malformed) = open.header.check_part(index, &stored) {
                         output.abandon().await;
-                        return Err(RepositoryError::damaged(&entry.key, malformed).into());
+                        return Err(RepositoryError::damaged(&entry.key(), malformed).into());
                     }
                     output.write(stored).await?;
                 }
@@ -147,7 +147,7 @@ async fn merge(
             let open = repository.open_log(entry).await?;
             for index in 0..header.parts.len() {
                 let stored = repository.log_part(&open, index).await?;
-                let (header, key, keys) = (Arc::clone(&open.header), entry.key.clone(), repository.keys.clone());
+                let (header, key, keys) = (Arc::clone(&open.header), entry.key(), repository.keys.clone());
                 let commits = blocking(move || header.decode_part(&key, index, &stored, &keys)).await??;
                 if !gathered.is_empty() && gathered.len() + commits.len() > OBJECT_SIZE {
                     merge.seal(&gathered, LEVEL, &repository.keys, &mut body)?;
@@ -181,7 +181,7 @@ async fn read_back(
     let (Some(first), Some(last)) = (inputs.first(), inputs.last()) else { return Ok(()) };
     let key = paths::log(&database, timeline, level, first.first, last.last);
     let size = work.repository.log_header(&key).await?.object_len();
-    let entry = LogEntry { key: key.clone(), timeline, level, first: first.first, last: last.last, size };
+    let entry = LogEntry::new(&database, timeline, level, first.first, last.last, size);
     let open = work.repository.open_log(&entry).await?;
     let header = &open.header;
     if header.previous_chain != first.previous_chain || header.tip().chain != last.tip().chain {
@@ -210,12 +210,12 @@ async fn delete_inputs(work: &Arc<Work>, entries: &[LogEntry], grace: Duration) 
         if inputs.is_empty() {
             continue;
         }
-        let header = work.repository.log_header(&output.key).await?;
+        let header = work.repository.log_header(&output.key()).await?;
         let written = Timestamp::from_microsecond(header.archived_at).unwrap_or(Timestamp::MAX);
         let age = work.clock.now().duration_since(written);
         if Duration::try_from(age).is_ok_and(|age| age >= grace) {
             for input in inputs {
-                work.repository.delete(&input.key).await?;
+                work.repository.delete(&input.key()).await?;
                 deleted += 1;
             }
         }
@@ -337,7 +337,7 @@ mod tests {
             }
         }
         assert_eq!(next, hours * 3600);
-        assert_eq!(work.repository.log_header(&chain.entries.last().unwrap().key).await.unwrap().tip(), tip);
+        assert_eq!(work.repository.log_header(&chain.entries.last().unwrap().key()).await.unwrap().tip(), tip);
 
         put_restore_point(&work, tip).await;
         for target in [Target::Offset(Offset(hours * 1800)), Target::Latest, Target::Time(clock.now())] {
@@ -379,8 +379,7 @@ mod tests {
     }
 
     fn entry(level: u8, first: u64, last: u64, size: u64) -> LogEntry {
-        let key = paths::log(&Identity([1; 32]), TimelineId::FIRST, level, Offset(first), Offset(last));
-        LogEntry { key, timeline: TimelineId::FIRST, level, first: Offset(first), last: Offset(last), size }
+        LogEntry::new(&Identity([1; 32]), TimelineId::FIRST, level, Offset(first), Offset(last), size)
     }
 
     fn ranges(runs: &[Vec<LogEntry>]) -> Vec<(u64, u64)> {

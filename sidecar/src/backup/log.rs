@@ -16,9 +16,9 @@ use crate::buffers::Buffer;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::repository::chain::LogEntry;
 use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
 use crate::repository::manifest::{Timeline, TimelineReason};
-use crate::repository::timeline::LogEntry;
 use crate::repository::{Repository, RepositoryError, paths};
 
 /// What is archived of one database after a backup.
@@ -316,7 +316,7 @@ pub(crate) async fn find_continuation(
     chain = chain.before_loss();
     // What is lost or damaged at the end cannot be continued; what lies before can.
     while let Some(entry) = chain.entries.last() {
-        match repository.log_header(&entry.key).await {
+        match repository.log_header(&entry.key()).await {
             Ok(_) => break,
             Err(error) if error.is_damage() => {
                 lost = Some(error.to_string());
@@ -338,7 +338,7 @@ pub(crate) async fn find_continuation(
         let lost = (tail.last.0 + 1, first_segment.first);
         return begin_after_gap(work, database, next_id, lost).await.map(Some);
     }
-    let tail_header = repository.log_header(&tail.key).await?;
+    let tail_header = repository.log_header(&tail.key()).await?;
     // Of an object that a fork leaves in its middle, only what lies before the fork is of this history.
     let within = tail_header.links.partition_point(|link| link.last <= tail.last);
     if lost.is_none() && within > 0 && shared_links(dir, &tail_header).await?.is_some_and(|shared| shared >= within) {
@@ -402,7 +402,7 @@ async fn timeline_start(
     let broken =
         || RepositoryError::damaged(&key, format!("transaction {fork}, where a timeline forks off, is missing"));
     let entry = chain.range(fork, fork).first().ok_or_else(broken)?;
-    let header = repository.log_header(&entry.key).await?;
+    let header = repository.log_header(&entry.key()).await?;
     let index = header.links.iter().position(|link| link.last == fork).ok_or_else(broken)?;
     header.tip_at(index).ok_or_else(broken).map_err(Into::into)
 }
@@ -452,7 +452,7 @@ async fn find_fork(
     let mut best = None;
     while agree < differ {
         let middle = agree + (differ - agree) / 2;
-        let header = repository.log_header(&entries[middle].key).await?;
+        let header = repository.log_header(&entries[middle].key()).await?;
         let shared = shared_links(dir, &header).await?.unwrap_or(0);
         if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last)) {
             best = Some((entries[middle].timeline, tip));

@@ -138,8 +138,8 @@ impl Daemon {
                 let first = entries.iter().min_by_key(|entry| entry.first);
                 let last = entries.iter().max_by_key(|entry| entry.last);
                 let (Some(first), Some(last)) = (first, last) else { continue };
-                let starts = self.repository.log_header(&first.key).await?;
-                let ends = self.repository.log_header(&last.key).await?;
+                let starts = self.repository.log_header(&first.key()).await?;
+                let ends = self.repository.log_header(&last.key()).await?;
                 let time = |micros: Option<i64>| Timestamp::from_microsecond(micros?).ok();
                 let text = database.to_string();
                 found.push(TimelineView {

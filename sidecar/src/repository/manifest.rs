@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
-use crate::repository::timeline::Hole;
+use crate::repository::chain::Hole;
 
 /// The repository format this release writes.
 pub const FORMAT: u32 = 1;

@@ -32,8 +32,16 @@ pub fn logs(database: &Identity, timeline: TimelineId) -> Key {
 }
 
 pub fn log(database: &Identity, timeline: TimelineId, level: u8, first: Offset, last: Offset) -> Key {
-    let (first, last) = (first.padded(), last.padded());
-    Key::from(format!("databases/{database}/timelines/{timeline}/log/L{level}/{first}-{last}{LOG_SUFFIX}"))
+    log_folder(database, timeline, level).join(log_name(first, last))
+}
+
+pub fn log_folder(database: &Identity, timeline: TimelineId, level: u8) -> Key {
+    Key::from(format!("databases/{database}/timelines/{timeline}/log/L{level}"))
+}
+
+/// A log object's name in the folder of its level.
+pub fn log_name(first: Offset, last: Offset) -> String {
+    format!("{}-{}{LOG_SUFFIX}", first.padded(), last.padded())
 }
 
 /// The range that a log object's name tells, both ends included.

@@ -9,9 +9,10 @@ use jiff::Timestamp;
 
 use crate::datadir::commit::Frame;
 use crate::ids::{Identity, Offset, TimelineId};
+use crate::repository::chain::{Hole, LogChain, LogEntry};
 use crate::repository::log_object::{ChainTip, Link};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
-use crate::repository::timeline::{Hole, LogChain, LogEntry, ancestry};
+use crate::repository::timeline::ancestry;
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
 use crate::restore::target::Target;
@@ -395,14 +396,14 @@ async fn chain_is_as_promised(
     chain: &LogChain,
 ) -> Result<(), RestoreError> {
     let Some(entry) = chain.range(point.offset, point.offset).first() else { return Ok(()) };
-    let header = repository.log_header(&entry.key).await?;
+    let header = repository.log_header(&entry.key()).await?;
     let matches = header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain);
     if matches {
         return Ok(());
     }
     Err(RestoreError::Unreachable {
         wanted: point.offset,
-        reason: format!("{} holds another history than the restore point; run `inner-universe verify`", entry.key),
+        reason: format!("{} holds another history than the restore point; run `inner-universe verify`", entry.key()),
     })
 }
 
@@ -431,7 +432,7 @@ pub(crate) async fn start_of_link(
     offset: Offset,
 ) -> Result<Offset, RestoreError> {
     let Some(entry) = chain.range(offset, offset).first() else { return Ok(offset) };
-    let header = repository.log_header(&entry.key).await?;
+    let header = repository.log_header(&entry.key()).await?;
     let before = header.links.iter().rev().find(|link| link.last < offset);
     Ok(before.map_or(header.first, |link| Offset(link.last.0.saturating_add(1))))
 }
@@ -440,7 +441,7 @@ async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Op
     let Some(entry) = chain.entries.last() else {
         return Err(RestoreError::NothingToRestore("nothing is archived".into()));
     };
-    let tip = repository.log_header(&entry.key).await?.tip_until(entry.last);
+    let tip = repository.log_header(&entry.key()).await?.tip_until(entry.last);
     Ok((entry.last, tip.max_time))
 }
 
@@ -457,7 +458,7 @@ async fn at_time(
     while within < later {
         let middle = within + (later - within) / 2;
         let entry = &chain.entries[middle];
-        let tip = repository.log_header(&entry.key).await?.tip_until(entry.last);
+        let tip = repository.log_header(&entry.key()).await?.tip_until(entry.last);
         if tip.max_time.is_some_and(|max| max > micros) {
             later = middle;
         } else {
@@ -521,12 +522,12 @@ async fn at_offset(
     };
     let entry = &chain.entries[index];
     if entry.last == offset {
-        return Ok((offset, repository.log_header(&entry.key).await?.tip_until(offset).max_time));
+        return Ok((offset, repository.log_header(&entry.key()).await?.tip_until(offset).max_time));
     }
     let before = match index.checked_sub(1) {
         Some(before) => {
             let entry = &chain.entries[before];
-            Some(repository.log_header(&entry.key).await?.tip_until(entry.last))
+            Some(repository.log_header(&entry.key()).await?.tip_until(entry.last))
         }
         None => None,
     };

@@ -18,7 +18,7 @@ use crate::datadir::{DataDir, DataDirError, ReplicaDir};
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{Identity, Offset, TimelineId};
 use crate::progress::Progress;
-use crate::repository::timeline::LogEntry;
+use crate::repository::chain::LogEntry;
 use crate::repository::{Repository, RepositoryError};
 
 /// What can go wrong with local log.
@@ -244,13 +244,13 @@ async fn is_same(
             }
         };
         if let Err(reason) = blocking(checked).await? {
-            return Ok(Some(format!("{} cannot be read back: {reason}", entry.key)));
+            return Ok(Some(format!("{} cannot be read back: {reason}", entry.key())));
         }
     }
     // An object that the local log holds only a part of is compared by its last commits.
     let links = open.header.links.iter().filter(|link| link.last <= entry.last).count();
     let same = shared_links(&replica.log_path(), &open.header).await?.is_some_and(|shared| shared >= links);
-    Ok((!same).then(|| format!("{} holds another history than the local log", entry.key)))
+    Ok((!same).then(|| format!("{} holds another history than the local log", entry.key())))
 }
 
 /// Removes what the plan names.

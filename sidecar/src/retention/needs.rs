@@ -6,9 +6,10 @@ use jiff::Timestamp;
 use object_store::path::Path as Key;
 
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::chain::{LogChain, LogEntry};
 use crate::repository::log_object::{ChainTip, LogHeader};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
-use crate::repository::timeline::{LogChain, LogEntry, ancestry};
+use crate::repository::timeline::ancestry;
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
 use crate::restore::plan::start_of_link;
@@ -148,8 +149,7 @@ impl Look<'_> {
         let mut problems = Vec::new();
         let needed = self.needed_of(line);
         for some in needed.chunks(READ_AHEAD) {
-            let requests: Vec<_> =
-                some.iter().map(|entry| header_of(self.repository.clone(), entry.key.clone())).collect();
+            let requests: Vec<_> = some.iter().map(|entry| header_of(self.repository.clone(), entry.key())).collect();
             for (header, entry) in futures::future::join_all(requests).await.into_iter().zip(some) {
                 match header {
                     Ok(header) => {
@@ -186,16 +186,16 @@ impl Look<'_> {
     ) -> Vec<String> {
         let mut problems = Vec::new();
         if header.object_len() != entry.size || header.database != self.database {
-            problems.push(format!("{} is not what its header says", entry.key));
+            problems.push(format!("{} is not what its header says", entry.key()));
         }
         if before.is_some_and(|tip| tip.next == header.first && tip.chain != header.previous_chain) {
-            problems.push(format!("{} does not continue the object before it", entry.key));
+            problems.push(format!("{} does not continue the object before it", entry.key()));
         }
         for promised in points.iter().filter(|promised| promised.point.timeline == entry.timeline) {
             let point = promised.point;
             let is_here = entry.first <= point.offset && point.offset <= entry.last;
             if is_here && !header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain) {
-                problems.push(format!("restore point {}: {} holds another history", promised.id, entry.key));
+                problems.push(format!("restore point {}: {} holds another history", promised.id, entry.key()));
             }
         }
         problems
@@ -271,7 +271,7 @@ impl Look<'_> {
         let Some(start) = window_start else { return Ok(false) };
         let own = line.chain.entries.iter().rev().find(|entry| entry.timeline == line.timeline);
         let Some(entry) = own else { return Ok(false) };
-        match self.repository.log_header(&entry.key).await {
+        match self.repository.log_header(&entry.key()).await {
             Ok(header) => Ok(header.archived_at >= start.as_microsecond()),
             // What cannot be read is not what to take away.
             Err(error) if error.is_damage() => Ok(true),
@@ -323,7 +323,7 @@ impl Look<'_> {
         while within < later {
             let middle = within + (later - within) / 2;
             let Some(entry) = entries.get(middle) else { break };
-            let is_later = match self.repository.log_header(&entry.key).await {
+            let is_later = match self.repository.log_header(&entry.key()).await {
                 Ok(header) => header.tip_until(entry.last).max_time.is_some_and(|max| max > start.as_microsecond()),
                 // What cannot be read is kept, and all after it.
                 Err(error) if error.is_damage() => true,

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use object_store::path::Path as Key;
 
 use crate::ids::{Offset, TimelineId};
+use crate::repository::chain::LogChain;
 use crate::repository::manifest::Timeline;
 use crate::repository::ranges::{merged, without};
-use crate::repository::timeline::LogChain;
 
 /// What cannot be used.
 #[derive(Debug, Default)]
@@ -57,7 +57,7 @@ pub(super) fn losses(
 /// The unbroken pieces of a row, of the objects that count.
 fn pieces(chain: &LogChain, counts: impl Fn(&Key) -> bool) -> Vec<Range> {
     let mut pieces: Vec<Range> = Vec::new();
-    for entry in chain.entries.iter().filter(|entry| counts(&entry.key)) {
+    for entry in chain.entries.iter().filter(|entry| counts(&entry.key())) {
         match pieces.last_mut() {
             Some((_, last)) if *last + 1 == entry.first.0 => *last = entry.last.0,
             _ => pieces.push((entry.first.0, entry.last.0)),

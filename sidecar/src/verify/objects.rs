@@ -6,10 +6,11 @@ use std::sync::Arc;
 use object_store::path::Path as Key;
 
 use crate::ids::{ContentHash, Identity, Offset};
+use crate::repository::chain::{Hole, LogEntry};
 use crate::repository::log_object::LogHeader;
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::ranges::{merged, without};
-use crate::repository::timeline::{Hole, LogEntry, OpenLog};
+use crate::repository::timeline::OpenLog;
 use crate::repository::{InObject, Repository, RepositoryError, crypto::CryptoError, instance};
 use crate::verify::{Finding, FindingKind, Severity, Walk};
 
@@ -20,10 +21,10 @@ impl Walk<'_> {
         entry: &LogEntry,
         database: &str,
     ) -> Result<Option<LogHeader>, RepositoryError> {
-        if let Some(known) = self.logs.get(&entry.key) {
+        if let Some(known) = self.logs.get(&entry.key()) {
             return Ok(known.clone());
         }
-        let read = read_log(self.repository, entry, self.is_drawn(&entry.key)).await;
+        let read = read_log(self.repository, entry, self.is_drawn(&entry.key())).await;
         self.judge_log(entry, read, database).await
     }
 
@@ -34,7 +35,7 @@ impl Walk<'_> {
         read: LogRead,
         database: &str,
     ) -> Result<Option<LogHeader>, RepositoryError> {
-        let key = &entry.key;
+        let key = &entry.key();
         // Compaction and retention go on while a long verification reads what it listed.
         if matches!(read.opened, Err(RepositoryError::Missing { .. })) && self.is_replaced(entry).await? {
             self.moved.insert(key.clone());
@@ -64,10 +65,10 @@ impl Walk<'_> {
 
     /// Do other objects hold now what this one held, or did retention take it away?
     async fn is_replaced(&self, entry: &LogEntry) -> Result<bool, RepositoryError> {
-        let database = entry.key.parts().nth(1).and_then(|part| part.as_ref().parse::<Identity>().ok());
+        let database = entry.key().parts().nth(1).and_then(|part| part.as_ref().parse::<Identity>().ok());
         let Some(database) = database else { return Ok(false) };
         let listed = self.repository.log_entries(&database, entry.timeline).await?;
-        let held = listed.iter().filter(|other| other.key != entry.key).map(|other| (other.first.0, other.last.0));
+        let held = listed.iter().filter(|other| other.key() != entry.key()).map(|other| (other.first.0, other.last.0));
         if without((entry.first.0, entry.last.0), &merged(held.collect())).is_empty() {
             return Ok(true);
         }
@@ -87,10 +88,10 @@ impl Walk<'_> {
             Err(RepositoryError::Damaged { reason, .. }) => {
                 let (first, last) = (entry.first, entry.last);
                 let lost = format!("{reason}; transactions {first} to {last} of {database} are not readable");
-                self.damaged(&entry.key, &lost);
+                self.damaged(&entry.key(), &lost);
                 Ok(None)
             }
-            result => self.sort_out(&entry.key, result),
+            result => self.sort_out(&entry.key(), result),
         }
     }
 

@@ -9,9 +9,8 @@ use object_store::path::Path as Key;
 use crate::export::manifest::ExportManifest;
 #[cfg(feature = "client")]
 use crate::ids::ContentHash;
-use crate::ids::TimelineId;
+use crate::repository::chain::LogEntry;
 use crate::repository::manifest::RestorePoint;
-use crate::repository::timeline::LogEntry;
 use crate::repository::{RepositoryError, document, paths};
 use crate::verify::Walk;
 
@@ -42,7 +41,7 @@ impl Walk<'_> {
                 ["programs", _] | ["databases", _, "exports", ..] => {}
                 ["databases", database, "timelines", timeline, "log", ..] => {
                     let size = listed.get(&key).copied().unwrap_or_default();
-                    let entry = timeline.parse().ok().and_then(|timeline| log_entry(&key, timeline, size));
+                    let entry = timeline.parse().ok().and_then(|timeline| LogEntry::parse(&key, timeline, size));
                     match entry {
                         Some(entry) if self.is_superseded(&entry) => {
                             self.log_object(&entry, database).await?;
@@ -63,12 +62,9 @@ impl Walk<'_> {
 
     /// Do objects that are in use hold what this one holds?
     fn is_superseded(&self, entry: &LogEntry) -> bool {
-        let mut held: Vec<_> = self
-            .used
-            .iter()
-            .filter(|key| key.prefix_matches(&folder_of_levels(&entry.key)))
-            .filter_map(paths::parse_log)
-            .collect();
+        let folder = folder_of_levels(&entry.key());
+        let mut held: Vec<_> =
+            self.used.iter().filter(|key| key.prefix_matches(&folder)).filter_map(paths::parse_log).collect();
         held.sort_unstable();
         let mut at = entry.first.0;
         for (first, last) in held {
@@ -130,12 +126,6 @@ impl Walk<'_> {
         }
         Ok(())
     }
-}
-
-/// A log object by its name.
-fn log_entry(key: &Key, timeline: TimelineId, size: u64) -> Option<LogEntry> {
-    let ((first, last), level) = (paths::parse_log(key)?, paths::parse_log_level(key)?);
-    Some(LogEntry { key: key.clone(), timeline, level, first, last, size })
 }
 
 /// The folder that holds all levels of the timeline that a log object is of.

@@ -363,7 +363,7 @@ async fn nothing_is_removed_while_a_kept_restore_point_is_broken_or_nothing_says
     let entries = life.repository.log_entries(&DATABASE, TimelineId::FIRST).await.expect("entries");
     // One that a kept restore point needs, in the window.
     let lost = &entries[entries.len() - 3];
-    life.objects.delete(&lost.key).await.expect("to delete");
+    life.objects.delete(&lost.key()).await.expect("to delete");
     let before = life.repository.list(&Key::default()).await.expect("a listing");
     let refused = life.prune(&life.repository).await.expect_err("broken restore points");
     assert!(refused.to_string().starts_with("nothing was removed: restore point"), "{refused}");

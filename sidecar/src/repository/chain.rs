@@ -1,0 +1,364 @@
+//! The row of log objects that leads to a place on a timeline, put together from their names.
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+
+use object_store::path::Path as Key;
+
+use crate::ids::{Identity, Offset, TimelineId};
+use crate::repository::log_object::HEADER_READ;
+use crate::repository::paths;
+
+/// One log object as its name tells. A log can have a million, so they share the text of their folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogEntry {
+    folder: Arc<Key>,
+    pub timeline: TimelineId,
+    /// 0 as archived, higher after compaction.
+    pub level: u8,
+    pub first: Offset,
+    /// The last transaction that counts: in a chain that leaves a timeline inside the object, less than its name says.
+    pub last: Offset,
+    named_last: Offset,
+    /// Bytes as stored.
+    pub size: u64,
+}
+
+/// Objects up to this size are read in one request.
+const READ_WHOLE: u64 = 6 << 20;
+
+impl LogEntry {
+    pub fn new(database: &Identity, timeline: TimelineId, level: u8, first: Offset, last: Offset, size: u64) -> Self {
+        let folder = Arc::new(paths::log_folder(database, timeline, level));
+        Self { folder, timeline, level, first, last, named_last: last, size }
+    }
+
+    /// What the name of a log object tells; `None` for the name of anything else.
+    pub fn parse(key: &Key, timeline: TimelineId, size: u64) -> Option<Self> {
+        Self::beside(None, key, timeline, size)
+    }
+
+    /// Shares the folder of `other` if it is the same.
+    pub(super) fn beside(other: Option<&Self>, key: &Key, timeline: TimelineId, size: u64) -> Option<Self> {
+        let ((first, last), level) = (paths::parse_log(key)?, paths::parse_log_level(key)?);
+        let (folder, _) = key.as_ref().rsplit_once('/')?;
+        let folder = match other.filter(|other| other.folder.as_ref().as_ref() == folder) {
+            Some(other) => Arc::clone(&other.folder),
+            None => Arc::new(Key::parse(folder).ok()?),
+        };
+        Some(Self { folder, timeline, level, first, last, named_last: last, size })
+    }
+
+    pub fn key(&self) -> Key {
+        self.folder.as_ref().clone().join(paths::log_name(self.first, self.named_last))
+    }
+
+    /// Bytes that opening it reads.
+    pub fn size_to_open(&self) -> u64 {
+        if self.is_read_whole() { self.size } else { HEADER_READ }
+    }
+
+    pub(super) fn is_read_whole(&self) -> bool {
+        self.size <= READ_WHOLE
+    }
+}
+
+/// The row of log objects of one timeline and the ancestors it grew from.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LogChain {
+    pub entries: Vec<LogEntry>,
+    /// Where the row breaks off although later objects are there, or an ancestor does not reach its fork.
+    pub holes: Vec<Hole>,
+}
+
+/// Transactions that a row of log objects lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hole {
+    pub timeline: TimelineId,
+    /// The first that is missing.
+    pub missing: Offset,
+    /// The first after it that is there, or belongs to a descendant.
+    pub found: Offset,
+    /// Retention took it away.
+    pub removed: bool,
+}
+
+impl Hole {
+    pub fn last(&self) -> Offset {
+        Offset(self.found.0.saturating_sub(1))
+    }
+
+    pub fn holds(&self, offset: Offset) -> bool {
+        self.missing <= offset && offset < self.found
+    }
+}
+
+impl LogChain {
+    /// The last offset that can be reached.
+    pub fn last(&self) -> Option<Offset> {
+        self.entries.last().map(|entry| entry.last)
+    }
+
+    pub fn first(&self) -> Option<Offset> {
+        self.entries.first().map(|entry| entry.first)
+    }
+
+    /// What is missing first, and was not removed on purpose.
+    pub fn loss(&self) -> Option<Hole> {
+        self.holes.iter().find(|hole| !hole.removed).copied()
+    }
+
+    /// The row up to its first loss.
+    pub fn before_loss(mut self) -> Self {
+        if let Some(loss) = self.loss() {
+            self.entries.retain(|entry| entry.first < loss.missing);
+        }
+        self
+    }
+
+    /// The objects from `first` to `last`, both included, if all of it is there.
+    pub fn unbroken(&self, first: Offset, last: Offset) -> Option<&[LogEntry]> {
+        let broken = self.holes.iter().any(|hole| hole.missing <= last && first < hole.found);
+        let row = self.range(first, last);
+        let whole =
+            row.first().is_some_and(|entry| entry.first <= first) && row.last().is_some_and(|entry| entry.last >= last);
+        (whole && !broken).then_some(row)
+    }
+
+    /// Where the unbroken piece begins that `offset` lies in.
+    pub fn piece_start(&self, offset: Offset) -> Option<Offset> {
+        let entry = self.range(offset, offset).first()?;
+        let after = self.holes.iter().map(|hole| hole.found).filter(|found| *found <= offset).max();
+        let start = after.or(self.first())?;
+        (start <= offset || entry.first <= offset).then_some(start)
+    }
+
+    /// The objects that hold any transaction from `first` to `last`, both included.
+    pub fn range(&self, first: Offset, last: Offset) -> &[LogEntry] {
+        let start = self.entries.partition_point(|entry| entry.last < first);
+        let end = self.entries.partition_point(|entry| entry.first <= last);
+        self.entries.get(start..end).unwrap_or_default()
+    }
+}
+
+/// The objects of one timeline.
+pub(super) struct Row {
+    pub timeline: TimelineId,
+    pub start: Offset,
+    /// The last offset that is taken of it.
+    pub until: Option<Offset>,
+    pub entries: Vec<LogEntry>,
+}
+
+/// Puts the objects of a line of timelines into one row, oldest timeline first.
+///
+/// Of the objects that start where the row stands, the one is taken from which the row reaches furthest, and of these the
+/// largest: so what compaction made is preferred to what it was made from, and what a writer who had lost its lease still
+/// wrote, cut otherwise, leads nowhere. Where nothing goes on, the row goes on after a hole.
+pub(super) fn assemble(rows: Vec<Row>) -> LogChain {
+    let mut chain = LogChain::default();
+    let mut next: Option<Offset> = None;
+    for Row { timeline, start, until, mut entries } in rows {
+        entries.sort_by_key(|entry| Reverse(entry.first));
+        let mut candidates = furthest(&entries);
+        let mut entries: Vec<_> = entries.into_iter().map(Some).collect();
+        let mut at = next.unwrap_or(start);
+        let is_ours = |offset: Offset| until.is_none_or(|until| offset <= until);
+        while let Some(candidate) = candidates.pop() {
+            if candidate.first < at {
+                continue;
+            }
+            if !is_ours(candidate.first) {
+                break;
+            }
+            if candidate.first > at {
+                chain.holes.push(Hole { timeline, missing: at, found: candidate.first, removed: false });
+            }
+            let Some(entry) = entries.get_mut(candidate.index).and_then(Option::take) else { break };
+            at = Offset(entry.last.0.saturating_add(1));
+            let last = until.map_or(entry.last, |until| entry.last.min(until));
+            chain.entries.push(LogEntry { last, ..entry });
+        }
+        if let Some(until) = until {
+            let found = Offset(until.0.saturating_add(1));
+            if at < found {
+                chain.holes.push(Hole { timeline, missing: at, found, removed: false });
+            }
+            at = found;
+        }
+        next = Some(at);
+    }
+    chain
+}
+
+/// The object to take of those that start at one offset.
+struct Candidate {
+    first: Offset,
+    /// Its place among the objects.
+    index: usize,
+    /// How far the row reaches from it.
+    reach: Offset,
+}
+
+/// For every offset that objects start at, the one to take. From the end on, as `entries` are, so that what follows an object
+/// is known when it is looked at.
+fn furthest(entries: &[LogEntry]) -> Vec<Candidate> {
+    let mut best: Vec<Candidate> = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let (first, next) = (entry.first, Offset(entry.last.0.saturating_add(1)));
+        let following = best.binary_search_by(|found| next.cmp(&found.first)).ok().map(|at| best[at].reach);
+        let reach = following.map_or(entry.last, |reach| reach.max(entry.last));
+        match best.last_mut().filter(|other| other.first == first) {
+            Some(other) if (other.reach, entries[other.index].last) >= (reach, entry.last) => {}
+            Some(other) => *other = Candidate { first, index, reach },
+            None => best.push(Candidate { first, index, reach }),
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(timeline: u32, first: u64, last: u64) -> LogEntry {
+        LogEntry::new(&Identity([1; 32]), TimelineId(timeline), 0, Offset(first), Offset(last), 1)
+    }
+
+    fn ranges(chain: &LogChain) -> Vec<(u64, u64)> {
+        chain.entries.iter().map(|entry| (entry.first.0, entry.last.0)).collect()
+    }
+
+    fn row(timeline: u32, until: Option<u64>, entries: Vec<LogEntry>) -> Row {
+        let start = entries.first().map_or(Offset(0), |entry| entry.first);
+        Row {
+            timeline: TimelineId(timeline),
+            start: if timeline == 1 { Offset(0) } else { start },
+            until: until.map(Offset),
+            entries,
+        }
+    }
+
+    fn holes(chain: &LogChain) -> Vec<(u32, u64, u64)> {
+        chain.holes.iter().map(|hole| (hole.timeline.0, hole.missing.0, hole.found.0)).collect()
+    }
+
+    #[test]
+    fn the_object_that_reaches_furthest_is_taken() {
+        let objects = vec![entry(1, 0, 4), entry(1, 0, 9), entry(1, 5, 9), entry(1, 10, 11)];
+        let chain = assemble(vec![row(1, None, objects)]);
+        assert_eq!(ranges(&chain), [(0, 9), (10, 11)]);
+        assert_eq!(chain.holes, []);
+        assert_eq!(chain.range(Offset(9), Offset(9)).len(), 1);
+        assert_eq!(chain.range(Offset(9), Offset(10)).len(), 2);
+        assert_eq!(chain.range(Offset(12), Offset(20)).len(), 0);
+    }
+
+    #[test]
+    fn an_object_that_leads_nowhere_is_passed_over_although_it_is_larger() {
+        let objects = vec![entry(1, 0, 9), entry(1, 10, 19), entry(1, 10, 24), entry(1, 20, 29), entry(1, 30, 31)];
+        let chain = assemble(vec![row(1, None, objects)]);
+        assert_eq!((ranges(&chain), holes(&chain)), (vec![(0, 9), (10, 19), (20, 29), (30, 31)], vec![]));
+    }
+
+    #[test]
+    fn a_missing_object_is_a_hole_after_which_the_row_goes_on() {
+        let chain = assemble(vec![row(1, None, vec![entry(1, 0, 4), entry(1, 7, 9), entry(1, 10, 12)])]);
+        assert_eq!((ranges(&chain), holes(&chain)), (vec![(0, 4), (7, 9), (10, 12)], vec![(1, 5, 7)]));
+        assert_eq!(chain.unbroken(Offset(0), Offset(4)).map(<[LogEntry]>::len), Some(1));
+        assert_eq!(chain.unbroken(Offset(8), Offset(11)).map(<[LogEntry]>::len), Some(2));
+        for (first, last) in [(0, 5), (4, 7), (5, 6), (6, 9), (8, 13)] {
+            assert_eq!(chain.unbroken(Offset(first), Offset(last)), None, "{first} to {last}");
+        }
+        assert_eq!(chain.piece_start(Offset(3)), Some(Offset(0)));
+        assert_eq!(chain.piece_start(Offset(5)), None);
+        assert_eq!(chain.piece_start(Offset(11)), Some(Offset(7)));
+        assert_eq!(ranges(&chain.before_loss()), [(0, 4)]);
+    }
+
+    #[test]
+    fn a_fork_takes_its_parent_up_to_the_fork_only() {
+        let parent = vec![entry(1, 0, 4), entry(1, 5, 9), entry(1, 10, 14)];
+        let chain = assemble(vec![row(1, Some(9), parent.clone()), row(2, None, vec![entry(2, 10, 12)])]);
+        assert_eq!(ranges(&chain), [(0, 4), (5, 9), (10, 12)]);
+        let inside =
+            assemble(vec![row(1, Some(7), vec![entry(1, 0, 4), entry(1, 5, 20)]), row(2, None, vec![entry(2, 8, 12)])]);
+        assert_eq!((ranges(&inside), holes(&inside)), (vec![(0, 4), (5, 7), (8, 12)], vec![]));
+        let broken = assemble(vec![row(1, Some(9), vec![entry(1, 0, 4)]), row(2, None, vec![entry(2, 10, 12)])]);
+        assert_eq!((ranges(&broken), holes(&broken)), (vec![(0, 4), (10, 12)], vec![(1, 5, 10)]));
+    }
+
+    #[test]
+    fn a_log_object_has_the_name_it_was_listed_under() {
+        for name in ["L0", "L2", "elsewhere/%25/L1"] {
+            let text = format!("databases/{name}/00000000000000000005-00000000000000000020.iulog");
+            let key = Key::parse(&text).unwrap();
+            let mut entry = LogEntry::parse(&key, TimelineId::FIRST, 1).unwrap();
+            assert_eq!((entry.key().as_ref(), entry.first, entry.last), (text.as_str(), Offset(5), Offset(20)));
+            // A chain that leaves the timeline inside of it.
+            entry.last = Offset(9);
+            assert_eq!(entry.key(), key);
+        }
+        assert_eq!(LogEntry::parse(&Key::from("log/L0/5-20.iulog"), TimelineId::FIRST, 1), None);
+        assert_eq!(
+            LogEntry::parse(&Key::from("log/00000000000000000005-00000000000000000020.iulog"), TimelineId::FIRST, 1),
+            None
+        );
+    }
+
+    /// How far a row of `objects` reaches that goes on with the one at `index`: as the rule says it, and slowly.
+    fn reach(objects: &[LogEntry], index: usize) -> u64 {
+        let last = objects[index].last.0;
+        let following = (0..objects.len()).filter(|next| objects[*next].first.0 == last + 1);
+        following.map(|next| reach(objects, next)).fold(last, u64::max)
+    }
+
+    /// The row of one timeline by that rule: its objects, and its holes.
+    fn assemble_slowly(objects: &[LogEntry], until: u64) -> [Vec<(u64, u64)>; 2] {
+        let (mut ranges, mut holes, mut at) = (Vec::new(), Vec::new(), 0);
+        while let Some(first) = objects.iter().map(|object| object.first.0).filter(|first| *first >= at).min()
+            && first <= until
+        {
+            if first > at {
+                holes.push((at, first));
+            }
+            let here = (0..objects.len()).filter(|index| objects[*index].first.0 == first);
+            let last = here.map(|index| (reach(objects, index), objects[index].last.0)).max().unwrap().1;
+            ranges.push((first, last.min(until)));
+            at = last + 1;
+        }
+        if at <= until {
+            holes.push((at, until + 1));
+        }
+        [ranges, holes]
+    }
+
+    #[test]
+    fn any_row_is_what_the_rule_says() {
+        let mut state = 20_261_125_u64;
+        let mut draw = |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        let mut with_holes = 0;
+        for _ in 0..4000 {
+            let (count, span) = (draw(14), 4 + draw(20));
+            let object = |draw: &mut dyn FnMut(u64) -> u64| {
+                let first = draw(span);
+                entry(1, first, first + draw(6))
+            };
+            let objects: Vec<_> = (0..count).map(|_| object(&mut draw)).collect();
+            let until = draw(span + 6);
+            let chain = assemble(vec![Row {
+                timeline: TimelineId(1),
+                start: Offset(0),
+                until: Some(Offset(until)),
+                entries: objects.clone(),
+            }]);
+            let holes = chain.holes.iter().map(|hole| (hole.missing.0, hole.found.0)).collect();
+            assert_eq!([ranges(&chain), holes], assemble_slowly(&objects, until), "{objects:?} until {until}");
+            with_holes += usize::from(!chain.holes.is_empty());
+        }
+        assert!((400..4000).contains(&with_holes), "{with_holes} rows with holes");
+    }
+}
