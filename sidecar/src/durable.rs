@@ -2,7 +2,7 @@
 //!
 //! Nothing here overwrites but [`replace`]: every other call that could refuses instead.
 
-pub mod direct;
+pub mod streamed;
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -30,10 +30,20 @@ const AHEAD: usize = 2;
 const REQUESTS: usize = 16;
 
 /// Bytes on their way from a store, or waiting to be decoded.
-const FROM_FAR: u64 = 8 << 20;
+const FROM_FAR: Ways = Ways { log: 8 << 20, log_beside: 5 << 20, packs: 2 << 20 };
 
 /// The same from this machine's disk, which answers at once.
-const FROM_DISK: u64 = 3 << 20;
+const FROM_DISK: Ways = Ways { log: 3 << 20, log_beside: 3 << 20, packs: 3 << 19 };
+
+/// How many bytes may be on their way at once.
+struct Ways {
+    /// Of a log alone.
+    log: u64,
+    /// Of a log with a snapshot beside it.
+    log_beside: u64,
+    /// Of that snapshot.
+    packs: u64,
+}
 
 /// Objects that are decoded, or being so, and not yet written.
 const DECODED: u64 = 3;
@@ -94,8 +104,7 @@ impl Build<'_> {
         Ok(Built { has_keys, logs })
     }
 
-    /// How many bytes may be on their way at once.
-    fn on_the_way(&self) -> u64 {
+    fn ways(&self) -> Ways {
         if self.repository.is_local() { FROM_DISK } else { FROM_FAR }
     }
 
@@ -129,8 +138,7 @@ impl Build<'_> {
         let target = snapshots.join(snapshot::dir_name(manifest.offset));
         fs::create_dir_all(&target).on("create", &target)?;
         let writer = Arc::new(ObjectWriter { target, offset: manifest.offset });
-        // The log's objects are on their way beside it.
-        let room = &Room::of_bytes(self.on_the_way() / 2);
+        let room = &Room::of_bytes(self.ways().packs);
         let tasks = &TaskTracker::new();
         let mut writes = futures::stream::iter(manifest.packs.clone())
             .map(|pack| async move {
@@ -205,7 +213,9 @@ impl Build<'_> {
         let mut segments = SegmentWriter::new(dir, database.log_from, database.offset);
         let (from, until) = (database.log_from, database.offset);
         // Of their own each: what is opened early would otherwise take the room of parts that come before it.
-        let (whole, parts) = (&Room::of_bytes(self.on_the_way()), &Room::of_bytes(self.on_the_way()));
+        let ways = self.ways();
+        let on_the_way = if database.snapshot.is_some() { ways.log_beside } else { ways.log };
+        let (whole, parts) = (&Room::of_bytes(on_the_way), &Room::of_bytes(on_the_way));
         let unwritten = &Room::new(DECODED, 1);
         let decoded = futures::stream::iter(database.log.clone())
             .map(|entry| async move {
@@ -232,7 +242,7 @@ impl Build<'_> {
                 let keys = self.repository.keys.clone();
                 let decode = move || {
                     let _held = held;
-                    // Each commit is looked at when it is read back from the disk.
+                    // Each commit is looked at when it is read back.
                     let mut commits = open.header.unpack_part(&open.key, index, &stored, &keys)?;
                     // Where a timeline forks off inside an object, what follows belongs to another history.
                     let span = open.header.part_until(index, last);

@@ -1,5 +1,5 @@
 //! The offline check of a restored data directory, before it takes its place: the log's continuity up to the promised
-//! transaction, every page's and blob's hash. The log's commits were read back from the disk as they were written.
+//! transaction, every page's and blob's hash. The log's commits were read back as they were written.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Writes commits as segments of a log with their indexes, as the server would have, and reads them back to prove it.
+//! Writes commits as segments of a log with their indexes, as the server would have, and reads the files to prove it.
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use crate::datadir::commit::{Commit, Frame, NEWEST_LOG_VERSION, SegmentHeader};
 use crate::datadir::log::{IndexWriter, SegmentFile, segment_name};
-use crate::durable::{FileError, OnPath, direct};
+use crate::durable::{FileError, OnPath, streamed};
 use crate::ids::Offset;
 use crate::restore::RestoreError;
 
@@ -19,8 +19,8 @@ const SEGMENT_SIZE: u64 = 1 << 30;
 /// Segments that are read back at once: the one that is being written, and the one before it.
 const CHECKS: usize = 2;
 
-/// Writes commits into segments, leaving out what lies before `from` and after `until`. Each segment is read back from the
-/// disk as it comes to it.
+/// Writes commits into segments, leaving out what lies before `from` and after `until`. Each segment is brought to the disk
+/// and read as it is written.
 pub(crate) struct SegmentWriter {
     dir: PathBuf,
     from: Offset,
@@ -33,7 +33,7 @@ pub(crate) struct SegmentWriter {
 }
 
 struct Open {
-    file: direct::Writer,
+    file: streamed::Writer,
     log_version: u8,
     len: u64,
 }
@@ -41,10 +41,19 @@ struct Open {
 /// A segment that is being read back.
 struct Check {
     segment: SegmentFile,
-    worker: JoinHandle<Result<Offset, RestoreError>>,
+    worker: Option<JoinHandle<Result<Offset, RestoreError>>>,
+    /// Once all of it is written.
+    syncing: Option<streamed::Syncing>,
 }
 
-/// A segment that was read back from the disk and holds whole commits in a row.
+impl Drop for Check {
+    fn drop(&mut self) {
+        // Where a restore has failed: nothing may be at work on what is cleared away.
+        self.worker.take().map(JoinHandle::join);
+    }
+}
+
+/// A segment that is on the disk, was read, and holds whole commits in a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CheckedSegment {
     pub segment: SegmentFile,
@@ -80,7 +89,7 @@ impl SegmentWriter {
             Some(open) if fits(&open) => open,
             full => {
                 if let Some(full) = full {
-                    full.file.finish()?;
+                    self.end(full);
                 }
                 self.begin(first, log_version)?
             }
@@ -97,9 +106,9 @@ impl SegmentWriter {
             self.finish_check()?;
         }
         let path = self.dir.join(segment_name(first));
-        let (mut file, follow) = direct::Writer::create(&path)?;
+        let (mut file, follow) = streamed::Writer::create(&path)?;
         let segment = SegmentFile { first, path };
-        let reader = direct::Reader::follow(&segment.path, follow)?;
+        let reader = streamed::Reader::follow(&segment.path, follow)?;
         let largest = Arc::clone(&self.largest);
         let mut index = IndexWriter::create(&segment.path)?;
         let path = segment.path.clone();
@@ -112,10 +121,17 @@ impl SegmentWriter {
             Ok(next)
         };
         let worker = std::thread::Builder::new().name("read back".into()).spawn(check).on("read", &segment.path)?;
-        self.checks.push_back(Check { segment, worker });
+        self.checks.push_back(Check { segment, worker: Some(worker), syncing: None });
         let header = SegmentHeader { log_version, checksum_algorithm: 0 }.to_bytes();
         file.write(&header)?;
         Ok(Open { file, log_version, len: header.len() as u64 })
+    }
+
+    /// All of a segment is written: its check, which is the last that was begun, comes to its end.
+    fn end(&mut self, open: Open) {
+        if let Some(check) = self.checks.back_mut() {
+            check.syncing = Some(open.file.finish());
+        }
     }
 
     /// The commits that are asked for, and the first one's offset.
@@ -139,7 +155,7 @@ impl SegmentWriter {
     /// transaction.
     pub(crate) fn finish(mut self) -> Result<Vec<CheckedSegment>, RestoreError> {
         match self.open.take() {
-            Some(open) => open.file.finish()?,
+            Some(open) => self.end(open),
             None => {
                 return Err(RestoreError::Unreachable {
                     wanted: self.until,
@@ -153,11 +169,14 @@ impl SegmentWriter {
         Ok(self.checked)
     }
 
-    /// Waits until the oldest segment that is not yet read back is.
+    /// Waits until the oldest segment that is not yet read back and on the disk is.
     fn finish_check(&mut self) -> Result<(), RestoreError> {
-        let Some(Check { segment, worker }) = self.checks.pop_front() else { return Ok(()) };
-        let next = worker.join().map_err(|_| RestoreError::Worker("reading back".into()))??;
-        self.checked.push(CheckedSegment { segment, next });
+        let Some(mut check) = self.checks.pop_front() else { return Ok(()) };
+        if let Some(worker) = check.worker.take() {
+            let next = worker.join().map_err(|_| RestoreError::Worker("reading back".into()))??;
+            self.checked.push(CheckedSegment { segment: check.segment.clone(), next });
+        }
+        check.syncing.take().map_or(Ok(()), streamed::Syncing::wait)?;
         Ok(())
     }
 }
@@ -166,7 +185,7 @@ impl SegmentWriter {
 /// it starts at. Returns one past the last transaction.
 fn check_segment(
     first: Offset,
-    mut reader: direct::Reader,
+    mut reader: streamed::Reader,
     largest: &AtomicUsize,
     mut seen: impl FnMut(&Commit<'_>, u64),
 ) -> Result<Offset, String> {
@@ -284,7 +303,7 @@ mod tests {
         let file = writer.finish().unwrap().remove(0).segment;
         let whole = std::fs::read(&file.path).unwrap();
         let largest = AtomicUsize::new(whole.len());
-        let check = || check_segment(Offset(4), direct::Reader::open(&file.path).unwrap(), &largest, |_, _| {});
+        let check = || check_segment(Offset(4), streamed::Reader::open(&file.path).unwrap(), &largest, |_, _| {});
         assert_eq!(check(), Ok(Offset(7)));
         // The last two bytes of the header mean nothing.
         for bit in (0..whole.len() * 8).filter(|bit| !(64..80).contains(bit)) {

@@ -77,7 +77,7 @@ pub fn on_disk(mut place: Place, rounds: usize, command: &str) -> String {
     }
     let mut text = format!(
         "Written by `{command}`: {described}. {rounds} rounds, ours and the others in turn within each, {}. {HOW} What is restored is compared byte for \
-         byte. Ours makes durable what it writes and reads a restore back before it counts; of the others restic syncs what it stores, and none what it \
+         byte. Ours makes durable what it writes and reads and checks a restored log before it counts; of the others restic syncs what it stores, and none what it \
          restores. Ours stores and restores the newest snapshot and the log, and restores only the log after the snapshot; the others store and restore \
          every file.\n\n",
         machine()

@@ -16,7 +16,7 @@ fn main() {
     let mut text = format!(
         "# Benchmark of a disaster\n\nWritten by `cargo xtask bench serving`, on {}. A real server's data directory is gone; then the time until a server answers \
          SQL again, with the rows it had before, {rounds} rounds in turn. Ratio above 1: ours is faster. A backup of ours is made while the server may run; for \
-         a cold copy it is stopped. Ours is on the disk and has been read back; what `cp` wrote is still in memory alone, where the server reads it.\n",
+         a cold copy it is stopped. Ours is on the disk and has been checked; what `cp` wrote is still in memory alone, where the server reads it.\n",
         machine()
     );
     for (title, has_snapshots) in [("With the server's snapshots", true), ("With the log alone", false)] {
