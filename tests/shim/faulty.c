@@ -7,7 +7,8 @@
  *   3  seconds that the wall clock is ahead, signed
  *   4  a seed
  *   5  faults so far, counted here
- * Only files below the directory in FAULTY_ROOT are touched. */
+ * Only files below the directory in FAULTY_ROOT are touched; of these only those whose names end with FAULTY_ENDING, if
+ * there is one. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -27,10 +28,12 @@
 static volatile int32_t *control;
 static const char *root;
 static size_t root_len;
+static const char *ending;
 
 __attribute__((constructor)) static void start(void) {
     const char *path = getenv("FAULTY_CONTROL");
     root = getenv("FAULTY_ROOT");
+    ending = getenv("FAULTY_ENDING");
     if (!path || !root) return;
     root_len = strlen(root);
     int fd = open(path, O_RDWR | O_CLOEXEC);
@@ -52,6 +55,8 @@ static int ours(int fd) {
     char link[64], path[PATH_MAX];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t len = readlink(link, path, sizeof path - 1);
+    size_t end = ending ? strlen(ending) : 0;
+    if (len > 0 && ((size_t)len < end || strncmp(path + len - end, ending ? ending : "", end))) return 0;
     return len > 0 && (size_t)len > root_len && !strncmp(path, root, root_len);
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::TryStreamExt as _;
 use harness::faulty::{DiesAt, FaultyStore, Flaky, Moment};
 use harness::shim::{Fault, Shim};
-use harness::sidecar::Sidecar;
+use harness::sidecar::{Sidecar, path};
 use harness::workload::Random;
 use inner_universe::clock::SystemClock;
 use inner_universe::ids::Offset;
@@ -164,4 +164,37 @@ fn a_log_of_many_blocks_is_backed_up_and_restored_though_half_of_the_reads_are_s
     assert!(shim.faults() > 10, "only {} reads were short", shim.faults());
     let log = |root: &Path| std::fs::read(log_of(root).join("00000000000000000000.stdb.log")).expect("the segment");
     assert!(log(&dir("restored")) == log(&synthetic.path()), "another log came back");
+}
+
+#[test]
+fn a_restore_whose_disk_fails_to_sync_a_segment_says_which_and_leaves_nothing_behind() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..2_000).map(|n| record(n, format!("row {n} ").repeat(50).as_bytes())).collect();
+    synthetic.segment(1, 0, &records);
+    let Some(shim) = Shim::new(synthetic.dir.path(), 7) else {
+        println!("skipped: there is no C compiler");
+        return;
+    };
+    let dir = |name: &str| synthetic.dir.path().join(name);
+    let target = dir("restored");
+    // Segments alone, of the target, which is put together beside it.
+    let mut environment = shim.environment(&target);
+    environment.push(("FAULTY_ENDING".into(), ".stdb.log".into()));
+    let sidecar = Sidecar::at(&dir("repository")).with_environment(environment);
+    sidecar.backup(&synthetic.path());
+    shim.set(Fault::Sync, 1000);
+    let entries = || {
+        let mut names: Vec<_> = std::fs::read_dir(synthetic.dir.path()).expect("list").flatten().collect();
+        names.sort_by_key(std::fs::DirEntry::file_name);
+        names.into_iter().map(|entry| entry.file_name()).collect::<Vec<_>>()
+    };
+    let before = entries();
+    let failed = sidecar.run(["restore", "--data-dir", path(&target)]);
+    assert_ne!(failed.code, 0, "{}", failed.stderr);
+    assert!(failed.stderr.contains("sync ") && failed.stderr.contains(".stdb.log"), "{}", failed.stderr);
+    assert_eq!(entries(), before);
+    shim.calm();
+    sidecar.restore(&target, "latest");
+    let log = |root: &Path| std::fs::read(log_of(root).join("00000000000000000000.stdb.log")).expect("the segment");
+    assert!(log(&target) == log(&synthetic.path()), "another log came back");
 }
