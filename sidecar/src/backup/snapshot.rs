@@ -18,7 +18,7 @@ use crate::repository::{RepositoryError, paths};
 /// Bytes of pages in one pack; a restore reads a pack for any page of it.
 const PACK_SIZE: usize = 4 << 20;
 /// Packs on their way at once to a store, which takes its time to answer, and to this machine's disk.
-const UPLOADS: (usize, usize) = (4, 1);
+const UPLOADS: (usize, usize) = (2, 1);
 /// The server may delete a snapshot while we read it; then the next newest is tried.
 const ATTEMPTS: usize = 3;
 
