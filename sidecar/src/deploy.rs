@@ -18,6 +18,7 @@ mod keeper;
 pub mod migration;
 pub mod module;
 mod plan;
+mod program;
 pub mod record;
 pub mod report;
 mod rollback;

@@ -6,15 +6,10 @@ use jiff::Timestamp;
 use object_store::path::Path as Key;
 use serde::{Deserialize, Serialize};
 
-use crate::deploy::{DeployError, Mode, Outcome};
+use crate::deploy::{DeployError, Mode, Outcome, program};
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId};
 use crate::repository::crypto::Keyring;
 use crate::repository::{Repository, RepositoryError, paths};
-
-/// zstd level of programs.
-const LEVEL: i32 = 9;
-/// No program is larger.
-const MAX_PROGRAM: usize = 256 << 20;
 
 /// `deployments/ID.json`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -62,8 +57,7 @@ pub async fn keep(repository: &Repository, record: &DeploymentRecord, programs: 
             let bytes = tokio::fs::read(path).await;
             let bytes =
                 bytes.map_err(|source| crate::durable::FileError { action: "read", path: path.clone(), source })?;
-            let packed =
-                zstd::encode_all(bytes.as_slice(), LEVEL).map_err(|error| DeployError::Worker(error.to_string()))?;
+            let packed = program::pack(&bytes).map_err(|error| DeployError::Worker(error.to_string()))?;
             let sealed = repository.keys.seal(packed).map_err(RepositoryError::from)?;
             repository.put(&key, sealed.into()).await?;
         }
@@ -126,8 +120,7 @@ pub fn open_program(key: &Key, bytes: &[u8], keys: &Keyring) -> Result<Vec<u8>, 
         true => keys.open(bytes)?,
         false => bytes.to_vec(),
     };
-    let bytes = zstd::bulk::decompress(&opened, MAX_PROGRAM)
-        .map_err(|error| RepositoryError::damaged(key, error.to_string()))?;
+    let bytes = program::unpack(&opened).map_err(|error| RepositoryError::damaged(key, error.to_string()))?;
     match key.filename().is_some_and(|name| name.starts_with(&super::module::program_hash(&bytes).to_string())) {
         true => Ok(bytes),
         false => Err(RepositoryError::damaged(key, "it is another program than its name says")),
