@@ -9,7 +9,7 @@ mod contents;
 pub mod crypto;
 pub mod document;
 pub mod instance;
-mod large;
+pub(crate) mod large;
 pub mod lease;
 pub mod log_object;
 pub mod manifest;
@@ -302,9 +302,17 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn exists(&self, key: &Key) -> Result<bool, RepositoryError> {
+        Ok(self.size(key).await?.is_some())
+    }
+
+    /// The bytes of an object; `None` where there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn size(&self, key: &Key) -> Result<Option<u64>, RepositoryError> {
         match self.head(key).await {
-            Ok(_) => Ok(true),
-            Err(RepositoryError::Missing { .. }) => Ok(false),
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(RepositoryError::Missing { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }

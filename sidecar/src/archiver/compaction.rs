@@ -12,8 +12,9 @@ use jiff::Timestamp;
 use crate::backup::{BackupError, OBJECT_SIZE, Work, blocking};
 use crate::ids::{Identity, TimelineId};
 use crate::repository::chain::LogEntry;
+use crate::repository::large::LargePut;
 use crate::repository::log_object::{LogHeader, Merge};
-use crate::repository::{RepositoryError, paths};
+use crate::repository::{InObject, Repository, RepositoryError, paths};
 
 /// The highest level.
 pub const TOP: u8 = 2;
@@ -127,18 +128,10 @@ async fn merge(
         let key = paths::log(&database, timeline, level, header.first, header.last);
         if !repository.exists(&key).await? {
             let mut output = repository.put_large(&key, header.to_bytes().into()).await?;
-            for entry in &run[..count] {
-                let open = repository.open_log(entry).await?;
-                for index in 0..open.header.parts.len() {
-                    let stored = repository.log_part(&open, index).await?;
-                    if let Err(malformed) = open.header.check_part(index, &stored) {
-                        output.abandon().await;
-                        return Err(RepositoryError::damaged(&entry.key(), malformed).into());
-                    }
-                    output.write(stored).await?;
-                }
+            if let Err(error) = copy_bodies(repository, &run[..count], &mut output).await {
+                output.abandon().await;
+                return Err(error.into());
             }
-            output.finish().await?;
         }
     } else {
         let mut body = Vec::new();
@@ -168,6 +161,23 @@ async fn merge(
     }
     read_back(work, database, timeline, level, &headers).await?;
     Ok(Some(count))
+}
+
+/// Copies the bodies of log objects behind one another, checked.
+async fn copy_bodies(
+    repository: &Repository,
+    run: &[LogEntry],
+    output: &mut LargePut<'_>,
+) -> Result<(), RepositoryError> {
+    for entry in run {
+        let open = repository.open_log(entry).await?;
+        for index in 0..open.header.parts.len() {
+            let stored = repository.log_part(&open, index).await?;
+            open.header.check_part(index, &stored).in_object(&entry.key())?;
+            output.write(stored).await?;
+        }
+    }
+    output.finish().await
 }
 
 /// The output must hold what the inputs held, as their chain proves.

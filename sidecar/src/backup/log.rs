@@ -3,13 +3,13 @@
 //! Whether the log continues the archive is decided by content: the archive's last commits are hashed again from the log.
 //! Where they differ a new timeline begins at the last link that both share, and the old timeline stays as it is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::StreamExt;
 use object_store::path::Path as Key;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
 use crate::backup::{BackupError, OBJECT_SIZE, READ_SIZE, WORKERS, Work, blocking};
 use crate::buffers::Buffer;
@@ -20,6 +20,12 @@ use crate::repository::chain::LogEntry;
 use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
 use crate::repository::manifest::{Timeline, TimelineReason};
 use crate::repository::{Repository, RepositoryError, paths};
+
+/// Runs of commits in memory before they are compressed: one more than are being compressed, so that the reader is always
+/// ahead. Of all databases: one that has fallen behind must not take memory or threads from the others.
+static ROOM: Semaphore = Semaphore::const_new(WORKERS + 1);
+/// Objects between log and store, of all databases.
+static UNDERWAY: Semaphore = Semaphore::const_new(4 * WORKERS);
 
 /// What is archived of one database after a backup.
 #[derive(Debug, Clone)]
@@ -141,13 +147,7 @@ pub(crate) async fn upload(
     dir: &Path,
 ) -> Result<Uploaded, BackupError> {
     let (sender, receiver) = mpsc::channel::<Run>(1);
-    // One more than is being compressed, so that the reader is always ahead.
-    let room = Arc::new(Semaphore::new(WORKERS + 1));
-    let reader = {
-        let dir = dir.to_owned();
-        let handle = tokio::runtime::Handle::current();
-        tokio::task::spawn_blocking(move || read_runs(&dir, from, &sender, &room, &handle))
-    };
+    let reader = tokio::spawn(read_runs(dir.to_owned(), from, sender));
     let encoded =
         futures::stream::unfold(
             receiver,
@@ -170,7 +170,7 @@ pub(crate) async fn upload(
     }
     drop(sender);
     writer.await.map_err(|error| BackupError::Worker(error.to_string()))??;
-    reader.await.map_err(|error| BackupError::Worker(error.to_string()))?.map_err(Into::into)
+    reader.await.map_err(|error| BackupError::Worker(error.to_string()))?
 }
 
 /// A log object on its way to the store.
@@ -181,6 +181,8 @@ struct Encoded {
     bytes: Vec<u8>,
     raw_len: usize,
     after: ChainTip,
+    /// Held until the store has it.
+    _underway: Option<SemaphorePermit<'static>>,
 }
 
 async fn write_in_order(work: Arc<Work>, mut objects: mpsc::Receiver<Encoded>) -> Result<(), RepositoryError> {
@@ -212,7 +214,7 @@ pub(crate) async fn write_batch(
     commits: Vec<u8>,
 ) -> Result<ChainTip, BackupError> {
     let after = before.extend(&batch, &commits);
-    let run = Run { batch, before, after, commits: commits.into(), _room: None };
+    let run = Run { batch, before, after, commits: commits.into(), _room: None, underway: None };
     let encoded = {
         let work = Arc::clone(work);
         let span = tracing::info_span!("compress");
@@ -228,8 +230,9 @@ struct Run {
     before: ChainTip,
     after: ChainTip,
     commits: Buffer,
-    /// Held until the commits are compressed: it bounds how many runs are in memory.
-    _room: Option<OwnedSemaphorePermit>,
+    /// Held until the commits are compressed.
+    _room: Option<SemaphorePermit<'static>>,
+    underway: Option<SemaphorePermit<'static>>,
 }
 
 impl Run {
@@ -244,41 +247,46 @@ impl Run {
             commits: &self.commits,
         };
         let bytes = content.encode(work.level, &work.repository.keys)?;
-        Ok(Encoded { database, timeline, key: content.key(), bytes, raw_len: self.commits.len(), after: self.after })
+        let (key, raw_len, after) = (content.key(), self.commits.len(), self.after);
+        Ok(Encoded { database, timeline, key, bytes, raw_len, after, _underway: self.underway })
     }
 }
 
-fn read_runs(
-    dir: &Path,
-    from: ChainTip,
-    sender: &mpsc::Sender<Run>,
-    room: &Arc<Semaphore>,
-    handle: &tokio::runtime::Handle,
-) -> Result<Uploaded, DataDirError> {
-    let mut reader = LogReader::open(dir, from.next)?;
-    let mut tip = from;
+/// Reads the log in runs of an object each. No thread is held while there is no room: what makes room needs one too.
+async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> Result<Uploaded, BackupError> {
+    let mut reader = {
+        let dir = dir.clone();
+        blocking(move || LogReader::open(&dir, from.next)).await??
+    };
+    let mut before = from;
     loop {
-        // The semaphore is never closed; without a permit there would be nothing to read for.
-        let Ok(permit) = handle.block_on(Arc::clone(room).acquire_owned()) else { break };
-        let mut commits = Buffer::take();
-        commits.reserve(OBJECT_SIZE + READ_SIZE);
-        let Some(batch) = reader.next_batch(OBJECT_SIZE, &mut commits)? else { break };
-        if batch.first != tip.next {
-            return Err(DataDirError::Gap { path: dir.to_owned(), expected: tip.next, found: batch.first });
+        // Neither is ever closed. Whoever has no room holds nothing that makes room, so nobody waits for ever.
+        let (underway, room) = (UNDERWAY.acquire().await.ok(), ROOM.acquire().await.ok());
+        let read = blocking(move || {
+            let mut commits = Buffer::take();
+            commits.reserve(OBJECT_SIZE + READ_SIZE);
+            let batch = reader.next_batch(OBJECT_SIZE, &mut commits)?;
+            let batch = batch.map(|batch| (before.extend(&batch, &commits), batch));
+            Ok::<_, DataDirError>((reader, batch, commits))
+        });
+        let (read, batch, commits) = read.await??;
+        reader = read;
+        let Some((after, batch)) = batch else { break };
+        if batch.first != before.next {
+            return Err(DataDirError::Gap { path: dir, expected: before.next, found: batch.first }.into());
         }
-        let after = tip.extend(&batch, &commits);
-        let at_end = reader.at_end();
-        if sender.blocking_send(Run { batch, before: tip, after, commits, _room: Some(permit) }).is_err() {
+        let run = Run { batch, before, after, commits, _room: room, underway };
+        if sender.send(run).await.is_err() {
             // The uploader gave up and says why itself.
             break;
         }
-        tip = after;
+        before = after;
         // A live log grows while we read; what was its end when we came there is enough.
-        if at_end {
+        if reader.at_end() {
             break;
         }
     }
-    Ok(Uploaded { tip, tail: reader.tail().clone(), torn: reader.torn() })
+    Ok(Uploaded { tip: before, tail: reader.tail().clone(), torn: reader.torn() })
 }
 
 /// Writes a log object. One that is there already counts if it holds the same commits: a backup that was cut off after
@@ -523,4 +531,50 @@ fn count_links_by_last_commit(dir: &Path, header: &LogHeader, log_start: Offset)
         }
     }
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::backup::{DEFAULT_LEVEL, Unobserved};
+    use crate::clock::SystemClock;
+    use crate::datadir::commit::{SegmentHeader, encode};
+    use crate::datadir::log::segment_name;
+    use crate::progress::Silent;
+    use crate::repository::crypto::Keyring;
+    use crate::repository::store::Store;
+
+    /// More logs that are far behind than there are threads to read them.
+    #[test]
+    fn many_databases_that_have_fallen_behind_catch_up_together() {
+        const COMMITS: u64 = 24;
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = SegmentHeader { log_version: 1, checksum_algorithm: 0 }.to_bytes().to_vec();
+        for offset in 0..COMMITS {
+            log.extend_from_slice(&encode(1, Offset(offset), 0, 1, &vec![offset as u8; 1 << 20]));
+        }
+        std::fs::write(dir.path().join(segment_name(Offset(0))), log).unwrap();
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(2).max_blocking_threads(2).enable_all().build().unwrap();
+        let all = runtime.block_on(async {
+            let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+            let keys = Keyring::default();
+            let repository = Repository::open_or_create_in(store, "memory://", keys, &SystemClock).await.unwrap();
+            let work = Arc::new(Work {
+                repository,
+                clock: Arc::new(SystemClock),
+                progress: Arc::new(Silent),
+                tally: Arc::default(),
+                level: DEFAULT_LEVEL,
+                observer: Arc::new(Unobserved),
+                witness: None,
+            });
+            let logs = (0..8).map(|n| archive(&work, Identity([n; 32]), dir.path()));
+            tokio::time::timeout(Duration::from_secs(300), futures::future::try_join_all(logs)).await
+        });
+        let all = all.expect("they wait for each other").unwrap();
+        assert!(all.iter().all(|log| log.tip.is_some_and(|tip| tip.last == Offset(COMMITS - 1))), "{all:?}");
+    }
 }

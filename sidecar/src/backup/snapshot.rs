@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use futures::StreamExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
 use crate::backup::{BackupError, WORKERS, Work, blocking};
 use crate::datadir::snapshot::{self, Manifest, ObjectKind, SnapshotDir};
@@ -19,6 +19,9 @@ use crate::repository::{RepositoryError, paths};
 const PACK_SIZE: usize = 4 << 20;
 /// Packs on their way at once to a store, which takes its time to answer, and to this machine's disk.
 const UPLOADS: (usize, usize) = (2, 1);
+/// Packs in memory before they are compressed: one more than are being compressed, so that the reader is always ahead. Of all
+/// databases, as with their logs.
+static ROOM: Semaphore = Semaphore::const_new(WORKERS + 1);
 /// The server may delete a snapshot while we read it; then the next newest is tried.
 const ATTEMPTS: usize = 3;
 
@@ -66,7 +69,10 @@ pub(crate) async fn archive(
 struct Known {
     /// Where this history begins.
     start: Offset,
+    /// The snapshots that are archived.
     offsets: HashSet<Offset>,
+    /// Those of them that cannot be restored: a snapshot of this history that is on the disk still takes their place.
+    damaged: HashSet<Offset>,
     packs: HashMap<ContentHash, (ContentHash, u64)>,
 }
 
@@ -75,7 +81,7 @@ impl Known {
         let timelines = work.repository.timelines(&database).await?;
         let line = ancestry(&timelines, timeline);
         let start = line.last().map_or(Offset(0), |(root, _)| root.start);
-        let mut known = Self { start, offsets: HashSet::new(), packs: HashMap::new() };
+        let mut known = Self { start, offsets: HashSet::new(), damaged: HashSet::new(), packs: HashMap::new() };
         for (ancestor, until) in line {
             for offset in work.repository.snapshots(&database, ancestor.timeline).await?.into_iter().rev() {
                 if until.is_some_and(|until| offset > until) {
@@ -86,18 +92,26 @@ impl Known {
                     let newest = match work.repository.snapshot(&database, ancestor.timeline, offset).await {
                         Ok(newest) => newest,
                         // Nothing can be shared with what is damaged.
-                        Err(error) if error.is_damage() => continue,
+                        Err(error) if error.is_damage() => {
+                            known.damaged.insert(offset);
+                            continue;
+                        }
                         Err(error) => return Err(error.into()),
                     };
                     for pack in newest.packs {
-                        if !work.repository.exists(&paths::pack(&database, pack.pack)).await? {
+                        // A name alone proves nothing: a pack that was cut off is no pack.
+                        let size = work.repository.size(&paths::pack(&database, pack.pack)).await?;
+                        if size != Some(pack.stored_bytes) {
+                            known.damaged.insert(offset);
                             continue;
                         }
                         let place = (pack.pack, pack.stored_bytes);
                         known.packs.extend(pack.entries.into_iter().map(|entry| (entry, place)));
                     }
                 }
-                known.offsets.insert(offset);
+                if !known.damaged.contains(&offset) {
+                    known.offsets.insert(offset);
+                }
             }
         }
         Ok(known)
@@ -133,10 +147,7 @@ async fn upload(
     }
     let native_manifest = ContentHash::of(&native);
     let (sender, receiver) = mpsc::channel::<Filled>(1);
-    let reader = {
-        let filling = Filling::new(tokio::runtime::Handle::current());
-        tokio::task::spawn_blocking(move || read_objects(&source, &native, &missing, filling, &sender))
-    };
+    let reader = tokio::spawn(read_objects(Unread::new(source, native, missing), sender));
     let packs = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|filled| (filled, receiver))
     })
@@ -152,9 +163,14 @@ async fn upload(
     .map(|pack| async {
         let (id, bytes, entries, raw_len) = pack??;
         let len = bytes.len();
-        if !work.repository.exists(&paths::pack(&database, id)).await? {
-            work.repository.put_pack(&database, id, bytes.into()).await?;
-            work.tally.wrote_object(len);
+        let key = paths::pack(&database, id);
+        match work.repository.size(&key).await? {
+            Some(size) if size == len as u64 => {}
+            Some(_) => work.repository.replace(&key, bytes.into(), work.clock.now()).await?,
+            None => {
+                work.repository.put_pack(&database, id, bytes.into()).await?;
+                work.tally.wrote_object(len);
+            }
         }
         work.tally.read(raw_len);
         work.progress.advance(raw_len as u64);
@@ -180,7 +196,10 @@ async fn upload(
         raw_bytes: raw_new + shared_bytes(&manifest, &known),
         packs,
     };
-    let len = work.repository.put_snapshot(&snapshot).await?;
+    let len = match known.damaged.contains(&offset) {
+        true => work.repository.replace_snapshot(&snapshot, work.clock.now()).await?,
+        false => work.repository.put_snapshot(&snapshot).await?,
+    };
     work.tally.wrote_object(len);
     Ok(())
 }
@@ -194,54 +213,57 @@ fn shared_bytes(manifest: &Manifest, known: &Known) -> u64 {
 /// A pack's entries, before they are compressed.
 struct Filled {
     builder: PackBuilder,
-    /// Held until they are: it bounds how many packs are in memory.
-    _room: Option<OwnedSemaphorePermit>,
+    /// Held until they are.
+    _room: Option<SemaphorePermit<'static>>,
 }
 
-/// Begins packs, as soon as there is room for one more.
-struct Filling {
-    room: Arc<Semaphore>,
-    handle: tokio::runtime::Handle,
+/// What of a snapshot is still to be read.
+struct Unread {
+    source: SnapshotDir,
+    objects: std::vec::IntoIter<(ContentHash, ObjectKind)>,
+    /// Read already: the server's manifest, or what the last pack had no place for.
+    next: Option<(ContentHash, EntryKind, Vec<u8>)>,
+    bytes_read: u64,
 }
 
-impl Filling {
-    fn new(handle: tokio::runtime::Handle) -> Self {
-        // One more than is being compressed, so that the reader is always ahead.
-        Self { room: Arc::new(Semaphore::new(WORKERS + 1)), handle }
+impl Unread {
+    fn new(source: SnapshotDir, native: Vec<u8>, objects: Vec<(ContentHash, ObjectKind)>) -> Self {
+        let bytes_read = native.len() as u64;
+        let next = Some((ContentHash::of(&native), EntryKind::Manifest, native));
+        Self { source, objects: objects.into_iter(), next, bytes_read }
     }
 
-    fn begin(&self) -> Filled {
-        // The semaphore is never closed.
-        let room = self.handle.block_on(Arc::clone(&self.room).acquire_owned()).ok();
-        Filled { builder: PackBuilder::default(), _room: room }
-    }
-}
-
-/// Reads and checks every object and hands them on in packs. Returns the bytes read.
-fn read_objects(
-    source: &SnapshotDir,
-    native: &[u8],
-    objects: &[(ContentHash, ObjectKind)],
-    filling: Filling,
-    sender: &mpsc::Sender<Filled>,
-) -> Result<u64, DataDirError> {
-    let mut filled = filling.begin();
-    let mut total = native.len() as u64;
-    filled.builder.add(ContentHash::of(native), EntryKind::Manifest, native);
-    for (hash, kind) in objects {
-        let bytes = source.object(hash, *kind)?;
-        if filled.builder.raw_len() + bytes.len() > PACK_SIZE && !filled.builder.is_empty() {
-            if sender.blocking_send(filled).is_err() {
-                return Ok(total);
-            }
-            filled = filling.begin();
+    /// Reads and checks objects until a pack is full; an empty one at the end.
+    fn fill(&mut self) -> Result<PackBuilder, DataDirError> {
+        let mut builder = PackBuilder::default();
+        if let Some((hash, kind, bytes)) = self.next.take() {
+            builder.add(hash, kind, &bytes);
         }
-        total += bytes.len() as u64;
-        filled.builder.add(*hash, EntryKind::Object(*kind), &bytes);
+        for (hash, kind) in self.objects.by_ref() {
+            let bytes = self.source.object(&hash, kind)?;
+            self.bytes_read += bytes.len() as u64;
+            if builder.raw_len() + bytes.len() > PACK_SIZE && !builder.is_empty() {
+                self.next = Some((hash, EntryKind::Object(kind), bytes));
+                break;
+            }
+            builder.add(hash, EntryKind::Object(kind), &bytes);
+        }
+        Ok(builder)
     }
-    if !filled.builder.is_empty() {
-        // The uploader gave up and says why itself.
-        let _ = sender.blocking_send(filled);
+}
+
+/// Reads every object and hands them on in packs. Returns the bytes read. No thread is held while there is no room: what makes
+/// room needs one too.
+async fn read_objects(mut unread: Unread, sender: mpsc::Sender<Filled>) -> Result<u64, BackupError> {
+    loop {
+        // The semaphore is never closed.
+        let room = ROOM.acquire().await.ok();
+        let filled = blocking(move || unread.fill().map(|builder| (unread, builder)));
+        let (left, builder) = filled.await??;
+        unread = left;
+        // Or the uploader gave up and says why itself.
+        if builder.is_empty() || sender.send(Filled { builder, _room: room }).await.is_err() {
+            return Ok(unread.bytes_read);
+        }
     }
-    Ok(total)
 }

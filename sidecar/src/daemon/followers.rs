@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -37,10 +36,13 @@ const INSTANCE_PAUSE: Duration = Duration::from_secs(2);
 /// The followers by database.
 #[derive(Default)]
 pub(super) struct Followers {
-    by_database: Mutex<BTreeMap<Identity, Follower>>,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
-    /// Held shared while a snapshot is uploaded, whose packs nothing names before its end; alone while objects are removed.
-    pub(super) uploads: Arc<tokio::sync::RwLock<()>>,
+    by_database: parking_lot::Mutex<BTreeMap<Identity, Follower>>,
+    tasks: parking_lot::Mutex<Vec<JoinHandle<()>>>,
+    /// Held while a snapshot is uploaded, whose packs nothing names before its end, and while objects are removed. One snapshot
+    /// at a time: memory is the same for one database and for hundreds.
+    pub(super) uploads: Arc<Mutex<()>>,
+    /// Held while log objects are merged, for the same reason.
+    compactions: Arc<Mutex<()>>,
 }
 
 struct Follower {
@@ -233,7 +235,9 @@ impl Daemon {
         let archive = &self.config.archive;
         if archive.compaction {
             let (interval, grace) = (archive.compaction_interval.0, archive.compaction_grace.0);
-            tasks.push(tokio::spawn(compact(Arc::clone(&work), Arc::clone(&followed), interval, grace, stop.clone())));
+            let compactions = Arc::clone(&self.followers.compactions);
+            let (work, followed) = (Arc::clone(&work), Arc::clone(&followed));
+            tasks.push(tokio::spawn(compact(work, followed, compactions, interval, grace, stop.clone())));
         }
         let bundled = self.config.spacetimedb_config.database.as_deref();
         let calls = calls::Database {
@@ -298,7 +302,7 @@ async fn follow_snapshots(
     work: Arc<Work>,
     followed: Arc<Followed>,
     replica: ReplicaDir,
-    uploads: Arc<tokio::sync::RwLock<()>>,
+    uploads: Arc<Mutex<()>>,
     stop: CancellationToken,
 ) {
     let mut told = HashSet::new();
@@ -322,7 +326,10 @@ async fn follow_snapshots(
             continue;
         }
         settled = None;
-        let _upload = uploads.read().await;
+        let _upload = tokio::select! {
+            upload = uploads.lock() => upload,
+            () = stop.cancelled() => return,
+        };
         let found = tokio::select! {
             found = snapshot::archive(&work, followed.identity, timeline, archived, &replica) => found,
             () = stop.cancelled() => return,
@@ -347,6 +354,7 @@ async fn follow_snapshots(
 async fn compact(
     work: Arc<Work>,
     followed: Arc<Followed>,
+    compactions: Arc<Mutex<()>>,
     interval: Duration,
     grace: Duration,
     stop: CancellationToken,
@@ -364,6 +372,10 @@ async fn compact(
             () = work.clock.sleep(interval) => {}
             () = stop.cancelled() => return,
         }
+        let _alone = tokio::select! {
+            alone = compactions.lock() => alone,
+            () = stop.cancelled() => return,
+        };
         let timelines = match work.repository.timelines(&followed.identity).await {
             Ok(timelines) => timelines,
             Err(error) => {

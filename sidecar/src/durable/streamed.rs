@@ -2,9 +2,9 @@
 //! with the disk when memory is full or somebody syncs, and what checks a file would wait for all of it.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, TrySendError};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use crate::durable::{FileError, OnPath};
@@ -21,6 +21,7 @@ pub struct Writer {
     path: PathBuf,
     /// Bytes written so far.
     written: u64,
+    /// Before the sync: a follower comes to its end once this is gone.
     follower: mpsc::Sender<Written>,
     /// Bytes that are on the disk, or will be soon.
     asked_for: u64,
@@ -87,12 +88,12 @@ impl Syncing {
         Ok(Self { path: path.to_owned(), due: Some(due), worker: Some(worker) })
     }
 
-    /// Brings what was written so far to the disk, beside whatever the caller does next.
+    /// Brings what was written so far to the disk, beside whatever the caller does next. Waits where the disk has fallen behind:
+    /// nobody should have to wait for gigabytes at the end.
     fn ask(&mut self) -> Result<(), FileError> {
-        match self.due.as_ref().map(|due| due.try_send(())) {
+        match self.due.as_ref().map(|due| due.send(())) {
             // It ends early only when the disk failed.
-            Some(Err(TrySendError::Disconnected(()))) => self.end(),
-            // One that is due already will take this along.
+            Some(Err(mpsc::SendError(()))) => self.end(),
             _ => Ok(()),
         }
     }
@@ -150,26 +151,10 @@ impl Reader {
     pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<bool, FileError> {
         // An error says that the writer is done: then all is there.
         let _ = self.writer.recv();
-        let start = buffer.len();
-        buffer.resize(start + BLOCK, 0);
-        let read = fill(&mut self.file, &mut buffer[start..]).on("read", &self.path)?;
-        buffer.truncate(start + read);
+        buffer.reserve(BLOCK);
+        let read = (&mut self.file).take(BLOCK as u64).read_to_end(buffer).on("read", &self.path)?;
         Ok(read > 0)
     }
-}
-
-/// Reads until the buffer is full or the file ends.
-fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(more) => filled += more,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! What a repository holds beside log: restore points, pins, what retention did, timelines, snapshots.
 
 use bytes::Bytes;
+use jiff::Timestamp;
 
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::manifest::{
     LastDrill, Pin, RestorePoint, RestorePointList, Retention, SnapshotManifest, Timeline,
 };
-use crate::repository::{Repository, RepositoryError, paths};
+use crate::repository::{Repository, RepositoryError, document, paths};
 
 impl Repository {
     /// Every restore point's id, oldest first.
@@ -55,7 +56,11 @@ impl Repository {
     pub async fn retention(&self) -> Result<Option<Retention>, RepositoryError> {
         let mut result = Ok(None);
         for _ in 0..2 {
-            for (key, _) in self.list(&paths::retentions()).await?.into_iter().rev() {
+            let found = self.list(&paths::retentions()).await?;
+            if found.is_empty() {
+                break;
+            }
+            for (key, _) in found.into_iter().rev() {
                 match self.get_document(&key).await {
                     Ok(found) => return Ok(Some(found)),
                     // A prune has put a newer one in its place meanwhile.
@@ -180,6 +185,22 @@ impl Repository {
     /// When the store fails.
     pub async fn put_snapshot(&self, manifest: &SnapshotManifest) -> Result<usize, RepositoryError> {
         self.put_document(&paths::snapshot(&manifest.identity, manifest.timeline, manifest.offset), manifest).await
+    }
+
+    /// Writes a snapshot's description in place of a damaged one, or of one whose packs are. Returns the bytes written.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub(crate) async fn replace_snapshot(
+        &self,
+        manifest: &SnapshotManifest,
+        now: Timestamp,
+    ) -> Result<usize, RepositoryError> {
+        let bytes = document::write(manifest);
+        let len = bytes.len();
+        self.replace(&paths::snapshot(&manifest.identity, manifest.timeline, manifest.offset), bytes.into(), now)
+            .await?;
+        Ok(len)
     }
 
     /// Writes a pack under the name of its content.

@@ -27,22 +27,28 @@ impl<'a> LargePut<'a> {
     /// When the lease is lost or the store fails.
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), RepositoryError> {
         self.buffer.extend_from_slice(&bytes);
-        if self.buffer.len() >= LARGE_PART { self.send().await } else { Ok(()) }
+        while self.buffer.len() >= LARGE_PART {
+            // Some stores take only parts of one size, but for the last.
+            let rest = self.buffer.split_off(LARGE_PART);
+            let part = std::mem::replace(&mut self.buffer, rest);
+            self.send(part).await?;
+        }
+        Ok(())
     }
 
-    async fn send(&mut self) -> Result<(), RepositoryError> {
+    async fn send(&mut self, part: Vec<u8>) -> Result<(), RepositoryError> {
         self.repository.check_fence()?;
-        let part = std::mem::take(&mut self.buffer);
         let len = part.len() as u64;
         let sent = self.upload.put_part(part.into());
         self.repository.store.within(Operation::Part, &self.key, len, sent).await
     }
 
     /// # Errors
-    /// When the lease is lost or the store fails.
-    pub async fn finish(mut self) -> Result<(), RepositoryError> {
-        if !self.buffer.is_empty() {
-            self.send().await?;
+    /// When the lease is lost or the store fails; abandon it then.
+    pub async fn finish(&mut self) -> Result<(), RepositoryError> {
+        let last = std::mem::take(&mut self.buffer);
+        if !last.is_empty() {
+            self.send(last).await?;
         }
         self.repository.check_fence()?;
         self.repository.store.within(Operation::Put, &self.key, 0, self.upload.complete()).await.map(|_| ())

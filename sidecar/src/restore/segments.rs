@@ -25,6 +25,7 @@ pub(crate) struct SegmentWriter {
     dir: PathBuf,
     from: Offset,
     until: Offset,
+    /// Before the checks: a check that is dropped ends once its writer is gone.
     open: Option<Open>,
     checks: VecDeque<Check>,
     checked: Vec<CheckedSegment>,

@@ -162,7 +162,14 @@ impl Walk<'_> {
                 Ok((!matches!(error, CryptoError::Damaged(_))).then_some(None))
             }
             Err(error) => {
-                self.damaged(key, &reason(&error));
+                self.find(
+                    Severity::Error,
+                    FindingKind::Damaged,
+                    key,
+                    reason(&error),
+                    // Of its full length it is shared by the next snapshot.
+                    "put it back from a copy of the repository, or move it out of the repository and take a new backup",
+                );
                 Ok(None)
             }
         }

@@ -12,8 +12,9 @@ use inner_universe::config::RepositoryConfig;
 use inner_universe::ids::{ContentHash, Identity, Offset, RestorePointId};
 use inner_universe::progress::Silent;
 use inner_universe::repository::crypto::Keyring;
+use inner_universe::repository::manifest::SnapshotManifest;
 use inner_universe::repository::store::Store;
-use inner_universe::repository::{Repository, paths};
+use inner_universe::repository::{Repository, document, paths};
 use inner_universe::restore::apply::ApplyOptions;
 use inner_universe::restore::plan::{RestoreRequest, plan};
 use inner_universe::restore::target::Target;
@@ -201,6 +202,40 @@ async fn a_lost_object_costs_exactly_what_verify_names_and_everything_else_is_re
     }
     assert!(costly >= 3, "only {costly} objects were worth anything");
     assert_eq!(verified(&repository).await.findings, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_snapshot_that_is_still_on_the_disk_is_archived_anew_by_the_next_backup() {
+    let small = small().await;
+    let repository = open(&small.objects).await.expect("open");
+    let to = small.synthetic.dir.path().join("restored");
+    let whole = restored(&repository, &to, Target::Latest, false).await.expect("a restore");
+    let listed = repository.list(&Key::default()).await.expect("a listing");
+    let (document, _) = listed.iter().rfind(|(key, _)| key.as_ref().contains("/snapshots/")).expect("a snapshot");
+    let read = async |key: &Key| small.objects.get(key).await.expect("get").bytes().await.expect("bytes");
+    for (is_pack, is_cut) in [(false, true), (false, false), (true, true), (true, false)] {
+        let manifest: SnapshotManifest = document::read(&read(document).await).expect("the snapshot");
+        let packs = manifest.packs.iter().map(|used| paths::pack(&DATABASE, used.pack));
+        for bad in if is_pack { packs.collect() } else { vec![document.clone()] } {
+            let good = read(&bad).await;
+            match is_cut {
+                true => small.objects.put(&bad, good.slice(..good.len() / 2).into()).await.map(|_| ()).expect("put"),
+                false => small.objects.delete(&bad).await.expect("delete"),
+            }
+            let without = restored(&repository, &to, Target::Latest, false).await;
+            assert!(without.is_err() || without.is_ok_and(|found| found != whole), "nothing is lost with {bad}");
+            let report = synthetic::back_up(&repository, &small.synthetic.path()).await.expect("a backup");
+            assert_eq!(report.problems, Vec::<String>::new(), "{bad}");
+            let healed = restored(&repository, &to, Target::Latest, false).await.expect("a restore");
+            assert!(healed == whole, "after {bad} was damaged another database comes back");
+            let kept = repository.list(&Key::from("damaged")).await.expect("a listing");
+            let is_kept = kept.iter().any(|(kept, _)| kept.as_ref().ends_with(document.as_ref()));
+            assert_eq!(is_kept, is_pack || is_cut, "{bad}: {kept:?}");
+            for (key, _) in kept {
+                small.objects.delete(&key).await.expect("delete");
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
