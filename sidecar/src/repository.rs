@@ -1,6 +1,6 @@
 //! The repository: every object of a backup, its name and its form. FORMAT.md describes the bytes.
 //!
-//! Invariants: an object is written once and never changed; what a manifest names was durable before the manifest was
+//! Invariants: an object is written once and never changed, unless it was damaged; what a manifest names was durable before the manifest was
 //! written; whatever is read is checked against a hash before it is used; only this room builds object names.
 
 pub mod chain;
@@ -279,6 +279,8 @@ impl Repository {
     /// When the lease is lost or the store fails.
     pub(crate) async fn replace(&self, key: &Key, bytes: Bytes, at: jiff::Timestamp) -> Result<(), RepositoryError> {
         match self.get(key).await {
+            // Somebody else was first.
+            Ok(found) if found == bytes => return Ok(()),
             Ok(damaged) => self.put(&paths::damaged(key, at), damaged).await?,
             Err(RepositoryError::Missing { .. }) => {}
             Err(error) => return Err(error),

@@ -254,14 +254,24 @@ impl Run {
 
 /// Reads the log in runs of an object each. No thread is held while there is no room: what makes room needs one too.
 async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> Result<Uploaded, BackupError> {
-    let mut reader = {
+    let (mut reader, is_new) = {
         let dir = dir.clone();
-        blocking(move || LogReader::open(&dir, from.next)).await??
+        let open = move || {
+            // Where there is nothing new, nobody need wait for the others.
+            let mut reader = LogReader::open(&dir, from.next)?;
+            let is_new = reader.next_batch(1, &mut Vec::new())?.is_some();
+            Ok::<_, DataDirError>((if is_new { LogReader::open(&dir, from.next)? } else { reader }, is_new))
+        };
+        blocking(open).await??
     };
     let mut before = from;
-    loop {
+    while is_new {
         // Neither is ever closed. Whoever has no room holds nothing that makes room, so nobody waits for ever.
-        let (underway, room) = (UNDERWAY.acquire().await.ok(), ROOM.acquire().await.ok());
+        let room = async { (UNDERWAY.acquire().await.ok(), ROOM.acquire().await.ok()) };
+        let (underway, room) = tokio::select! {
+            room = room => room,
+            () = sender.closed() => break,
+        };
         let read = blocking(move || {
             let mut commits = Buffer::take();
             commits.reserve(OBJECT_SIZE + READ_SIZE);

@@ -50,6 +50,7 @@ pub(crate) async fn archive(
             snapshots.iter().rev().find(usable)
         };
         let Some(chosen) = chosen.filter(|chosen| !known.offsets.contains(&chosen.offset)) else { return Ok(problems) };
+        let was_damaged = known.damaged.contains(&chosen.offset);
         match upload(work, database, timeline, chosen.clone(), known).await {
             Ok(()) if first_needed => {}
             Ok(()) => return Ok(problems),
@@ -58,6 +59,14 @@ pub(crate) async fn archive(
                 if chosen.is_complete() {
                     problems.push(format!("the snapshot at transaction {} is not usable: {error}", chosen.offset));
                 }
+            }
+            // The log holds everything, and what was archived before stands as it did.
+            Err(BackupError::Repository(
+                error @ (RepositoryError::Denied { .. } | RepositoryError::Conflict { .. }),
+            )) if was_damaged => {
+                passed_over.insert(chosen.offset);
+                let offset = chosen.offset;
+                problems.push(format!("the damaged snapshot at transaction {offset} was not replaced: {error}"));
             }
             Err(error) => return Err(error),
         }
@@ -256,8 +265,11 @@ impl Unread {
 /// room needs one too.
 async fn read_objects(mut unread: Unread, sender: mpsc::Sender<Filled>) -> Result<u64, BackupError> {
     loop {
-        // The semaphore is never closed.
-        let room = ROOM.acquire().await.ok();
+        let room = tokio::select! {
+            // Never closed.
+            room = ROOM.acquire() => room.ok(),
+            () = sender.closed() => return Ok(unread.bytes_read),
+        };
         let filled = blocking(move || unread.fill().map(|builder| (unread, builder)));
         let (left, builder) = filled.await??;
         unread = left;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +30,9 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(5);
 const SNAPSHOT_DOUBT: Duration = Duration::from_secs(600);
 /// Who wants a restore point waits so long for a log to be archived.
 const FLUSH_LIMIT: Duration = Duration::from_secs(120);
+/// Databases whose log objects are merged at once: many enough to keep up over a store that takes its time, few enough for
+/// memory.
+static MERGING: Semaphore = Semaphore::const_new(8);
 /// Restore points that nobody asked for are at least so far apart.
 const INSTANCE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -38,11 +41,9 @@ const INSTANCE_PAUSE: Duration = Duration::from_secs(2);
 pub(super) struct Followers {
     by_database: parking_lot::Mutex<BTreeMap<Identity, Follower>>,
     tasks: parking_lot::Mutex<Vec<JoinHandle<()>>>,
-    /// Held while a snapshot is uploaded, whose packs nothing names before its end, and while objects are removed. One snapshot
-    /// at a time: memory is the same for one database and for hundreds.
+    /// Held while a follower uploads a snapshot, whose packs nothing names before its end, and while objects are removed. One
+    /// after another: memory is the same for one database and for hundreds.
     pub(super) uploads: Arc<Mutex<()>>,
-    /// Held while log objects are merged, for the same reason.
-    compactions: Arc<Mutex<()>>,
 }
 
 struct Follower {
@@ -235,9 +236,7 @@ impl Daemon {
         let archive = &self.config.archive;
         if archive.compaction {
             let (interval, grace) = (archive.compaction_interval.0, archive.compaction_grace.0);
-            let compactions = Arc::clone(&self.followers.compactions);
-            let (work, followed) = (Arc::clone(&work), Arc::clone(&followed));
-            tasks.push(tokio::spawn(compact(work, followed, compactions, interval, grace, stop.clone())));
+            tasks.push(tokio::spawn(compact(Arc::clone(&work), Arc::clone(&followed), interval, grace, stop.clone())));
         }
         let bundled = self.config.spacetimedb_config.database.as_deref();
         let calls = calls::Database {
@@ -330,15 +329,17 @@ async fn follow_snapshots(
             upload = uploads.lock() => upload,
             () = stop.cancelled() => return,
         };
+        // The others may have taken long, and the server gone back to an earlier moment meanwhile.
+        if followed.progress().timeline != Some(timeline) {
+            continue;
+        }
         let found = tokio::select! {
             found = snapshot::archive(&work, followed.identity, timeline, archived, &replica) => found,
             () = stop.cancelled() => return,
         };
         match found {
             Ok(problems) => {
-                if problems.is_empty() {
-                    settled = Some((timeline, usable, Stopwatch::start()));
-                }
+                settled = Some((timeline, usable, Stopwatch::start()));
                 for problem in problems {
                     if told.insert(problem.clone()) {
                         tracing::warn!(database = %followed.name, "{problem}");
@@ -354,7 +355,6 @@ async fn follow_snapshots(
 async fn compact(
     work: Arc<Work>,
     followed: Arc<Followed>,
-    compactions: Arc<Mutex<()>>,
     interval: Duration,
     grace: Duration,
     stop: CancellationToken,
@@ -372,8 +372,8 @@ async fn compact(
             () = work.clock.sleep(interval) => {}
             () = stop.cancelled() => return,
         }
-        let _alone = tokio::select! {
-            alone = compactions.lock() => alone,
+        let _merging = tokio::select! {
+            merging = MERGING.acquire() => merging.ok(),
             () = stop.cancelled() => return,
         };
         let timelines = match work.repository.timelines(&followed.identity).await {

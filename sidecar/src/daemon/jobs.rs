@@ -111,9 +111,10 @@ impl Daemon {
     /// # Errors
     /// When there is no policy, a kept restore point is broken, or the repository fails.
     pub async fn prune(&self) -> Result<PruneReport, RetentionError> {
-        let _alone = self.restore_points.lock().await;
+        // What may take long is waited for first: a restore point must not wait for it too.
         let _no_upload = self.followers.uploads.lock().await;
         let _no_look = self.verifying.lock().await;
+        let _alone = self.restore_points.lock().await;
         let policy = Policy::new(&self.config.retention, self.config.schedule.time_zone.0);
         let work = async {
             let grace = self.config.retention.grace.0;
