@@ -254,7 +254,7 @@ impl Run {
 
 /// Reads the log in runs of an object each. No thread is held while there is no room: what makes room needs one too.
 async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> Result<Uploaded, BackupError> {
-    let (mut reader, is_new) = {
+    let (mut reader, mut more) = {
         let dir = dir.clone();
         let open = move || {
             // Where there is nothing new, nobody need wait for the others.
@@ -265,7 +265,7 @@ async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> R
         blocking(open).await??
     };
     let mut before = from;
-    while is_new {
+    while more {
         // Neither is ever closed. Whoever has no room holds nothing that makes room, so nobody waits for ever.
         let room = async { (UNDERWAY.acquire().await.ok(), ROOM.acquire().await.ok()) };
         let (underway, room) = tokio::select! {
@@ -292,9 +292,7 @@ async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> R
         }
         before = after;
         // A live log grows while we read; what was its end when we came there is enough.
-        if reader.at_end() {
-            break;
-        }
+        more = !reader.at_end();
     }
     Ok(Uploaded { tip: before, tail: reader.tail().clone(), torn: reader.torn() })
 }

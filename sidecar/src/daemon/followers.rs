@@ -339,7 +339,10 @@ async fn follow_snapshots(
         };
         match found {
             Ok(problems) => {
-                settled = Some((timeline, usable, Stopwatch::start()));
+                // Files may have changed under the reader; what is told twice stays.
+                if problems.iter().all(|problem| told.contains(problem)) {
+                    settled = Some((timeline, usable, Stopwatch::start()));
+                }
                 for problem in problems {
                     if told.insert(problem.clone()) {
                         tracing::warn!(database = %followed.name, "{problem}");
