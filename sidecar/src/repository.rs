@@ -1,7 +1,7 @@
 //! The repository: every object of a backup, its name and its form. FORMAT.md describes the bytes.
 //!
-//! Invariants: an object is written once and never changed, unless it was damaged; what a manifest names was durable before the manifest was
-//! written; whatever is read is checked against a hash before it is used; only this room builds object names.
+//! Invariants: an object is written once and never changed, unless it was damaged; what a manifest names was durable before
+//! the manifest was written; whatever is read is checked against a hash before it is used; only this room builds object names.
 
 pub mod chain;
 mod codec;
