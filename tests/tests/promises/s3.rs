@@ -218,7 +218,7 @@ async fn outages_of_every_kind_are_survived_with_bounded_memory_and_caught_up_wi
     // The pages of a program that is not optimised say nothing of what users run.
     let own = watch.end();
     println!("{own} KiB without the program");
-    assert!(own > 0 && own < 48 << 10, "{own} KiB were taken");
+    assert!(own > 0 && own < 44 << 10, "{own} KiB were taken");
     if tools::all() {
         let resident = memory(daemon.pid(), "VmHWM:");
         assert!(resident < 64 << 10, "{resident} KiB were resident");
