@@ -1,5 +1,7 @@
 //! Headless Chromium through ChromeDriver: pages as a person would see them.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -113,9 +115,22 @@ impl Browser {
     }
 }
 
+impl Browser {
+    /// Without a runtime: the test may be unwinding.
+    fn end_session(&self) -> std::io::Result<()> {
+        let (host, path) = self.session.trim_start_matches("http://").split_once('/').unwrap_or_default();
+        let mut driver = TcpStream::connect(host)?;
+        driver.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(driver, "DELETE /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+        // It answers once the browser is gone.
+        driver.read(&mut [0; 512]).map(|_| ())
+    }
+}
+
 impl Drop for Browser {
     fn drop(&mut self) {
-        // The driver ends the browser when its session ends; with `kill` it would stay.
+        // The driver ends the browser when its session ends; told or killed to end itself, it may leave it behind.
+        let _ = self.end_session();
         let asked = Command::new("kill").arg("-TERM").arg(self.driver.id().to_string()).status();
         let deadline = Instant::now() + Duration::from_secs(5);
         while asked.as_ref().is_ok_and(|status| status.success()) && Instant::now() < deadline {
