@@ -7,6 +7,8 @@
 //!   and the archive is compared with the log anew, which forks a timeline where they part.
 
 pub mod compaction;
+#[cfg(test)]
+mod model;
 pub mod position;
 mod wake;
 
@@ -429,10 +431,8 @@ impl Archiver {
     fn answer(&mut self, end: Option<(TimelineId, Option<ChainTip>)>) {
         for request in self.waiting.drain(..) {
             let (timeline, tip) = end.map_or((TimelineId::FIRST, None), |(timeline, tip)| (timeline, tip));
-            let tip =
-                tip.map(|tip| Tip { last: Offset(tip.next.0.saturating_sub(1)), chain: tip.chain, time: tip.max_time });
-            // Who asked may have given up.
-            let _ = request.send(LogArchive { timeline, tip, problems: Vec::new() });
+            // The asking side may have given up.
+            let _ = request.send(LogArchive { timeline, tip: tip.map(Tip::from), problems: Vec::new() });
         }
     }
 }

@@ -65,6 +65,13 @@ pub enum BackupError {
     Worker(String),
 }
 
+impl BackupError {
+    /// Is something wrong with what is stored?
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Repository(error) if error.is_damage())
+    }
+}
+
 /// How a backup is taken.
 #[derive(Debug, Clone, Default)]
 pub struct BackupOptions {
@@ -310,6 +317,7 @@ fn point_of(database: &Database, archived: &[(Identity, LogArchive)]) -> Option<
         offset: tip.last,
         time: tip.time.and_then(|micros| Timestamp::from_microsecond(micros).ok()),
         chain: tip.chain,
+        history: Some(tip.history),
         initial_program: database.initial_program,
     })
 }

@@ -15,6 +15,7 @@ pub mod log_object;
 pub mod manifest;
 pub mod pack;
 pub mod paths;
+pub mod proof;
 pub(crate) mod ranges;
 pub mod store;
 pub mod timeline;

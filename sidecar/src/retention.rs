@@ -36,6 +36,8 @@ pub enum RetentionError {
     Pinned(RestorePointId),
     #[error("nothing was removed: {}; run `inner-universe verify`", .0.join("; "))]
     Unproven(Vec<String>),
+    #[error("{deleted} objects were removed, and others disappeared meanwhile: {}; run `inner-universe verify`", missing.join("; "))]
+    Lost { deleted: u64, missing: Vec<String> },
 }
 
 /// What a prune is about to do, as a value.
@@ -243,13 +245,30 @@ pub async fn apply(
     report.marked.bytes -= report.deleted.bytes.min(report.marked.bytes);
     if report.deleted.objects > 0 {
         let listing: Listing = repository.list(&Key::default()).await?.into_iter().collect();
-        let missing = plan.needs.objects.iter().filter(|key| !listing.contains_key(*key));
-        let missing: Vec<_> = missing.map(|key| format!("{key} is missing")).collect();
+        let missing = missing_of(&plan.needs, &listing);
         if !missing.is_empty() {
-            return Err(RetentionError::Unproven(missing));
+            return Err(RetentionError::Lost { deleted: report.deleted.objects, missing });
         }
     }
     Ok(report)
+}
+
+/// What is needed and no longer there. Compaction deletes its inputs meanwhile: a log object is missing only if no others hold its
+/// transactions.
+fn missing_of(needs: &Needs, listing: &Listing) -> Vec<String> {
+    let gone: Vec<&Key> = needs.objects.iter().filter(|key| !listing.contains_key(*key)).collect();
+    let mut held: BTreeMap<_, Vec<(u64, u64)>> = BTreeMap::new();
+    if gone.iter().any(|key| log_place(key).is_some()) {
+        for (place, range) in listing.keys().filter_map(log_place) {
+            held.entry(place).or_default().push(range);
+        }
+    }
+    let held: BTreeMap<_, _> = held.into_iter().map(|(place, ranges)| (place, merged(ranges))).collect();
+    let is_replaced = |key: &Key| {
+        log_place(key)
+            .is_some_and(|(place, range)| held.get(&place).is_some_and(|held| without(range, held).is_empty()))
+    };
+    gone.into_iter().filter(|key| !is_replaced(key)).map(|key| format!("{key} is missing")).collect()
 }
 
 const RESTORE_POINTS: u8 = 0;

@@ -16,9 +16,11 @@ use serde::Serialize;
 
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::Progress;
-use crate::repository::chain::LogChain;
-use crate::repository::log_object::{ChainTip, LogHeader};
+use crate::repository::chain::{LogChain, LogEntry};
+use crate::repository::crypto::CryptoError;
+use crate::repository::log_object::LogHeader;
 use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
+use crate::repository::proof::Proof;
 use crate::repository::timeline::ancestry;
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::plan::describe;
@@ -122,12 +124,36 @@ struct Walk<'a> {
     told_of_keys: bool,
     /// Captures that are missing, damaged or cannot be opened.
     bad_instances: HashSet<ContentHash>,
-    /// Log objects looked at already: the header of those that are whole.
-    logs: HashMap<Key, Option<LogHeader>>,
+    /// Log objects looked at already, and whether they are whole. Their headers are not kept: those of a year's flushes would not
+    /// fit into memory.
+    logs: HashMap<Key, bool>,
+    /// Restore points' places that a header was seen to hold.
+    proved: HashSet<(TimelineId, Offset, ContentHash)>,
     /// Packs looked at already: the entries of those that are whole, `None` in it where the body was not read.
     packs: HashMap<Key, Option<Option<HashSet<ContentHash>>>>,
     /// The sizes of a database's packs.
     pack_sizes: HashMap<Key, u64>,
+}
+
+/// The log of one timeline, and what of it is looked at.
+struct OfLog<'a> {
+    database: Identity,
+    name: &'a str,
+    points: &'a [&'a DatabasePoint],
+    /// Of single restore points, what comes later does not matter.
+    until: Option<Offset>,
+}
+
+impl OfLog<'_> {
+    fn counts(&self, first: Offset) -> bool {
+        self.until.is_none_or(|until| first <= until)
+    }
+}
+
+/// A log object that was checked. Its header is read again where it is needed: objects of timelines that share a history are many.
+struct Checked {
+    entry: LogEntry,
+    header: Option<Arc<LogHeader>>,
 }
 
 /// Verifies the given restore points, or the whole repository.
@@ -150,6 +176,7 @@ pub async fn verify(
         told_of_keys: false,
         bad_instances: HashSet::new(),
         logs: HashMap::new(),
+        proved: HashSet::new(),
         packs: HashMap::new(),
         pack_sizes: HashMap::new(),
     };
@@ -230,12 +257,15 @@ impl Walk<'_> {
             let chain = self.repository.log_chain(&database, &timelines, timeline.timeline).await?;
             // Of single restore points, what comes later is of no interest.
             let until = if whole { None } else { promised.iter().map(|point| point.offset).max() };
-            self.log(database, &name, &chain, until, &mut bad).await?;
-            self.promises(&points, &chain, timeline.timeline).await?;
+            let of_log = OfLog { database, name: &name, points: &points, until };
+            self.gaps(&of_log, &chain);
+            let end = chain.last();
+            let chain = self.log(&of_log, &timelines, timeline.timeline, chain, &mut bad).await?;
+            self.promises(&points, &chain, end, timeline.timeline).await?;
             self.snapshots(database, timeline, until, &mut bad).await?;
             let line = ancestry(&timelines, timeline.timeline);
             let snapshots = self.snapshots_on(&database, &line).await?;
-            let end = points.iter().map(|point| point.offset).chain(chain.last().filter(|_| whole)).max();
+            let end = points.iter().map(|point| point.offset).chain(end.filter(|_| whole)).max();
             let lost = match end.filter(|end| nameless && *end >= timeline.start) {
                 Some(end) => vec![(timeline.start, end)],
                 None => losses::losses(timeline, &chain, &snapshots, &bad, end),
@@ -253,60 +283,86 @@ impl Walk<'_> {
         self.report.lost.push(lost);
     }
 
-    /// The row of log objects that leads to the end of a timeline: every object, and that each continues the one before.
-    async fn log(
-        &mut self,
-        database: Identity,
-        name: &str,
-        chain: &LogChain,
-        until: Option<Offset>,
-        bad: &mut losses::Bad,
-    ) -> Result<(), RepositoryError> {
-        let counts = |first: Offset| until.is_none_or(|until| first <= until);
-        for hole in chain.holes.iter().filter(|hole| !hole.removed && counts(hole.missing)) {
+    /// Transactions that no object holds.
+    fn gaps(&mut self, log: &OfLog<'_>, chain: &LogChain) {
+        for hole in chain.holes.iter().filter(|hole| !hole.removed && log.counts(hole.missing)) {
             self.find(
                 Severity::Error,
                 FindingKind::Gap,
-                &paths::logs(&database, hole.timeline),
-                format!("{} of database {name}", describe(hole)),
+                &paths::logs(&log.database, hole.timeline),
+                format!("{} of database {}", describe(hole), log.name),
                 "put the missing objects back from a copy of the repository; `lost` tells what can not be restored without",
             );
         }
-        let mut tip = None::<ChainTip>;
+    }
+
+    /// The log that leads to the end of a timeline: every object, and that each continues the one before. Where an object is bad,
+    /// others that hold the same transactions are checked in its place. Returns the chain that is left.
+    async fn log(
+        &mut self,
+        log: &OfLog<'_>,
+        timelines: &[Timeline],
+        timeline: TimelineId,
+        mut chain: LogChain,
+        bad: &mut losses::Bad,
+    ) -> Result<LogChain, RepositoryError> {
+        loop {
+            let before = bad.logs.len();
+            self.log_once(log, &chain, bad).await?;
+            if bad.logs.len() == before || !chain.entries.iter().any(|entry| bad.logs.contains(&entry.key())) {
+                return Ok(chain);
+            }
+            chain = self.repository.log_chain_without(&log.database, timelines, timeline, &bad.logs).await?;
+        }
+    }
+
+    async fn log_once(
+        &mut self,
+        log: &OfLog<'_>,
+        chain: &LogChain,
+        bad: &mut losses::Bad,
+    ) -> Result<(), RepositoryError> {
         let (repository, draw) = (self.repository, self.draw);
-        let entries: Vec<_> = chain.entries.iter().filter(|entry| counts(entry.first)).collect();
+        let entries: Vec<_> = chain.entries.iter().filter(|entry| log.counts(entry.first)).collect();
         // Timelines share what they forked from: that was read already.
-        let is_known: Vec<_> = entries.iter().map(|entry| self.logs.contains_key(&entry.key())).collect();
+        let known: Vec<_> = entries.iter().map(|entry| self.logs.get(&entry.key()).copied()).collect();
         let mut reads = futures::stream::iter(0..entries.len())
             .map(|index| {
-                let (entry, is_known) = (entries[index], is_known[index]);
+                let (entry, known) = (entries[index], known[index]);
                 async move {
-                    match is_known {
-                        true => None,
-                        false => Some(read_log(repository, entry, draw.is_drawn(&entry.key())).await),
+                    match known {
+                        Some(_) => None,
+                        None => Some(read_log(repository, entry, draw.is_drawn(&entry.key())).await),
                     }
                 }
             })
             .buffered(AHEAD);
-        for entry in &entries {
+        let mut before: Option<Checked> = None;
+        for (entry, known) in entries.iter().zip(&known) {
             let read = reads.next().await.flatten();
             self.used.insert(entry.key());
-            if chain.holes.iter().any(|hole| hole.found == entry.first) {
-                tip = None;
-            }
-            let header = match read {
-                Some(read) => self.judge_log(entry, read, name).await?,
-                None => self.log_object(entry, name).await?,
+            let header = match (read, known) {
+                (Some(read), _) => self.judge_log(entry, read, log.name).await?,
+                (None, Some(true)) => {
+                    before = Some(Checked { entry: (*entry).clone(), header: None });
+                    continue;
+                }
+                (None, _) => None,
             };
             let Some(header) = header else {
                 if !self.moved.contains(&entry.key()) {
                     bad.logs.insert(entry.key());
                 }
-                tip = None;
+                before = None;
                 continue;
             };
-            let continues = tip.is_none_or(|tip| tip.next == header.first && tip.chain == header.previous_chain);
-            if !continues || header.database != database {
+            for point in log.points {
+                if header.place_after(point.offset).is(&point.place()) {
+                    self.proved.insert((point.timeline, point.offset, point.chain));
+                }
+            }
+            let continues = self.continues(entry, &header, before).await?;
+            if !continues || header.database != log.database {
                 bad.logs.insert(entry.key());
                 self.find(
                     Severity::Error,
@@ -314,14 +370,52 @@ impl Walk<'_> {
                     &entry.key(),
                     format!(
                         "it does not continue the object before it; transactions from {} on are not to be trusted",
-                        header.first
+                        entry.first
                     ),
                     "restore to an offset before it; then take a new backup",
                 );
             }
-            tip = Some(header.tip_until(entry.last));
+            before = Some(Checked { entry: (*entry).clone(), header: Some(header) });
         }
         Ok(())
+    }
+
+    /// Returns true unless an object contradicts the one before it.
+    async fn continues(
+        &self,
+        entry: &LogEntry,
+        header: &LogHeader,
+        before: Option<Checked>,
+    ) -> Result<bool, RepositoryError> {
+        let Some(Checked { entry: left, header: before }) = before else { return Ok(true) };
+        let before = match before {
+            Some(before) => before,
+            None => match self.repository.log_header(&left.key()).await {
+                Ok(before) => Arc::new(before),
+                // Compaction took it away, or it was found damaged before.
+                Err(error) if error.is_damage() => return Ok(true),
+                Err(error) => return Err(error),
+            },
+        };
+        if header.contradicts(entry, &before, &left) {
+            return Ok(false);
+        }
+        let is_known = before.place_after(left.last).is_known() && header.place_before(entry.first).is_known();
+        if is_known || left.last.0.checked_add(1) != Some(entry.first.0) || !self.can_read(header, &before) {
+            return Ok(true);
+        }
+        let ends = self.repository.place_at(&left, &before, left.last).await;
+        let starts = self.repository.place_at(entry, header, left.last).await;
+        match (ends, starts) {
+            (Ok(ends), Ok(starts)) => Ok(ends.is(&starts)),
+            (Err(error), _) | (_, Err(error)) if error.is_damage() => Ok(false),
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        }
+    }
+
+    /// Can the bodies of both be opened?
+    fn can_read(&self, one: &LogHeader, other: &LogHeader) -> bool {
+        !(one.sealed || other.sealed) || self.repository.keys.can_open()
     }
 
     /// What restore points promised must be on the timeline, and be the same history.
@@ -329,11 +423,11 @@ impl Walk<'_> {
         &mut self,
         points: &[&DatabasePoint],
         chain: &LogChain,
+        end: Option<Offset>,
         timeline: TimelineId,
     ) -> Result<(), RepositoryError> {
         for point in points {
             let folder = paths::logs(&point.identity, timeline);
-            let end = chain.last();
             if end.is_none_or(|end| end < point.offset) {
                 let from = end.map_or(Offset(0), |end| Offset(end.0 + 1));
                 self.find(
@@ -349,7 +443,7 @@ impl Walk<'_> {
                 continue;
             }
             if let Some(hole) = chain.holes.iter().find(|hole| hole.removed && hole.holds(point.offset)) {
-                let message = format!("a restore point stands in what is gone: {} of {}", describe(hole), point.name);
+                let message = format!("a restore point lies in what was removed: {} of {}", describe(hole), point.name);
                 self.find(
                     Severity::Error,
                     FindingKind::Gap,
@@ -358,16 +452,24 @@ impl Walk<'_> {
                     "use another restore point; `prune --apply` takes this one away",
                 );
             }
-            let Some(entry) = chain.range(point.offset, point.offset).first() else { continue };
-            let Some(Some(header)) = self.logs.get(&entry.key()) else { continue };
-            if !header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain) {
-                self.find(
+            if chain.range(point.offset, point.offset).is_empty()
+                || self.proved.contains(&(point.timeline, point.offset, point.chain))
+            {
+                continue;
+            }
+            match self.repository.prove(point, chain).await {
+                Ok(Proof::Holds | Proof::HoldsThrough(_)) => {}
+                Ok(Proof::NotReadable) => self.not_readable(&folder, &CryptoError::NoIdentity),
+                Ok(Proof::Differs) => self.find(
                     Severity::Error,
                     FindingKind::BrokenChain,
                     &folder,
                     format!("at transaction {} it holds another history than the restore point promises", point.offset),
                     "take a new backup; restore points before this one may still be good",
-                );
+                ),
+                // What is damaged was found already.
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())

@@ -3,6 +3,7 @@
 //! Whether the log continues the archive is decided by content: the archive's last commits are hashed again from the log.
 //! Where they differ a new timeline begins at the last link that both share, and the old timeline stays as it is.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::buffers::Buffer;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
-use crate::repository::chain::LogEntry;
+use crate::repository::chain::{LogChain, LogEntry};
 use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
 use crate::repository::manifest::{Timeline, TimelineReason};
 use crate::repository::{Repository, RepositoryError, paths};
@@ -41,8 +42,16 @@ pub struct LogArchive {
 pub struct Tip {
     pub last: Offset,
     pub chain: ContentHash,
+    pub history: ContentHash,
     /// The latest time up to `last`, microseconds.
     pub time: Option<i64>,
+}
+
+impl From<ChainTip> for Tip {
+    fn from(tip: ChainTip) -> Self {
+        let ChainTip { next, chain, history, max_time, .. } = tip;
+        Self { last: Offset(next.0.saturating_sub(1)), chain, history, time: max_time }
+    }
 }
 
 impl Default for LogArchive {
@@ -114,8 +123,7 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
         problems.push("the log is empty".into());
         return Ok(LogArchive { timeline: from.timeline, tip: None, problems });
     }
-    let tip = Tip { last: Offset(tip.next.0 - 1), chain: tip.chain, time: tip.max_time };
-    Ok(LogArchive { timeline: from.timeline, tip: Some(tip), problems })
+    Ok(LogArchive { timeline: from.timeline, tip: Some(tip.into()), problems })
 }
 
 /// Is the broken end that was seen still there after a while? A write under way would be whole by then.
@@ -298,12 +306,12 @@ async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> R
 }
 
 /// Writes a log object. One that is there already counts if it holds the same commits: a backup that was cut off after
-/// this upload, or compressed at another level.
+/// this upload, or compressed at another level, or continued an object that was cut otherwise.
 async fn put_log(repository: &Repository, key: &Key, bytes: Vec<u8>) -> Result<(), RepositoryError> {
-    let ours = LogHeader::parse(&bytes).map(|header| header.links);
+    let ours = LogHeader::parse(&bytes);
     match repository.put(key, bytes.into()).await {
         Err(RepositoryError::Conflict { key: name }) => match (ours, repository.log_header(key).await) {
-            (Ok(ours), Ok(theirs)) if theirs.links == ours => Ok(()),
+            (Ok(ours), Ok(theirs)) if theirs.holds_same_commits(&ours) => Ok(()),
             _ => Err(RepositoryError::Conflict { key: name }),
         },
         result => result,
@@ -324,22 +332,13 @@ pub(crate) async fn find_continuation(
         return begin(work, database, Beginning::root(TimelineId::FIRST, TimelineReason::First, start)).await.map(Some);
     };
     let next_id = repository.next_timeline(&database).await?;
-    let mut chain = repository.log_chain(&database, &timelines, current.timeline).await?;
+    let (mut chain, damage) = readable_chain(repository, &database, &timelines, current.timeline).await?;
     let mut lost = chain.loss().map(|hole| {
         format!("transactions {} to {} are missing from timeline {}", hole.missing, hole.last(), current.timeline)
     });
-    // What lies before a loss is continued, so that what was lost is archived again where the log still has it.
     chain = chain.before_loss();
-    // What is lost or damaged at the end cannot be continued; what lies before can.
-    while let Some(entry) = chain.entries.last() {
-        match repository.log_header(&entry.key()).await {
-            Ok(_) => break,
-            Err(error) if error.is_damage() => {
-                lost = Some(error.to_string());
-                chain.entries.pop();
-            }
-            Err(error) => return Err(error.into()),
-        }
+    if chain.last() < damage.as_ref().map(|damage| damage.0) {
+        lost = damage.map(|damage| damage.1);
     }
     let Some(tail) = chain.entries.last() else {
         // The timeline was begun and nothing archived on it yet: begin where it says, or anew if that is gone.
@@ -384,6 +383,30 @@ pub(crate) async fn find_continuation(
     Ok(Some(begun))
 }
 
+/// The chain of a timeline up to the last object whose header can be read, with what a damaged one at its end held, and what is
+/// wrong with it. Objects that hold the same commits stand in for a damaged one.
+async fn readable_chain(
+    repository: &Repository,
+    database: &Identity,
+    timelines: &[Timeline],
+    id: TimelineId,
+) -> Result<(LogChain, Option<(Offset, String)>), BackupError> {
+    let (mut avoid, mut damage) = (BTreeSet::new(), None::<(Offset, String)>);
+    loop {
+        let chain = repository.log_chain_without(database, timelines, id, &avoid).await?;
+        // What lies before a loss is continued, so that what was lost is archived again where the log still has it.
+        let Some(entry) = chain.clone().before_loss().entries.pop() else { return Ok((chain, damage)) };
+        match repository.log_header(&entry.key()).await {
+            Ok(_) => return Ok((chain, damage)),
+            Err(error) if error.is_damage() => {
+                damage = damage.max(Some((entry.last, error.to_string())));
+                avoid.insert(entry.key());
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// Transactions from `lost.0` up to, and not including, `lost.1` are gone and in no archive.
 async fn begin_after_gap(
     work: &Arc<Work>,
@@ -418,9 +441,20 @@ async fn timeline_start(
     let broken =
         || RepositoryError::damaged(&key, format!("transaction {fork}, where a timeline forks off, is missing"));
     let entry = chain.range(fork, fork).first().ok_or_else(broken)?;
-    let header = repository.log_header(&entry.key()).await?;
-    let index = header.links.iter().position(|link| link.last == fork).ok_or_else(broken)?;
-    header.tip_at(index).ok_or_else(broken).map_err(Into::into)
+    // Another object than the one in the chain may have been current when the fork was found.
+    let others = repository.log_entries(database, entry.timeline).await?;
+    let holders = others.iter().filter(|other| other.first <= fork && fork <= other.last && other.key() != entry.key());
+    for holder in std::iter::once(entry).chain(holders) {
+        let header = match repository.log_header(&holder.key()).await {
+            Ok(header) => header,
+            Err(error) if error.is_damage() => continue,
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(tip) = header.links.iter().position(|link| link.last == fork).and_then(|at| header.tip_at(at)) {
+            return Ok(tip);
+        }
+    }
+    Err(broken().into())
 }
 
 struct Beginning {
@@ -469,11 +503,13 @@ async fn find_fork(
     while agree < differ {
         let middle = agree + (differ - agree) / 2;
         let header = repository.log_header(&entries[middle].key()).await?;
-        let shared = shared_links(dir, &header).await?.unwrap_or(0);
+        // An object that an earlier fork leaves in its middle holds another history behind that fork.
+        let counts = header.links.partition_point(|link| link.last <= entries[middle].last);
+        let shared = shared_links(dir, &header).await?.unwrap_or(0).min(counts);
         if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last)) {
             best = Some((entries[middle].timeline, tip));
         }
-        if shared == header.links.len() {
+        if shared == counts {
             agree = middle + 1;
         } else {
             differ = middle;

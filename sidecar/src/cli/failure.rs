@@ -153,7 +153,7 @@ impl From<RetentionError> for Failure {
         let status = match &error {
             RetentionError::Repository(error) => of_repository(error),
             RetentionError::NoPolicy => ExitStatus::Usage,
-            RetentionError::Unproven(_) => ExitStatus::Findings,
+            RetentionError::Unproven(_) | RetentionError::Lost { .. } => ExitStatus::Findings,
             RetentionError::Pinned(_) => ExitStatus::Failed,
         };
         Self::new(status, error)

@@ -3,9 +3,12 @@
 //! The body is a row of parts, each one zstd frame, sealed if the repository is, so that a large object is read part by
 //! part. The header holds each part's hash, so a stored object can be checked without any key; and a chain of links, each a
 //! BLAKE3 hash over the link before and the commits it covers, so that a gap, a swap or a repetition shows when objects are
-//! put side by side. Compaction keeps the links.
+//! put side by side. Beside the chain, which depends on where runs were cut, each link has a history hash, which does not; see
+//! [`history`]. Compaction keeps both.
 
+mod cut;
 mod header;
+pub mod history;
 mod merge;
 
 use object_store::path::Path as Key;
@@ -18,7 +21,8 @@ use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::repository::crypto::{CryptoError, Keyring};
 use crate::repository::{InObject, RepositoryError, codec, paths};
 
-pub use header::{HEADER_READ, Link, LogHeader, Part, PartSpan};
+pub use cut::{PartSpan, Place};
+pub use header::{HEADER_READ, Link, LogHeader, Part};
 pub(crate) use merge::Merge;
 
 /// Where a chain stands: what the next object continues.
@@ -31,6 +35,8 @@ pub struct ChainTip {
     pub max_time: Option<i64>,
     /// The hash of the last commit; `None` at a beginning.
     pub last_commit: Option<ContentHash>,
+    /// The history hash: see [`history`].
+    pub history: ContentHash,
 }
 
 impl ChainTip {
@@ -38,7 +44,8 @@ impl ChainTip {
     pub fn origin(database: &Identity, start: Offset) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"inner-universe log chain 1").update(&database.0);
-        Self { next: start, chain: ContentHash(*hasher.finalize().as_bytes()), max_time: None, last_commit: None }
+        let chain = ContentHash(*hasher.finalize().as_bytes());
+        Self { next: start, chain, max_time: None, last_commit: None, history: history::origin(database) }
     }
 
     /// After one more run of commits.
@@ -48,6 +55,7 @@ impl ChainTip {
             chain: link(&self.chain, commits),
             max_time: self.max_time.max(batch.times.max),
             last_commit: Some(ContentHash::of(&commits[commits.len().saturating_sub(batch.last_len)..])),
+            history: history::after(self.history, batch.log_version, commits),
         }
     }
 }
@@ -102,12 +110,14 @@ impl LogContent<'_> {
             raw_len: self.commits.len() as u64,
             body_len: part.stored_len,
             previous_chain: self.before.chain,
+            previous_history: Some(self.before.history),
             links: vec![Link {
                 last: self.batch.last,
                 raw_len: self.commits.len() as u64,
                 chain: self.after.chain,
                 last_commit: ContentHash::of(&self.commits[self.commits.len().saturating_sub(self.batch.last_len)..]),
                 max_time: self.after.max_time,
+                history: Some(self.after.history),
             }],
             parts: vec![part],
             len: 0,
@@ -165,6 +175,8 @@ impl LogHeader {
         let commits = self.unpack(key, index, stored, keys)?;
         let (_, first, links) = self.span(index);
         check_frames(self.log_version, first, links, &commits).in_object(key)?;
+        let before = self.place_before(first).history;
+        check_history(self.log_version, before, links, &commits).in_object(key)?;
         Ok(commits)
     }
 
@@ -266,6 +278,24 @@ fn check_chain(mut chain: ContentHash, links: &[Link], commits: &[u8]) -> Result
         if chain != expected.chain {
             return Err(Malformed { at: at as u64, reason: "the commits do not match the chain".into() });
         }
+    }
+    Ok(())
+}
+
+/// Compares the history hashes of links with their commits.
+fn check_history(
+    log_version: u8,
+    mut before: Option<ContentHash>,
+    links: &[Link],
+    commits: &[u8],
+) -> Result<(), Malformed> {
+    for (link, at, run) in runs(links, commits) {
+        if let (Some(start), Some(expected)) = (before, link.history)
+            && history::after(start, log_version, run) != expected
+        {
+            return Err(Malformed { at: at as u64, reason: "the commits do not match the history hash".into() });
+        }
+        before = Some(link.history_after());
     }
     Ok(())
 }

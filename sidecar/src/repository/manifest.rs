@@ -106,6 +106,9 @@ pub struct DatabasePoint {
     pub time: Option<Timestamp>,
     /// The log's chain hash after `offset`.
     pub chain: ContentHash,
+    /// The log's history hash after `offset`; absent in restore points of older releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<ContentHash>,
     pub initial_program: ContentHash,
 }
 

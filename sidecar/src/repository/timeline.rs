@@ -1,5 +1,6 @@
 //! A database's timelines and their log: found, put into a row through their ancestors, and read.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use crate::ids::{Identity, Offset, TimelineId};
 use crate::repository::chain::{LogChain, LogEntry, Row, assemble};
 use crate::repository::log_object::{ChainTip, HEADER_READ, LogHeader, check_name};
 use crate::repository::manifest::{Timeline, TimelineReason};
+use crate::repository::proof::Objects;
 use crate::repository::{InObject, Repository, RepositoryError, paths};
 
 /// A log object whose header was read.
@@ -116,7 +118,7 @@ impl Repository {
                     Err(error) if error.is_damage() => continue,
                     Err(error) => return Err(error),
                 };
-                if other.links.iter().any(|link| link.last == before && link.chain == header.previous_chain) {
+                if other.place_after(before).is(&header.place_before(header.first)) {
                     let fork = Timeline {
                         parent: Some(parent),
                         fork_offset: Some(before),
@@ -147,14 +149,33 @@ impl Repository {
         timelines: &[Timeline],
         id: TimelineId,
     ) -> Result<LogChain, RepositoryError> {
+        self.log_chain_without(database, timelines, id, &BTreeSet::new()).await
+    }
+
+    /// The log of timeline `id`, through its ancestors, without the objects in `avoid`: where these are damaged, others that
+    /// hold the same commits may still be there.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn log_chain_without(
+        &self,
+        database: &Identity,
+        timelines: &[Timeline],
+        id: TimelineId,
+        avoid: &BTreeSet<Key>,
+    ) -> Result<LogChain, RepositoryError> {
         let mut line = ancestry(timelines, id);
         line.reverse();
-        let mut rows = Vec::new();
+        let (mut rows, mut objects) = (Vec::new(), Objects::new());
         for (timeline, until) in line {
-            let entries = self.log_entries(database, timeline.timeline).await?;
+            let mut entries = self.log_entries(database, timeline.timeline).await?;
+            if !avoid.is_empty() {
+                entries.retain(|entry| !avoid.contains(&entry.key()));
+            }
+            objects.insert(timeline.timeline, entries.clone());
             rows.push(Row { timeline: timeline.timeline, start: timeline.start, until, entries });
         }
-        let mut chain = assemble(rows);
+        let mut chain = self.resolved(assemble(rows), &objects).await?;
         // What is missing is rare, so it is looked up only then whether that was meant.
         if !chain.holes.is_empty() {
             let retention = match self.retention().await {
@@ -172,6 +193,40 @@ impl Repository {
             }
         }
         Ok(chain)
+    }
+
+    /// The chain of a timeline's own objects alone, and all of these objects.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub(crate) async fn own_chain(
+        &self,
+        database: &Identity,
+        timeline: TimelineId,
+    ) -> Result<(LogChain, Vec<LogEntry>), RepositoryError> {
+        let entries = self.log_entries(database, timeline).await?;
+        let start = entries.iter().map(|entry| entry.first).min().unwrap_or(Offset(0));
+        let chain = assemble(vec![Row { timeline, start, until: None, entries: entries.clone() }]);
+        let objects = Objects::from([(timeline, entries)]);
+        let chain = self.resolved(chain, &objects).await?;
+        Ok((chain, objects.into_values().flatten().collect()))
+    }
+
+    /// Other objects of a timeline that together hold all transactions of `entry` that count; `None` where some are missing.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn replacement(
+        &self,
+        database: &Identity,
+        entry: &LogEntry,
+        avoid: &BTreeSet<Key>,
+    ) -> Result<Option<Vec<LogEntry>>, RepositoryError> {
+        let mut entries = self.log_entries(database, entry.timeline).await?;
+        entries.retain(|other| other.last >= entry.first && other.first <= entry.last && !avoid.contains(&other.key()));
+        let row = Row { timeline: entry.timeline, start: entry.first, until: Some(entry.last), entries };
+        let chain = assemble(vec![row]);
+        Ok(chain.holes.is_empty().then_some(chain.entries))
     }
 
     /// Did retention take away what followed `end` on this timeline?
@@ -315,7 +370,7 @@ impl Repository {
     /// When it is missing or damaged.
     pub async fn log_header(&self, key: &Key) -> Result<LogHeader, RepositoryError> {
         let mut start = self.get_start(key, HEADER_READ).await?;
-        let len = LogHeader::len_of(&start).unwrap_or(0);
+        let len = LogHeader::len_of(&start).in_object(key)?;
         if len as u64 > HEADER_READ {
             start = self.get_start(key, len as u64).await?;
         }

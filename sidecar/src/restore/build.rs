@@ -11,14 +11,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinError;
 use tokio_util::task::TaskTracker;
 
-use crate::buffers::Buffer;
 use crate::datadir::{DataDir, control_db, snapshot};
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{ContentHash, Identity, Offset};
 use crate::progress::{Progress, Tally};
-use crate::repository::log_object::{LogHeader, PartSpan};
 use crate::repository::pack::{self, EntryKind};
 use crate::repository::{Repository, RepositoryError, instance, paths};
+use crate::restore::log_source::{Continuity, Decoded, LogSource, PartOf};
 use crate::restore::plan::{DatabasePlan, RestorePlan};
 use crate::restore::segments::{CheckedSegment, SegmentWriter};
 use crate::restore::{RestoreError, check};
@@ -217,68 +216,80 @@ impl Build<'_> {
         let on_the_way = if database.snapshot.is_some() { ways.log_beside } else { ways.log };
         let (whole, parts) = (&Room::of_bytes(on_the_way), &Room::of_bytes(on_the_way));
         let unwritten = &Room::new(DECODED, 1);
+        let source = &LogSource { repository: self.repository, database: database.identity };
         let decoded = futures::stream::iter(database.log.clone())
             .map(|entry| async move {
                 let held = Arc::new(whole.take(entry.size_to_open()).await);
-                Ok::<_, RestoreError>((self.repository.open_log(&entry).await?, entry, held))
+                let opened = source.open(entry).await?;
+                let mut all: Vec<Result<_, RestoreError>> = Vec::with_capacity(opened.len());
+                for open in opened {
+                    all.push(Ok((open, Arc::clone(&held))));
+                }
+                Ok::<_, RestoreError>(all)
             })
             .buffered(REQUESTS)
-            .map_ok(|(open, entry, held)| {
-                let indexes = open.header.parts_within(from, until.min(entry.last));
-                let part = move |index| Ok::<_, RestoreError>((open.clone(), entry.last, index, Arc::clone(&held)));
+            .map_ok(futures::stream::iter)
+            .try_flatten()
+            .map_ok(|((open, entry), held)| {
+                let entry = entry.within(from, until);
+                let indexes = open.header.parts_within(entry.first, entry.last);
+                let part = move |index| {
+                    Ok::<_, RestoreError>((
+                        PartOf { open: open.clone(), entry: entry.clone(), index },
+                        Arc::clone(&held),
+                    ))
+                };
                 futures::stream::iter(indexes.map(part))
             })
             .try_flatten()
-            .map_ok(|(open, last, index, whole)| async move {
-                let part = parts.take(open.len_to_read(index)).await;
-                let stored = self.repository.log_part(&open, index).await?;
-                self.tally.read(stored.len());
-                self.progress.advance(stored.len() as u64);
-                Ok::<_, RestoreError>((open, last, index, stored, (whole, part)))
+            .map_ok(|(part, whole)| async move {
+                let held = parts.take(part.open.len_to_read(part.index)).await;
+                let stored = source.stored(&part).await?;
+                if let Ok(stored) = &stored {
+                    self.tally.read(stored.len());
+                    self.progress.advance(stored.len() as u64);
+                }
+                Ok::<_, RestoreError>((part, stored, (whole, held)))
             })
             .try_buffered(REQUESTS)
-            .map_ok(|(open, last, index, stored, held)| async move {
+            .map_ok(|(part, stored, held)| async move {
                 let room = unwritten.take(1).await;
-                let keys = self.repository.keys.clone();
-                let decode = move || {
-                    let _held = held;
-                    // Each commit is looked at when it is read back.
-                    let mut commits = open.header.unpack_part(&open.key, index, &stored, &keys)?;
-                    // Where a timeline forks off inside an object, what follows belongs to another history.
-                    let span = open.header.part_until(index, last);
-                    commits.truncate(usize::try_from(span.len).unwrap_or(usize::MAX));
-                    Ok(Decoded { header: open.header, span, commits, room })
-                };
-                blocking(decode).await?.map_err(|error: RepositoryError| RestoreError::from(error))
+                let decoded = source.decode(part, stored, held).await?;
+                let room = Arc::new(room);
+                let mut all: Vec<Result<_, RestoreError>> = Vec::with_capacity(decoded.len());
+                for part in decoded {
+                    all.push(Ok((part, Arc::clone(&room))));
+                }
+                Ok::<_, RestoreError>(all)
             })
-            .try_buffered(AHEAD);
+            .try_buffered(AHEAD)
+            .map_ok(futures::stream::iter)
+            .try_flatten();
         let mut decoded = std::pin::pin!(decoded);
         // The disk's writes and the decoding do not wait for each other.
-        let (sender, mut receiver) = tokio::sync::mpsc::channel::<Decoded>(1);
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<(Decoded, _)>(1);
         let writer = tokio::task::spawn_blocking(move || {
-            while let Some(Decoded { header, span, commits, room }) = receiver.blocking_recv() {
+            while let Some((Decoded { header, span, commits }, room)) = receiver.blocking_recv() {
                 segments.write(header.log_version, span.first..=span.last(), &commits)?;
                 drop((commits, room));
             }
             segments.finish()
         });
         let feed = async {
-            let mut tip: Option<ContentHash> = None;
-            while let Some(part) = decoded.try_next().await? {
+            let mut continuity = Continuity::default();
+            while let Some((part, room)) = decoded.try_next().await? {
                 let (header, span) = (&part.header, part.span);
                 if header.database != database.identity {
                     let key = paths::log(&database.identity, header.timeline, header.level, header.first, header.last);
                     return Err(RepositoryError::damaged(&key, "it belongs to another database").into());
                 }
-                if tip.replace(span.after).is_some_and(|found| found != span.before) {
-                    return Err(RestoreError::Unreachable {
-                        wanted: header.first,
-                        reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
-                    });
+                if span.len == 0 {
+                    continue;
                 }
+                continuity.take(&span)?;
                 self.tally.wrote(part.commits.len());
-                // The writer gave up and says why itself, or the snapshot's does.
-                if sender.send(part).await.is_err() || failed.is_noted() {
+                // A closed channel means that the writer failed: its own error says why.
+                if sender.send((part, room)).await.is_err() || failed.is_noted() {
                     break;
                 }
             }
@@ -312,15 +323,6 @@ pub(super) struct Built {
     pub has_keys: bool,
     /// The segments of each database of the plan.
     pub logs: Vec<Vec<CheckedSegment>>,
-}
-
-/// A part of a log object.
-struct Decoded {
-    header: Arc<LogHeader>,
-    span: PartSpan,
-    commits: Buffer,
-    /// Held until it is written.
-    room: Option<OwnedSemaphorePermit>,
 }
 
 /// Writes a snapshot's objects where the server looks for them.

@@ -12,6 +12,7 @@ use crate::ids::{Identity, Offset, TimelineId};
 use crate::repository::chain::{Hole, LogChain, LogEntry};
 use crate::repository::log_object::{ChainTip, Link};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
+use crate::repository::proof::Proof;
 use crate::repository::timeline::ancestry;
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
@@ -278,7 +279,7 @@ async fn plan_database(
         None if fixed => point.timeline,
         None => newest,
     };
-    let chain = repository.log_chain(&point.identity, &timelines, timeline).await?;
+    let mut chain = repository.log_chain(&point.identity, &timelines, timeline).await?;
     if chain.entries.is_empty() && point.timeline == timeline {
         return Err(RestoreError::Unreachable {
             wanted: point.offset,
@@ -317,7 +318,7 @@ async fn plan_database(
         });
     }
     if fixed {
-        chain_is_as_promised(repository, point, &chain).await?;
+        chain = promised_chain(repository, point, chain).await?;
     }
     let (offset, time) = match request.target {
         Target::Offset(_) => at_offset(repository, &chain, offset).await?,
@@ -389,22 +390,21 @@ fn all_promised_is_there(
     }
 }
 
-/// A restore point names the chain at its offset: the same offset of another history is not it.
-async fn chain_is_as_promised(
+/// The chain that leads to what a restore point promised: the same offset of another history is not it.
+async fn promised_chain(
     repository: &Repository,
     point: &DatabasePoint,
-    chain: &LogChain,
-) -> Result<(), RestoreError> {
-    let Some(entry) = chain.range(point.offset, point.offset).first() else { return Ok(()) };
-    let header = repository.log_header(&entry.key()).await?;
-    let matches = header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain);
-    if matches {
-        return Ok(());
+    chain: LogChain,
+) -> Result<LogChain, RestoreError> {
+    match repository.prove(point, &chain).await? {
+        // An encrypted body is compared while it is restored.
+        Proof::Holds | Proof::NotReadable => Ok(chain),
+        Proof::HoldsThrough(entries) => Ok(chain.through(&entries, point.offset)),
+        Proof::Differs => Err(RestoreError::Unreachable {
+            wanted: point.offset,
+            reason: "the log objects hold another history than the restore point; run `inner-universe verify`".into(),
+        }),
     }
-    Err(RestoreError::Unreachable {
-        wanted: point.offset,
-        reason: format!("{} holds another history than the restore point; run `inner-universe verify`", entry.key()),
-    })
 }
 
 fn end_of(chain: &LogChain, timeline: TimelineId) -> Result<Offset, RestoreError> {
@@ -458,8 +458,9 @@ async fn at_time(
     while within < later {
         let middle = within + (later - within) / 2;
         let entry = &chain.entries[middle];
-        let tip = repository.log_header(&entry.key()).await?.tip_until(entry.last);
-        if tip.max_time.is_some_and(|max| max > micros) {
+        let header = repository.log_header(&entry.key()).await?;
+        let tip = header.tip_until(entry.last);
+        if header.max_time_until(entry.last).is_some_and(|max| max > micros) {
             later = middle;
         } else {
             before = Some(tip);
@@ -467,9 +468,13 @@ async fn at_time(
         }
     }
     let mut found = before.map(|tip| (Offset(tip.next.0.saturating_sub(1)), tip.max_time));
-    if let Some(entry) = chain.entries.get(within) {
+    for entry in chain.entries.iter().skip(within) {
         let later = |link: &Link| link.max_time.is_some_and(|max| max > micros);
         found = walk(repository, entry, found, later, |_, max| max.is_some_and(|max| max > micros)).await?;
+        // The latest time of a link counts for all of it: where the chain leaves a link inside, that time may lie behind.
+        if found.is_none_or(|(last, _)| last != entry.last) {
+            break;
+        }
     }
     match found {
         // Without any time at or before the target there is no state of that time.
@@ -521,8 +526,9 @@ async fn at_offset(
         return Err(RestoreError::NothingToRestore(format!("transaction {offset} is not archived")));
     };
     let entry = &chain.entries[index];
-    if entry.last == offset {
-        return Ok((offset, repository.log_header(&entry.key()).await?.tip_until(offset).max_time));
+    let tip = repository.log_header(&entry.key()).await?.tip_until(offset);
+    if tip.next.0 == offset.0.saturating_add(1) {
+        return Ok((offset, tip.max_time));
     }
     let before = match index.checked_sub(1) {
         Some(before) => {

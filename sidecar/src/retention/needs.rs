@@ -7,8 +7,9 @@ use object_store::path::Path as Key;
 
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::chain::{LogChain, LogEntry};
-use crate::repository::log_object::{ChainTip, LogHeader};
+use crate::repository::log_object::LogHeader;
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
+use crate::repository::proof::Proof;
 use crate::repository::timeline::ancestry;
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
@@ -145,7 +146,9 @@ impl Look<'_> {
     /// Reads the headers of a timeline's own objects that are needed: each must be as long as it says and continue the one
     /// before, and hold what restore points promised.
     async fn prove(&mut self, line: &Line, points: &[Promised<'_>]) -> Result<(), RepositoryError> {
-        let mut tip: Option<ChainTip> = None;
+        let mut before: Option<(LogEntry, LogHeader)> = None;
+        let mut promised: Vec<_> =
+            points.iter().filter(|promised| promised.point.timeline == line.timeline).copied().collect();
         let mut problems = Vec::new();
         let needed = self.needed_of(line);
         for some in needed.chunks(READ_AHEAD) {
@@ -153,15 +156,30 @@ impl Look<'_> {
             for (header, entry) in futures::future::join_all(requests).await.into_iter().zip(some) {
                 match header {
                     Ok(header) => {
-                        problems.extend(self.wrong_with(&header, entry, tip.as_ref(), points));
-                        tip = Some(header.tip_until(entry.last));
+                        problems.extend(self.wrong_with(&header, entry, before.as_ref()));
+                        promised
+                            .retain(|promised| !header.place_after(promised.point.offset).is(&promised.point.place()));
+                        before = Some((entry.clone(), header));
                     }
                     Err(error) if error.is_damage() => {
                         problems.push(format!("log that is kept cannot be read: {error}"));
-                        tip = None;
+                        before = None;
                     }
                     Err(error) => return Err(error),
                 }
+            }
+        }
+        for promised in promised {
+            let proof = match self.repository.prove(promised.point, &line.chain).await {
+                Ok(proof) => proof,
+                // Found above, or in what is not needed.
+                Err(error) if error.is_damage() => continue,
+                Err(error) => return Err(error),
+            };
+            let held = line.chain.unbroken(promised.point.offset, promised.point.offset).is_some();
+            if held && proof == Proof::Differs {
+                let (id, name) = (promised.id, &promised.point.name);
+                problems.push(format!("restore point {id}: the log of database {name} holds another history"));
             }
         }
         self.needs.problems.extend(problems);
@@ -177,26 +195,13 @@ impl Look<'_> {
         line.chain.entries.iter().filter(is_needed).cloned().collect()
     }
 
-    fn wrong_with(
-        &self,
-        header: &LogHeader,
-        entry: &LogEntry,
-        before: Option<&ChainTip>,
-        points: &[Promised<'_>],
-    ) -> Vec<String> {
+    fn wrong_with(&self, header: &LogHeader, entry: &LogEntry, before: Option<&(LogEntry, LogHeader)>) -> Vec<String> {
         let mut problems = Vec::new();
         if header.object_len() != entry.size || header.database != self.database {
             problems.push(format!("{} is not what its header says", entry.key()));
         }
-        if before.is_some_and(|tip| tip.next == header.first && tip.chain != header.previous_chain) {
+        if before.is_some_and(|(before, other)| header.contradicts(entry, other, before)) {
             problems.push(format!("{} does not continue the object before it", entry.key()));
-        }
-        for promised in points.iter().filter(|promised| promised.point.timeline == entry.timeline) {
-            let point = promised.point;
-            let is_here = entry.first <= point.offset && point.offset <= entry.last;
-            if is_here && !header.links.iter().any(|link| link.last == point.offset && link.chain == point.chain) {
-                problems.push(format!("restore point {}: {} holds another history", promised.id, entry.key()));
-            }
         }
         problems
     }

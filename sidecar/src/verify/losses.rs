@@ -1,6 +1,6 @@
 //! Which transactions can no longer be restored, given what is missing or damaged.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use object_store::path::Path as Key;
 
@@ -12,7 +12,7 @@ use crate::repository::ranges::{merged, without};
 /// What cannot be used.
 #[derive(Debug, Default)]
 pub(super) struct Bad {
-    pub logs: HashSet<Key>,
+    pub logs: BTreeSet<Key>,
     pub snapshots: HashSet<(TimelineId, Offset)>,
 }
 

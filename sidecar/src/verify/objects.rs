@@ -15,26 +15,22 @@ use crate::repository::{InObject, Repository, RepositoryError, crypto::CryptoErr
 use crate::verify::{Finding, FindingKind, Severity, Walk};
 
 impl Walk<'_> {
-    /// Reads and checks one log object, once. `None` when it is not whole; the finding is made already.
-    pub(super) async fn log_object(
-        &mut self,
-        entry: &LogEntry,
-        database: &str,
-    ) -> Result<Option<LogHeader>, RepositoryError> {
-        if let Some(known) = self.logs.get(&entry.key()) {
-            return Ok(known.clone());
+    /// Reads and checks one log object, once.
+    pub(super) async fn log_object(&mut self, entry: &LogEntry, database: &str) -> Result<(), RepositoryError> {
+        if !self.logs.contains_key(&entry.key()) {
+            let read = read_log(self.repository, entry, self.is_drawn(&entry.key())).await;
+            self.judge_log(entry, read, database).await?;
         }
-        let read = read_log(self.repository, entry, self.is_drawn(&entry.key())).await;
-        self.judge_log(entry, read, database).await
+        Ok(())
     }
 
-    /// Turns what reading a log object showed into findings.
+    /// Turns what reading a log object showed into findings. `None` when it is not whole.
     pub(super) async fn judge_log(
         &mut self,
         entry: &LogEntry,
         read: LogRead,
         database: &str,
-    ) -> Result<Option<LogHeader>, RepositoryError> {
+    ) -> Result<Option<Arc<LogHeader>>, RepositoryError> {
         let key = &entry.key();
         // Compaction and retention go on while a long verification reads what it listed.
         if matches!(read.opened, Err(RepositoryError::Missing { .. })) && self.is_replaced(entry).await? {
@@ -45,7 +41,7 @@ impl Walk<'_> {
         if let Some(open) = self.sort_out_log(entry, read.opened, database)? {
             self.report.objects += 1;
             self.report.bytes += open.header.object_len();
-            whole = Some(open.header.as_ref().clone());
+            whole = Some(Arc::clone(&open.header));
             for PartRead { stored, found } in read.parts {
                 self.progress.advance(stored as u64);
                 match found {
@@ -59,7 +55,7 @@ impl Walk<'_> {
                 }
             }
         }
-        self.logs.insert(key.clone(), whole.clone());
+        self.logs.insert(key.clone(), whole.is_some());
         Ok(whole)
     }
 

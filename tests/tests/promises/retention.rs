@@ -164,6 +164,7 @@ impl Life {
                 offset,
                 time: Some(now),
                 chain: self.tip.chain,
+                history: Some(self.tip.history),
                 initial_program: ContentHash([3; 32]),
             }],
         };

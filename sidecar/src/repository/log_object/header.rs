@@ -3,20 +3,32 @@
 use crate::datadir::bytes::{Cursor, Malformed};
 use crate::datadir::log::Times;
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
-use crate::repository::log_object::ChainTip;
+use crate::repository::log_object::{ChainTip, history};
 
 const MAGIC: [u8; 8] = *b"IULOG\r\n\x1a";
-const VERSION: u16 = 1;
+/// What is written. Objects of version 1 have no history hashes.
+const VERSION: u16 = 2;
 const FLAG_SEALED: u16 = 1;
-const FIXED_LEN: usize = 160;
-const LINK_LEN: usize = 88;
+const FIXED_LEN: usize = 192;
+const LINK_LEN: usize = 120;
+/// Bytes before the links, and of a link, in version 1.
+const LENS_OF_1: (usize, usize) = (160, 88);
 const PART_LEN: usize = 48;
 const HASH_LEN: usize = 32;
-/// Where the header's length stands.
-const LEN_AT: usize = 12;
+/// Stands for a history hash that is not known.
+const NO_HISTORY: ContentHash = ContentHash([0; 32]);
 /// Enough for the header of most objects in one read, and for all of a small one.
 pub const HEADER_READ: u64 = 16 << 10;
 const NO_TIME: i64 = i64::MIN;
+
+/// The lengths of the fixed part and of a link.
+fn lens_of(version: u16, cursor: &Cursor<'_>) -> Result<(usize, usize), Malformed> {
+    match version {
+        1 => Ok(LENS_OF_1),
+        VERSION => Ok((FIXED_LEN, LINK_LEN)),
+        _ => cursor.fail(format!("log object version {version} is unknown to this release; upgrade inner-universe")),
+    }
+}
 
 /// What an object's header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +47,8 @@ pub struct LogHeader {
     pub raw_len: u64,
     pub body_len: u64,
     pub previous_chain: ContentHash,
+    /// The history hash before the first commit; `None` in an object of format version 1.
+    pub previous_history: Option<ContentHash>,
     pub links: Vec<Link>,
     pub parts: Vec<Part>,
     /// Bytes of the header itself.
@@ -51,6 +65,15 @@ pub struct Link {
     pub last_commit: ContentHash,
     /// The latest time of the history up to `last`, microseconds.
     pub max_time: Option<i64>,
+    /// The history hash after it; `None` where an object of format version 1 brought it.
+    pub history: Option<ContentHash>,
+}
+
+impl Link {
+    /// The history hash after it, as what is archived next continues it.
+    pub fn history_after(&self) -> ContentHash {
+        self.history.unwrap_or_else(|| history::after_chain(&self.chain))
+    }
 }
 
 /// A piece of a body that is read on its own: whole links in one frame.
@@ -64,32 +87,26 @@ pub struct Part {
     pub hash: ContentHash,
 }
 
-/// The commits of a part, or the first of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PartSpan {
-    pub first: Offset,
-    /// One past the last transaction.
-    pub next: Offset,
-    /// The chain hash before it, and after it.
-    pub before: ContentHash,
-    pub after: ContentHash,
-    /// Bytes of the commits.
-    pub len: u64,
-}
-
-impl PartSpan {
-    /// The last transaction; before the first where there is none.
-    pub fn last(&self) -> Offset {
-        Offset(self.next.0.saturating_sub(1))
-    }
-}
-
 impl LogHeader {
     /// The chain after this object.
     pub fn tip(&self) -> ChainTip {
         let chain = self.links.last().map_or(self.previous_chain, |link| link.chain);
         let last_commit = self.links.last().map(|link| link.last_commit);
-        ChainTip { next: Offset(self.last.0.saturating_add(1)), chain, max_time: self.times.max, last_commit }
+        let history = self.links.last().map_or_else(|| self.history_before(), Link::history_after);
+        ChainTip { next: Offset(self.last.0.saturating_add(1)), chain, max_time: self.times.max, last_commit, history }
+    }
+
+    /// Returns true if both hold the same commits of the same history, and have links that end at the same transactions.
+    pub fn holds_same_commits(&self, other: &Self) -> bool {
+        (self.database, self.timeline, self.first) == (other.database, other.timeline, other.first)
+            && self.place_before(self.first).is(&other.place_before(other.first))
+            && self.links.len() == other.links.len()
+            && self.has_places_of(other)
+    }
+
+    /// Returns true if every link of `other` ends where one of these does, at the same place of the history.
+    pub fn has_places_of(&self, other: &Self) -> bool {
+        other.links.iter().all(|link| self.place_after(link.last).is(&other.place_after(link.last)))
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -113,6 +130,7 @@ impl LogHeader {
         bytes.extend_from_slice(&self.previous_chain.0);
         bytes.extend_from_slice(&u32::try_from(self.links.len()).unwrap_or(u32::MAX).to_le_bytes());
         bytes.extend_from_slice(&u32::try_from(self.parts.len()).unwrap_or(u32::MAX).to_le_bytes());
+        bytes.extend_from_slice(&self.previous_history.unwrap_or(NO_HISTORY).0);
         debug_assert_eq!(bytes.len(), FIXED_LEN);
         for link in &self.links {
             bytes.extend_from_slice(&link.last.0.to_le_bytes());
@@ -120,6 +138,7 @@ impl LogHeader {
             bytes.extend_from_slice(&link.chain.0);
             bytes.extend_from_slice(&link.last_commit.0);
             bytes.extend_from_slice(&link.max_time.unwrap_or(NO_TIME).to_le_bytes());
+            bytes.extend_from_slice(&link.history.unwrap_or(NO_HISTORY).0);
         }
         for part in &self.parts {
             bytes.extend_from_slice(&part.stored_len.to_le_bytes());
@@ -132,10 +151,26 @@ impl LogHeader {
         bytes
     }
 
-    /// How many bytes the header takes, from the object's first sixteen.
-    pub fn len_of(start: &[u8]) -> Option<usize> {
-        let len = start.get(LEN_AT..LEN_AT + 4)?;
-        Some(u32::from_le_bytes(len.try_into().ok()?) as usize)
+    /// How many bytes the header takes, from the object's first 160. A damaged length does not decide how much is read: it
+    /// must agree with the numbers of links and parts.
+    ///
+    /// # Errors
+    /// When the bytes are not the start of a log object, or contradict each other.
+    pub fn len_of(start: &[u8]) -> Result<usize, Malformed> {
+        let mut cursor = Cursor::new(start);
+        if cursor.array("the magic")? != MAGIC {
+            return Err(Malformed { at: 0, reason: "it does not start as a log object does".into() });
+        }
+        let version = cursor.u16("the version")?;
+        let (fixed, link_len) = lens_of(version, &cursor)?;
+        cursor.take(2, "the flags")?;
+        let len = cursor.u32("the header's length")? as usize;
+        cursor.take(LENS_OF_1.0 - 8 - cursor.position(), "the fixed part")?;
+        let (links, parts) = (cursor.u32("the number of links")? as usize, cursor.u32("the number of parts")? as usize);
+        let needed = links.checked_mul(link_len).zip(parts.checked_mul(PART_LEN));
+        let needed =
+            needed.and_then(|(links, parts)| fixed.checked_add(links)?.checked_add(parts)?.checked_add(HASH_LEN));
+        if needed == Some(len) { Ok(len) } else { cursor.fail("the header contradicts itself") }
     }
 
     /// Reads the header at the start of an object.
@@ -148,12 +183,10 @@ impl LogHeader {
             return Err(Malformed { at: 0, reason: "it does not start as a log object does".into() });
         }
         let version = cursor.u16("the version")?;
-        if version != VERSION {
-            return cursor.fail(format!("log object version {version} is unknown to this release"));
-        }
+        let (fixed_len, link_len) = lens_of(version, &cursor)?;
         let flags = cursor.u16("the flags")?;
         let len = cursor.u32("the header's length")? as usize;
-        let hashed_len = len.checked_sub(HASH_LEN).filter(|hashed| *hashed >= FIXED_LEN);
+        let hashed_len = len.checked_sub(HASH_LEN).filter(|hashed| *hashed >= fixed_len);
         let Some((hashed, hash)) = hashed_len.and_then(|at| object.get(..len)?.split_at_checked(at)) else {
             return cursor.fail("the header is cut short");
         };
@@ -174,8 +207,18 @@ impl LogHeader {
         let raw_len = cursor.u64("the raw length")?;
         let body_len = cursor.u64("the body's length")?;
         let previous_chain = ContentHash(cursor.array("the previous chain hash")?);
-        let count = cursor.array_len(LINK_LEN, "the links")?;
-        let part_count = cursor.u32("the number of parts")? as usize;
+        let (count, part_count) =
+            (cursor.u32("the number of links")? as usize, cursor.u32("the number of parts")? as usize);
+        let known = |history: ContentHash| Some(history).filter(|history| *history != NO_HISTORY);
+        let has_history = version >= 2;
+        let history = |cursor: &mut Cursor<'_>| match has_history {
+            true => cursor.array("a history hash").map(|hash| known(ContentHash(hash))),
+            false => Ok(None),
+        };
+        let previous_history = history(&mut cursor)?;
+        if count > cursor.remaining() / link_len {
+            return cursor.fail("the links are cut short");
+        }
         let mut links = Vec::with_capacity(count);
         for _ in 0..count {
             links.push(Link {
@@ -184,6 +227,7 @@ impl LogHeader {
                 chain: ContentHash(cursor.array("a link's chain hash")?),
                 last_commit: ContentHash(cursor.array("a link's last commit's hash")?),
                 max_time: Some(cursor.i64("a link's time")?).filter(|time| *time != NO_TIME),
+                history: history(&mut cursor)?,
             });
         }
         // As many as the hashed header has room for.
@@ -220,6 +264,7 @@ impl LogHeader {
             raw_len,
             body_len,
             previous_chain,
+            previous_history,
             links,
             parts,
             len,
@@ -262,8 +307,18 @@ impl LogHeader {
     /// The end of the history after link `index`.
     pub fn tip_at(&self, index: usize) -> Option<ChainTip> {
         let link = self.links.get(index)?;
-        let next = Offset(link.last.0.saturating_add(1));
-        Some(ChainTip { next, chain: link.chain, max_time: link.max_time, last_commit: Some(link.last_commit) })
+        Some(ChainTip {
+            next: Offset(link.last.0.saturating_add(1)),
+            chain: link.chain,
+            max_time: link.max_time,
+            last_commit: Some(link.last_commit),
+            history: link.history_after(),
+        })
+    }
+
+    /// The history hash before the first commit, as the object before it was continued.
+    pub fn history_before(&self) -> ContentHash {
+        self.previous_history.unwrap_or_else(|| history::after_chain(&self.previous_chain))
     }
 
     /// The end of the history after `last`, where a timeline that forked off inside this object leaves it.
@@ -274,19 +329,14 @@ impl LogHeader {
             chain: self.previous_chain,
             max_time: None,
             last_commit: None,
+            history: self.history_before(),
         })
     }
 
-    /// What part `index` holds in its links up to `last`.
-    pub fn part_until(&self, index: usize, last: Offset) -> PartSpan {
-        let (before, first, links) = self.span(index);
-        let mut span = PartSpan { first, next: first, before, after: before, len: 0 };
-        for link in links.iter().take_while(|link| link.last <= last) {
-            span.next = Offset(link.last.0.saturating_add(1));
-            span.after = link.chain;
-            span.len += link.raw_len;
-        }
-        span
+    /// The latest time of the history up to `last`, or up to the end of the link that holds `last`.
+    pub fn max_time_until(&self, last: Offset) -> Option<i64> {
+        let at = self.links.partition_point(|link| link.last < last).min(self.links.len().saturating_sub(1));
+        self.links.get(at).and_then(|link| link.max_time)
     }
 
     /// The parts that hold any transaction from `first` to `last`, both included.

@@ -28,6 +28,7 @@ impl Merge {
             raw_len: 0,
             body_len: 0,
             previous_chain: ContentHash([0; 32]),
+            previous_history: None,
             links: Vec::new(),
             parts: Vec::new(),
             len: 0,
@@ -74,6 +75,7 @@ impl Merge {
             header.log_version = input.log_version;
             header.first = input.first;
             header.previous_chain = input.previous_chain;
+            header.previous_history = input.previous_history;
         }
         header.last = input.last;
         header.times.merge(input.times);
