@@ -21,6 +21,7 @@ mod prune;
 mod prune_local;
 #[cfg(feature = "client")]
 mod replay;
+mod repository;
 mod restore;
 mod run;
 mod server;
@@ -45,6 +46,7 @@ use crate::observe::own::OwnTelemetry;
 use crate::repository::Repository;
 use crate::repository::crypto::Keyring;
 use crate::repository::lease::Lease;
+use crate::repository::remembered::Remembered;
 
 /// Backup, recovery and observability sidecar for SpacetimeDB.
 #[derive(Debug, Parser)]
@@ -124,6 +126,11 @@ enum Command {
     Config {
         #[command(subcommand)]
         command: config::ConfigCommand,
+    },
+    /// Make the repository that backups go to
+    Repository {
+        #[command(subcommand)]
+        command: repository::RepositoryCommand,
     },
     /// Keys for client-side encryption
     Key {
@@ -219,6 +226,7 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
         Command::Doctor(args) => doctor::run(&context, args).await,
         Command::Config { .. } | Command::Completions { .. } => Ok(ExitStatus::Ok),
         Command::Key { command } => key::run(&context, command),
+        Command::Repository { command } => repository::run(&context, command).await,
     }
 }
 
@@ -306,10 +314,26 @@ impl Context<'_> {
         Ok(Repository::open(self.url()?, &self.config().repository, keys).await?)
     }
 
-    /// The repository, to write; made if it is not there.
+    /// What is remembered of repositories for the data directory that the configuration names, if it names one.
+    fn remembered(&self) -> Option<Remembered> {
+        let data_dir = self.config().spacetimedb_config.db_path.as_ref()?;
+        Some(Remembered::in_dir(&StateDir::locate(self.config(), data_dir)))
+    }
+
+    /// The repository, to write. It must be there, and be the one that is remembered.
     async fn writable(&self, keys: Keyring) -> Result<Repository, Failure> {
-        let url = self.url()?;
-        let repository = Repository::open_or_create(url, &self.config().repository, keys, self.clock.as_ref()).await?;
+        let (url, config) = (self.url()?, &self.config().repository);
+        let opened = Repository::open_to_write(url, config, keys).await;
+        let repository = match self.remembered() {
+            Some(remembered) => remembered.check(url, opened)?,
+            None => opened?,
+        };
+        self.warn_of_store(&repository);
+        Ok(repository)
+    }
+
+    /// Warns of a store on which two sidecars could write at once.
+    fn warn_of_store(&self, repository: &Repository) {
         let conditional = repository.conditional();
         if !conditional.create || !conditional.update {
             self.output.warn(
@@ -317,7 +341,6 @@ impl Context<'_> {
                  only one, or use a store that honours If-None-Match and If-Match",
             );
         }
-        Ok(repository)
     }
 }
 

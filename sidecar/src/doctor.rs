@@ -12,11 +12,12 @@ use serde::Serialize;
 
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::daemon::state;
+use crate::daemon::state::{self, StateDir};
 use crate::datadir::DataDir;
 use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::module::Module;
 use crate::repository::crypto::Keyring;
+use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError, lease};
 use crate::standalone::command::{Binary, key_dir, listen_address};
 use crate::standalone::ready;
@@ -260,14 +261,17 @@ impl Doctor<'_> {
             Ok(keys) => keys,
             Err(error) => return self.add("backup", Verdict::Fail, error.to_string(), "correct repository.recipients"),
         };
-        let repository = match Repository::open(url, config, keys.clone()).await {
-            Ok(_) => Repository::open_or_create(url, config, keys, self.clock.as_ref()).await,
-            Err(error) => Err(error),
+        let opened = Repository::open_to_write(url, config, keys).await;
+        let remembered = self.config.spacetimedb_config.db_path.as_ref();
+        let remembered = remembered.map(|dir| Remembered::in_dir(&StateDir::locate(&self.config, dir)));
+        let checked = match remembered {
+            Some(remembered) => remembered.check(url, opened),
+            None => opened,
         };
-        let repository = match repository {
+        let repository = match checked {
             Ok(repository) => repository,
             Err(RepositoryError::NoRepository { .. }) => {
-                let fix = "take a restore point: `inner-universe backup create`, or start the sidecar with `run`";
+                let fix = "make it: `inner-universe repository init`";
                 return self.add("backup", Verdict::Warn, format!("{url} holds no repository yet"), fix);
             }
             Err(error) => {

@@ -17,6 +17,7 @@ pub mod pack;
 pub mod paths;
 pub mod proof;
 pub(crate) mod ranges;
+pub mod remembered;
 pub mod store;
 pub mod timeline;
 
@@ -44,8 +45,23 @@ use crate::repository::store::{Conditional, Operation, Store};
 pub enum RepositoryError {
     #[error("{url} cannot be used as a repository: {reason}")]
     BadUrl { url: String, reason: String },
-    #[error("there is no repository at {url}; `inner-universe backup create` makes one")]
+    #[error("there is no repository at {url}; `inner-universe repository init` makes one")]
     NoRepository { url: String },
+    #[error(
+        "repository {expected} is not at {url} any more: mount the disk, or correct the address; if it is lost for good, \
+         `inner-universe repository init --replace` makes a new one"
+    )]
+    Vanished { url: String, expected: RestorePointId },
+    #[error(
+        "{url} holds repository {found}, and this data directory was archived to repository {expected} there; if the change is \
+         meant, accept it with `inner-universe repository init --replace`"
+    )]
+    Replaced { url: String, expected: RestorePointId, found: RestorePointId },
+    #[error(
+        "the repository at {url} was encrypted to {expected:?} and is now to {found:?}; if the change is meant, accept it with \
+         `inner-universe repository init --replace`"
+    )]
+    OtherRecipients { url: String, expected: Vec<String>, found: Vec<String> },
     #[error("the repository is in format {found}, and this release knows up to {known}; upgrade inner-universe")]
     UnknownFormat { found: u32, known: u32 },
     #[error("object {key} is missing; run `inner-universe verify` to see what else is")]
@@ -74,9 +90,17 @@ pub enum RepositoryError {
 }
 
 impl RepositoryError {
-    /// Would another try be in vain?
+    /// Returns true if retrying cannot succeed. A repository that is not there may come back: its disk may be mounted.
     pub fn is_permanent(&self) -> bool {
-        !matches!(self, Self::Store { .. } | Self::Timeout { .. } | Self::LeaseLost { expired: true })
+        !matches!(
+            self,
+            Self::Store { .. } | Self::Timeout { .. } | Self::LeaseLost { expired: true } | Self::NoRepository { .. }
+        ) && !self.is_other_repository()
+    }
+
+    /// Returns true if the repository that is expected at the address is not there.
+    pub fn is_other_repository(&self) -> bool {
+        matches!(self, Self::Vanished { .. } | Self::Replaced { .. } | Self::OtherRecipients { .. })
     }
 
     /// Is something wrong with what is stored? Not so where the store failed, or refused: it may yet hold all of it.
@@ -109,6 +133,8 @@ pub struct Repository {
     store: Store,
     conditional: Conditional,
     fence: Option<Arc<Fence>>,
+    /// In a directory: the file that says which repository it is.
+    marker: Option<Arc<Marker>>,
     pub info: RepositoryInfo,
     pub keys: Keyring,
 }
@@ -122,7 +148,18 @@ impl Repository {
         Self::open_in(Store::connect(url, config, false)?, url, keys).await
     }
 
-    /// Opens the repository at `url` to write, or makes one that seals to the keyring's recipients.
+    /// Opens the repository at `url` to write. It must be there.
+    ///
+    /// # Errors
+    /// [`RepositoryError::NoRepository`] when nothing is there, or when the store fails.
+    pub async fn open_to_write(url: &str, config: &RepositoryConfig, keys: Keyring) -> Result<Self, RepositoryError> {
+        let store = Store::connect(url, config, false)?;
+        let mut opened = Self::open_in(store.clone(), url, keys).await?;
+        opened.conditional = store.probe(&paths::repository()).await?;
+        Ok(opened)
+    }
+
+    /// Opens the repository at `url` to write, or makes one that encrypts to the keyring's recipients.
     ///
     /// # Errors
     /// When the store fails, or the repository seals to other recipients than those given.
@@ -152,7 +189,8 @@ impl Repository {
         }
         let keys = keys.with_recipients(&info.recipients)?;
         let conditional = Conditional { create: true, update: true };
-        Ok(Self { store, conditional, fence: None, info, keys })
+        let marker = store.local().map(|dir| Arc::new(Marker::new(url, dir.join(key.as_ref()), info.id)));
+        Ok(Self { store, conditional, fence: None, marker, info, keys })
     }
 
     /// As [`Self::open_or_create`], in a store that is connected already.
@@ -252,8 +290,15 @@ impl Repository {
         }
     }
 
+    /// Before each write: the lease must be held, and the repository still be there.
     fn check_fence(&self) -> Result<(), RepositoryError> {
-        self.fence.as_ref().map_or(Ok(()), |fence| fence.check())
+        self.fence.as_ref().map_or(Ok(()), |fence| fence.check())?;
+        self.check_marker()
+    }
+
+    /// In a directory that costs a look at one file. Elsewhere the lease's conditional renewals tell.
+    fn check_marker(&self) -> Result<(), RepositoryError> {
+        self.marker.as_ref().map_or(Ok(()), |marker| marker.check())
     }
 
     /// Writes an object that must not be there yet; the same bytes under the same name are no conflict.
@@ -381,6 +426,40 @@ impl Repository {
         let len = bytes.len();
         self.put(key, bytes.into()).await?;
         Ok(len)
+    }
+}
+
+/// `repository.json` of a repository in a directory. A disk that is unmounted leaves an empty directory behind, and writing would
+/// fill the disk below it.
+#[derive(Debug)]
+struct Marker {
+    url: String,
+    path: std::path::PathBuf,
+    id: RestorePointId,
+    /// Device and inode of the file when its content was last compared.
+    seen: parking_lot::Mutex<Option<(u64, u64)>>,
+}
+
+impl Marker {
+    fn new(url: &str, path: std::path::PathBuf, id: RestorePointId) -> Self {
+        Self { url: url.to_owned(), path, id, seen: parking_lot::Mutex::new(None) }
+    }
+
+    fn check(&self) -> Result<(), RepositoryError> {
+        use std::os::unix::fs::MetadataExt as _;
+        let vanished = || RepositoryError::Vanished { url: self.url.clone(), expected: self.id };
+        let found = std::fs::metadata(&self.path).map_err(|_| vanished())?;
+        let place = Some((found.dev(), found.ino()));
+        if *self.seen.lock() == place {
+            return Ok(());
+        }
+        let bytes = std::fs::read(&self.path).map_err(|_| vanished())?;
+        let found = document::read::<RepositoryInfo>(&bytes).map_err(|_| vanished())?.id;
+        if found != self.id {
+            return Err(RepositoryError::Replaced { url: self.url.clone(), expected: self.id, found });
+        }
+        *self.seen.lock() = place;
+        Ok(())
     }
 }
 

@@ -55,6 +55,10 @@ pub enum RestoreError {
     SelfCheck(String),
     #[error("transaction {wanted} cannot be reached: {reason}")]
     Unreachable { wanted: Offset, reason: String },
+    #[error(
+        "transaction {0} cannot be reached: the log objects do not continue each other; run `inner-universe verify`"
+    )]
+    BrokenLog(Offset),
     #[error("a worker of the restore stopped: {0}")]
     Worker(String),
 }
@@ -89,11 +93,17 @@ pub async fn restore(
             Ok(report) => return Ok(report),
             Err(error) => error,
         };
-        let Some((database, offset)) = plan.snapshot_at_fault(&error) else { return Err(error) };
-        if !request.avoid.insert((database, offset)) {
-            return Err(error);
+        match plan.snapshot_at_fault(&error) {
+            Some((database, offset)) if request.avoid.insert((database, offset)) => {
+                tracing::warn!(%error, %offset, "failed to use a snapshot; the restore continues without it");
+            }
+            // Objects of two histories may lie on one timeline: their headers tell which belong together.
+            None if matches!(error, RestoreError::BrokenLog(_)) && !request.every_joint => {
+                tracing::warn!(%error, "the restore is planned again with the headers of all log objects");
+                request.every_joint = true;
+            }
+            _ => return Err(error),
         }
-        tracing::warn!(%error, %offset, "the snapshot cannot be used; it goes on without");
         plan = match plan::plan(repository, &request).await {
             Ok(plan) => plan,
             // What was wrong first says more than that there is no other way.

@@ -21,7 +21,7 @@ use crate::repository::crypto::CryptoError;
 use crate::repository::log_object::LogHeader;
 use crate::repository::manifest::{DatabasePoint, RestorePoint, Timeline};
 use crate::repository::proof::Proof;
-use crate::repository::timeline::ancestry;
+use crate::repository::timeline::{ChainChoice, ancestry};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::plan::describe;
 use crate::verify::objects::{Draw, read_log};
@@ -306,22 +306,29 @@ impl Walk<'_> {
         mut chain: LogChain,
         bad: &mut losses::Bad,
     ) -> Result<LogChain, RepositoryError> {
+        let mut choice = ChainChoice::default();
         loop {
             let before = bad.logs.len();
-            self.log_once(log, &chain, bad).await?;
-            if bad.logs.len() == before || !chain.entries.iter().any(|entry| bad.logs.contains(&entry.key())) {
+            let broken = self.log_once(log, &chain, bad, choice.every_joint).await?;
+            let is_used = chain.entries.iter().any(|entry| bad.logs.contains(&entry.key()));
+            if !broken && (bad.logs.len() == before || !is_used) {
                 return Ok(chain);
             }
-            chain = self.repository.log_chain_without(&log.database, timelines, timeline, &bad.logs).await?;
+            choice.every_joint |= broken;
+            choice.avoid.clone_from(&bad.logs);
+            chain = self.repository.log_chain_by(&log.database, timelines, timeline, &choice).await?;
         }
     }
 
+    /// Returns true if objects did not continue each other and that is not a finding yet: with `last`, it is one.
     async fn log_once(
         &mut self,
         log: &OfLog<'_>,
         chain: &LogChain,
         bad: &mut losses::Bad,
-    ) -> Result<(), RepositoryError> {
+        last: bool,
+    ) -> Result<bool, RepositoryError> {
+        let mut broken = false;
         let (repository, draw) = (self.repository, self.draw);
         let entries: Vec<_> = chain.entries.iter().filter(|entry| log.counts(entry.first)).collect();
         // Timelines share what they forked from: that was read already.
@@ -343,6 +350,11 @@ impl Walk<'_> {
             self.used.insert(entry.key());
             let header = match (read, known) {
                 (Some(read), _) => self.judge_log(entry, read, log.name).await?,
+                (None, Some(true)) if last => match self.repository.log_header(&entry.key()).await {
+                    Ok(header) => Some(Arc::new(header)),
+                    Err(error) if error.is_damage() => None,
+                    Err(error) => return Err(error),
+                },
                 (None, Some(true)) => {
                     before = Some(Checked { entry: (*entry).clone(), header: None });
                     continue;
@@ -362,7 +374,9 @@ impl Walk<'_> {
                 }
             }
             let continues = self.continues(entry, &header, before).await?;
-            if !continues || header.database != log.database {
+            if !continues && !last {
+                broken = true;
+            } else if !continues || header.database != log.database {
                 bad.logs.insert(entry.key());
                 self.find(
                     Severity::Error,
@@ -377,7 +391,7 @@ impl Walk<'_> {
             }
             before = Some(Checked { entry: (*entry).clone(), header: Some(header) });
         }
-        Ok(())
+        Ok(broken)
     }
 
     /// Returns true unless an object contradicts the one before it.

@@ -28,12 +28,13 @@ use crate::datadir::commit::{SegmentHeader, encode};
 use crate::datadir::log::{Batch, Times, segment_name};
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::Silent;
-use crate::repository::chain::LogChain;
+use crate::repository::chain::LogEntry;
 use crate::repository::crypto::Keyring;
 use crate::repository::log_object::{ChainTip, LogContent};
 use crate::repository::manifest::{DatabasePoint, FORMAT, RestorePoint};
 use crate::repository::proof::Proof;
 use crate::repository::store::Store;
+use crate::repository::timeline::ChainChoice;
 use crate::repository::{Repository, paths};
 use crate::restore::log_source::read_all;
 use crate::retention::policy::Policy;
@@ -427,8 +428,6 @@ impl World {
 
     /// Everything that was reported archived can be read back.
     async fn check(&self) {
-        let timelines = self.work.repository.timelines(&DATABASE).await.unwrap();
-        let mut chains: BTreeMap<TimelineId, LogChain> = BTreeMap::new();
         // Of each timeline the last that was reported holds all before.
         let mut last: BTreeMap<TimelineId, &Acknowledged> = BTreeMap::new();
         for found in &self.acknowledged {
@@ -439,26 +438,38 @@ impl World {
         }
         let points = self.restore_points.iter().map(|(_, found)| found);
         for found in last.into_values().chain(points) {
-            let point = &found.point;
-            if !chains.contains_key(&point.timeline) {
-                let chain = self.work.repository.log_chain(&DATABASE, &timelines, point.timeline).await.unwrap();
-                chains.insert(point.timeline, chain);
+            // As a restore does: names first, and the headers of all objects where these mislead.
+            let Err(first) = self.read(found, false).await else { continue };
+            if let Err(error) = self.read(found, true).await {
+                let point = &found.point;
+                self.fail(&format!("timeline {} up to {}: {first}; {error}", point.timeline, point.offset));
             }
-            let chain = &chains[&point.timeline];
-            let chain = match self.work.repository.prove(point, chain).await {
-                Ok(Proof::Holds) => chain.clone(),
-                Ok(Proof::HoldsThrough(entries)) => chain.through(&entries, point.offset),
-                other => self.fail(&format!("transaction {} of timeline {}: {other:?}", point.offset, point.timeline)),
-            };
-            let start = chain.piece_start(point.offset).unwrap_or(point.offset);
-            let Some(entries) = chain.unbroken(start, point.offset) else {
-                self.fail(&format!("transaction {} of timeline {} lies in a hole", point.offset, point.timeline))
-            };
-            let entries: Vec<_> = entries.iter().map(|entry| entry.within(start, point.offset)).collect();
-            match read_all(&self.work.repository, DATABASE, entries).await {
-                Ok(read) if read == found.commits[start.0 as usize..].concat() => {}
-                Ok(_) => self.fail(&format!("timeline {} up to {} holds other commits", point.timeline, point.offset)),
-                Err(error) => self.fail(&format!("timeline {} up to {}: {error}", point.timeline, point.offset)),
+        }
+    }
+
+    async fn read(&self, found: &Acknowledged, every_joint: bool) -> Result<(), String> {
+        let (repository, point) = (&self.work.repository, &found.point);
+        let timelines = repository.timelines(&DATABASE).await.unwrap();
+        let choice = ChainChoice { every_joint, ..ChainChoice::default() };
+        let chain = repository.log_chain_by(&DATABASE, &timelines, point.timeline, &choice).await.unwrap();
+        let chain = match repository.prove(point, &chain).await {
+            Ok(Proof::Holds) => chain,
+            Ok(Proof::HoldsThrough(entries)) => chain.through(&entries, point.offset),
+            other => return Err(format!("{other:?}")),
+        };
+        let start = chain.piece_start(point.offset).unwrap_or(point.offset);
+        let entries = chain.unbroken(start, point.offset).ok_or("it lies in a hole")?;
+        let entries: Vec<_> = entries.iter().map(|entry| entry.within(start, point.offset)).collect();
+        let ranges = |entries: &[LogEntry]| -> Vec<_> {
+            entries.iter().map(|entry| (entry.level, entry.first.0, entry.last.0)).collect()
+        };
+        let used = ranges(&entries);
+        match read_all(repository, DATABASE, entries).await {
+            Ok(read) if read == found.commits[start.0 as usize..].concat() => Ok(()),
+            Ok(_) => Err(format!("other commits, read from {used:?}")),
+            Err(error) => {
+                let all = repository.log_entries(&DATABASE, point.timeline).await.unwrap();
+                Err(format!("{error}: {used:?} of {:?}", ranges(&all)))
             }
         }
     }

@@ -3,7 +3,6 @@
 //! Whether the log continues the archive is decided by content: the archive's last commits are hashed again from the log.
 //! Where they differ a new timeline begins at the last link that both share, and the old timeline stays as it is.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +19,7 @@ use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::repository::chain::{LogChain, LogEntry};
 use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
 use crate::repository::manifest::{Timeline, TimelineReason};
+use crate::repository::timeline::ChainChoice;
 use crate::repository::{Repository, RepositoryError, paths};
 
 /// Runs of commits in memory before they are compressed: one more than are being compressed, so that the reader is always
@@ -391,16 +391,16 @@ async fn readable_chain(
     timelines: &[Timeline],
     id: TimelineId,
 ) -> Result<(LogChain, Option<(Offset, String)>), BackupError> {
-    let (mut avoid, mut damage) = (BTreeSet::new(), None::<(Offset, String)>);
+    let (mut choice, mut damage) = (ChainChoice::default(), None::<(Offset, String)>);
     loop {
-        let chain = repository.log_chain_without(database, timelines, id, &avoid).await?;
+        let chain = repository.log_chain_by(database, timelines, id, &choice).await?;
         // What lies before a loss is continued, so that what was lost is archived again where the log still has it.
         let Some(entry) = chain.clone().before_loss().entries.pop() else { return Ok((chain, damage)) };
         match repository.log_header(&entry.key()).await {
             Ok(_) => return Ok((chain, damage)),
             Err(error) if error.is_damage() => {
                 damage = damage.max(Some((entry.last, error.to_string())));
-                avoid.insert(entry.key());
+                choice.avoid.insert(entry.key());
             }
             Err(error) => return Err(error.into()),
         }

@@ -19,6 +19,7 @@ use crate::durable::{self, OnPath as _};
 use crate::ids::RestorePointId;
 use crate::repository::lease::Lease;
 use crate::repository::manifest::RestorePoint;
+use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError};
 
 #[derive(Debug, Subcommand)]
@@ -104,7 +105,11 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
             Err(error) => return Err(error.into()),
         }
     }
-    let repository = context.writable(keys).await?;
+    let (url, config) = (context.url()?, &context.config().repository);
+    let state_dir = StateDir::open(context.config(), data.root())?;
+    let remembered = Remembered::in_dir(state_dir.path());
+    let repository = remembered.open_or_create(url, config, keys, context.clock.as_ref()).await?;
+    context.warn_of_store(&repository);
     let options = BackupOptions {
         label: args.label,
         key_dir,

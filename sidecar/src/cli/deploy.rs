@@ -18,6 +18,7 @@ use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup, own_token};
 use crate::repository::Repository;
 use crate::repository::lease::Lease;
+use crate::repository::remembered::Remembered;
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -228,7 +229,13 @@ async fn with_keeper<T>(
         return Ok(until_told(setup, work(setup), &stop).await??);
     }
     let (config, clock) = (&setup.config.repository, Arc::clone(&context.clock));
-    let repository = Repository::open_or_create(&url, config, context.keyring(&[])?, clock.as_ref()).await?;
+    let remembered = Remembered::in_dir(setup.state_dir.path());
+    // The place that `deploy` chooses itself, beside the data directory, is made by it too.
+    let is_own = setup.data_dir.as_deref().is_some_and(|dir| url == beside(dir));
+    let repository = match is_own {
+        true => remembered.open_or_create(&url, config, context.keyring(&[])?, clock.as_ref()).await?,
+        false => remembered.open(&url, config, context.keyring(&[])?).await?,
+    };
     let lease = Lease::acquire(&repository, config.lease_duration.0, Arc::clone(&clock), force).await?;
     setup.keeper = Keeper::Own(lease.fenced());
     let result = while_held(&lease, clock.as_ref(), until_told(setup, work(setup), &stop)).await;

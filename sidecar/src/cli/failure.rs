@@ -195,6 +195,7 @@ impl From<RestoreError> for Failure {
             | RestoreError::DiskFull(_)
             | RestoreError::SelfCheck(_)
             | RestoreError::Unreachable { .. }
+            | RestoreError::BrokenLog(_)
             | RestoreError::Worker(_) => ExitStatus::Failed,
         };
         Self::new(status, error)
@@ -287,14 +288,16 @@ fn of_data_dir(error: &DataDirError) -> ExitStatus {
 fn of_repository(error: &RepositoryError) -> ExitStatus {
     match error {
         RepositoryError::BadUrl { .. } => ExitStatus::Usage,
-        RepositoryError::NoRepository { .. } => ExitStatus::NothingToRestore,
+        RepositoryError::NoRepository { .. } | RepositoryError::Vanished { .. } => ExitStatus::NothingToRestore,
         RepositoryError::Conflict { .. } | RepositoryError::Locked { .. } | RepositoryError::LeaseLost { .. } => {
             ExitStatus::Locked
         }
         RepositoryError::Store { .. } | RepositoryError::Denied { .. } | RepositoryError::Timeout { .. } => {
             ExitStatus::StoreUnreachable
         }
-        RepositoryError::NotEmpty { .. } => ExitStatus::Refused,
+        RepositoryError::NotEmpty { .. }
+        | RepositoryError::Replaced { .. }
+        | RepositoryError::OtherRecipients { .. } => ExitStatus::Refused,
         RepositoryError::Crypto(error) => of_crypto(error),
         RepositoryError::UnknownFormat { .. } | RepositoryError::Missing { .. } | RepositoryError::Damaged { .. } => {
             ExitStatus::Failed

@@ -11,6 +11,7 @@ use crate::daemon::state::State;
 use crate::daemon::{DaemonError, DaemonOptions};
 use crate::datadir::{DataDir, DataDirError};
 use crate::repository::lease::{self, Lease, LeaseDocument, Take};
+use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError};
 
 /// The server may still be about to make its directory.
@@ -45,13 +46,14 @@ pub(super) async fn wait_for_repository(
     stop: &CancellationToken,
 ) -> Result<Option<Repository>, DaemonError> {
     let config = &options.config.repository;
+    let remembered = Remembered::in_dir(options.state_dir.path());
     for delay in patience(Duration::from_millis(500)).build() {
-        let error = match Repository::open_or_create(&options.url, config, options.keys.clone(), clock).await {
+        let error = match remembered.open(&options.url, config, options.keys.clone()).await {
             Ok(repository) => return Ok(Some(repository)),
             Err(error) if error.is_permanent() => return Err(error.into()),
             Err(error) => error,
         };
-        tracing::warn!(%error, ?delay, "the store is not reached and is tried again; the log keeps what is written meanwhile");
+        tracing::warn!(%error, ?delay, "failed to open the repository; the log keeps what is written until a retry succeeds");
         state.failed(error.to_string());
         tokio::select! {
             () = clock.sleep(delay) => {}

@@ -249,6 +249,7 @@ async fn replace(
 ) -> Result<UpdateVersion, RepositoryError> {
     let key = paths::lease();
     let bytes = document::write(document);
+    repository.check_marker()?;
     if let Some(directory) = repository.store.local() {
         let (directory, document) = (directory.clone(), document.clone());
         let create = matches!(mode, PutMode::Create);
@@ -285,7 +286,15 @@ fn replace_file(
     };
     let lock = std::fs::File::options().create(true).append(true).open(path.with_extension("lock")).map_err(failed)?;
     lock.lock().map_err(failed)?;
-    if let Ok(found) = std::fs::read(&path)
+    let held = std::fs::read(&path);
+    // A lease that is renewed must be there.
+    if !create && matches!(&held, Err(error) if error.kind() == std::io::ErrorKind::NotFound) {
+        return Err(RepositoryError::Locked {
+            writer: "nobody: lease.json was deleted".into(),
+            expires_at: Timestamp::UNIX_EPOCH,
+        });
+    }
+    if let Ok(found) = held
         && let Ok(found) = document::read::<LeaseDocument>(&found)
         && (create
             || found.token > document.token

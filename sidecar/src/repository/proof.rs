@@ -108,18 +108,30 @@ impl Repository {
         Ok(if is_there { span.after } else { Place { chain: None, history: None } })
     }
 
-    /// Puts objects that belong together in place of those that contradict each other.
+    /// Puts objects that belong together in place of those that contradict each other. Reads headers only where names leave a
+    /// doubt, unless `every` joint is to be looked at.
     ///
     /// # Errors
     /// When the store fails.
-    pub(super) async fn resolved(&self, mut chain: LogChain, objects: &Objects) -> Result<LogChain, RepositoryError> {
+    pub(super) async fn resolved(
+        &self,
+        mut chain: LogChain,
+        objects: &Objects,
+        every: bool,
+    ) -> Result<LogChain, RepositoryError> {
         let odd: Vec<_> = objects.values().flatten().filter(|entry| is_odd(&chain, entry)).cloned().collect();
-        if odd.is_empty() {
-            return Ok(chain);
-        }
+        let is_doubtful = |left: &LogEntry, entry: &LogEntry| {
+            let is_near = |odd: &LogEntry| odd.last >= left.first && odd.first <= entry.last;
+            let is_cut = left.timeline == entry.timeline && !(left.is_whole() && entry.is_whole());
+            every || is_cut || odd.iter().any(is_near)
+        };
         let mut at = 1;
-        while at < chain.entries.len() {
-            if let Some(better) = self.resolved_at(&chain, at, &odd, objects).await? {
+        while let (Some(left), Some(entry)) = (chain.entries.get(at - 1), chain.entries.get(at)) {
+            let adjoin = left.last.0.checked_add(1) == Some(entry.first.0);
+            if adjoin
+                && is_doubtful(left, entry)
+                && let Some(better) = self.resolved_at(&chain, at, objects).await?
+            {
                 // What comes after stays; what comes before is looked at no more: it was proven from here.
                 at += better.entries.len().saturating_sub(chain.entries.len());
                 chain = better;
@@ -129,19 +141,14 @@ impl Repository {
         Ok(chain)
     }
 
-    /// The chain with other objects before the one at index `at`, if those that are there contradict it.
+    /// The chain with other objects before the one at index `at`, if the headers do not prove that it continues those there.
     async fn resolved_at(
         &self,
         chain: &LogChain,
         at: usize,
-        odd: &[LogEntry],
         objects: &Objects,
     ) -> Result<Option<LogChain>, RepositoryError> {
         let (Some(left), Some(entry)) = (chain.entries.get(at - 1), chain.entries.get(at)) else { return Ok(None) };
-        let is_near = |odd: &LogEntry| odd.last >= left.first && odd.first <= entry.last;
-        if left.last.0.checked_add(1) != Some(entry.first.0) || !odd.iter().any(is_near) {
-            return Ok(None);
-        }
         let (before, header) = (self.log_header(&left.key()).await, self.log_header(&entry.key()).await);
         let (before, header) = match (before, header) {
             (Ok(before), Ok(header)) => (before, header),
@@ -149,7 +156,8 @@ impl Repository {
             (Err(error), _) | (_, Err(error)) if error.is_damage() => return Ok(None),
             (Err(error), _) | (_, Err(error)) => return Err(error),
         };
-        if !header.contradicts(entry, &before, left) {
+        // Where the headers cannot tell, objects are preferred of which they can.
+        if before.place_after(left.last).is(&header.place_before(entry.first)) {
             return Ok(None);
         }
         let tried = [left.key()].into();

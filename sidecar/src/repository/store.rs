@@ -282,7 +282,11 @@ fn open_directory(url: &str, path: &PathBuf, create: bool) -> Result<Arc<dyn Obj
         source: object_store::Error::Generic { store: "file", source },
     };
     if create {
-        std::fs::create_dir_all(path).map_err(|error| failed(error.into()))?;
+        // Only the last part: a mount point or a misspelt directory before it must not be made.
+        match std::fs::create_dir(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed(error.into())),
+            _ => {}
+        }
     } else if !path.is_dir() {
         return Err(RepositoryError::NoRepository { url: url.to_owned() });
     }

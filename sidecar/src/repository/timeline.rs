@@ -30,6 +30,16 @@ impl OpenLog {
     }
 }
 
+/// Which objects a chain is made of, where several hold the same transactions.
+#[derive(Debug, Clone, Default)]
+pub struct ChainChoice {
+    /// Objects that are missing or damaged: others may hold the same commits.
+    pub avoid: BTreeSet<Key>,
+    /// Read the headers at every joint, not only where names leave a doubt: of two histories that were written to one timeline,
+    /// the one that leads on is used.
+    pub every_joint: bool,
+}
+
 /// The timeline `id` and its ancestors, youngest first, each with the last offset that counts of it.
 pub fn ancestry(timelines: &[Timeline], id: TimelineId) -> Vec<(Timeline, Option<Offset>)> {
     let mut line = Vec::new();
@@ -149,21 +159,21 @@ impl Repository {
         timelines: &[Timeline],
         id: TimelineId,
     ) -> Result<LogChain, RepositoryError> {
-        self.log_chain_without(database, timelines, id, &BTreeSet::new()).await
+        self.log_chain_by(database, timelines, id, &ChainChoice::default()).await
     }
 
-    /// The log of timeline `id`, through its ancestors, without the objects in `avoid`: where these are damaged, others that
-    /// hold the same commits may still be there.
+    /// As [`Self::log_chain`], with a say in which objects are used.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn log_chain_without(
+    pub async fn log_chain_by(
         &self,
         database: &Identity,
         timelines: &[Timeline],
         id: TimelineId,
-        avoid: &BTreeSet<Key>,
+        choice: &ChainChoice,
     ) -> Result<LogChain, RepositoryError> {
+        let avoid = &choice.avoid;
         let mut line = ancestry(timelines, id);
         line.reverse();
         let (mut rows, mut objects) = (Vec::new(), Objects::new());
@@ -175,7 +185,7 @@ impl Repository {
             objects.insert(timeline.timeline, entries.clone());
             rows.push(Row { timeline: timeline.timeline, start: timeline.start, until, entries });
         }
-        let mut chain = self.resolved(assemble(rows), &objects).await?;
+        let mut chain = self.resolved(assemble(rows), &objects, choice.every_joint).await?;
         // What is missing is rare, so it is looked up only then whether that was meant.
         if !chain.holes.is_empty() {
             let retention = match self.retention().await {
@@ -208,7 +218,7 @@ impl Repository {
         let start = entries.iter().map(|entry| entry.first).min().unwrap_or(Offset(0));
         let chain = assemble(vec![Row { timeline, start, until: None, entries: entries.clone() }]);
         let objects = Objects::from([(timeline, entries)]);
-        let chain = self.resolved(chain, &objects).await?;
+        let chain = self.resolved(chain, &objects, false).await?;
         Ok((chain, objects.into_values().flatten().collect()))
     }
 

@@ -31,10 +31,7 @@ impl Continuity {
     pub(super) fn take(&mut self, span: &PartSpan) -> Result<(), RestoreError> {
         match self.0.replace(*span) {
             Some(before) if before.next != span.first || !before.after.is(&span.before) => {
-                Err(RestoreError::Unreachable {
-                    wanted: span.first,
-                    reason: "the log objects do not continue each other; run `inner-universe verify`".into(),
-                })
+                Err(RestoreError::BrokenLog(span.first))
             }
             _ => Ok(()),
         }

@@ -13,7 +13,7 @@ use crate::repository::chain::{Hole, LogChain, LogEntry};
 use crate::repository::log_object::{ChainTip, Link};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
 use crate::repository::proof::Proof;
-use crate::repository::timeline::ancestry;
+use crate::repository::timeline::{ChainChoice, ancestry};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
 use crate::restore::target::Target;
@@ -58,6 +58,8 @@ pub struct RestoreRequest {
     pub no_snapshot: bool,
     /// Snapshots that were found to be of no use.
     pub avoid: BTreeSet<(Identity, Offset)>,
+    /// See [`ChainChoice::every_joint`].
+    pub every_joint: bool,
 }
 
 /// Makes the plan. Nothing is written.
@@ -279,7 +281,8 @@ async fn plan_database(
         None if fixed => point.timeline,
         None => newest,
     };
-    let mut chain = repository.log_chain(&point.identity, &timelines, timeline).await?;
+    let choice = ChainChoice { every_joint: request.every_joint, ..ChainChoice::default() };
+    let mut chain = repository.log_chain_by(&point.identity, &timelines, timeline, &choice).await?;
     if chain.entries.is_empty() && point.timeline == timeline {
         return Err(RestoreError::Unreachable {
             wanted: point.offset,

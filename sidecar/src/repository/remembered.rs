@@ -1,0 +1,194 @@
+//! The repositories that a data directory was archived to, remembered in its state directory.
+//!
+//! A disk that is not mounted, a bucket that was emptied and a misspelt prefix all look like an empty place. Whoever archived to
+//! a place before expects the same repository there, with the same recipients: another one, or none, is refused, and never made.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
+use crate::config::RepositoryConfig;
+use crate::durable::{self, FileError};
+use crate::ids::RestorePointId;
+use crate::repository::crypto::Keyring;
+use crate::repository::manifest::RepositoryInfo;
+use crate::repository::{Repository, RepositoryError};
+
+/// What is remembered of one repository.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    pub id: RestorePointId,
+    /// age recipients that bodies are encrypted to.
+    pub recipients: Vec<String>,
+}
+
+impl From<&RepositoryInfo> for Known {
+    fn from(info: &RepositoryInfo) -> Self {
+        Self { id: info.id, recipients: info.recipients.clone() }
+    }
+}
+
+/// `repositories.json` in a state directory.
+#[derive(Debug, Clone)]
+pub struct Remembered(PathBuf);
+
+impl Remembered {
+    /// That of the state directory `dir`, which need not exist.
+    pub fn in_dir(dir: &Path) -> Self {
+        Self(dir.join("repositories.json"))
+    }
+
+    /// What is remembered of the repository at `url`. A file that cannot be read is reported, and remembers nothing.
+    pub fn at(&self, url: &str) -> Option<Known> {
+        self.all().remove(url)
+    }
+
+    fn all(&self) -> BTreeMap<String, Known> {
+        match std::fs::read(&self.0) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+                tracing::warn!(path = %self.0.display(), %error, "failed to read which repositories are known");
+                BTreeMap::new()
+            }),
+            Err(_) => BTreeMap::new(),
+        }
+    }
+
+    /// Remembers the repository at `url`, in place of any other there.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn remember(&self, url: &str, info: &RepositoryInfo) -> Result<(), FileError> {
+        let mut all = self.all();
+        if all.insert(url.to_owned(), info.into()).as_ref() == Some(&info.into()) {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec_pretty(&all).unwrap_or_default();
+        durable::replace(&self.0, &bytes)
+    }
+
+    /// Opens the repository at `url` to write, and remembers it. It is the one that is remembered, if any is.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Vanished`] and [`RepositoryError::Replaced`] when it is not, and as [`Repository::open_to_write`].
+    pub async fn open(
+        &self,
+        url: &str,
+        config: &RepositoryConfig,
+        keys: Keyring,
+    ) -> Result<Repository, RepositoryError> {
+        let opened = Repository::open_to_write(url, config, keys).await;
+        let repository = self.check(url, opened)?;
+        self.note(url, &repository);
+        Ok(repository)
+    }
+
+    /// As [`Self::open`]; where no repository is and none is remembered, one is made.
+    ///
+    /// # Errors
+    /// As [`Self::open`] and [`Repository::open_or_create`].
+    pub async fn open_or_create(
+        &self,
+        url: &str,
+        config: &RepositoryConfig,
+        keys: Keyring,
+        clock: &dyn Clock,
+    ) -> Result<Repository, RepositoryError> {
+        if self.at(url).is_some() {
+            return self.open(url, config, keys).await;
+        }
+        let repository = Repository::open_or_create(url, config, keys, clock).await?;
+        self.note(url, &repository);
+        Ok(repository)
+    }
+
+    /// Remembers a repository that was opened. That this fails stops nothing: the next run remembers it.
+    pub fn note(&self, url: &str, repository: &Repository) {
+        if let Err(error) = self.remember(url, &repository.info) {
+            tracing::warn!(%error, "failed to remember the repository");
+        }
+    }
+
+    /// Compares what was found at `url` with what is remembered.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn check(&self, url: &str, found: Result<Repository, RepositoryError>) -> Result<Repository, RepositoryError> {
+        let Some(known) = self.at(url) else { return found };
+        match found {
+            Ok(found) if Known::from(&found.info) == known => Ok(found),
+            Ok(found) if found.info.id == known.id => Err(RepositoryError::OtherRecipients {
+                url: url.into(),
+                expected: known.recipients,
+                found: found.info.recipients,
+            }),
+            Ok(found) => Err(RepositoryError::Replaced { url: url.into(), expected: known.id, found: found.info.id }),
+            Err(RepositoryError::NoRepository { .. } | RepositoryError::NotEmpty { .. }) => {
+                Err(RepositoryError::Vanished { url: url.into(), expected: known.id })
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+
+    async fn make(url: &str) -> Repository {
+        let config = RepositoryConfig::default();
+        Repository::open_or_create(url, &config, Keyring::default(), &SystemClock).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn vanished_and_replaced_repositories_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("repository");
+        let url = url::Url::from_file_path(&place).unwrap().to_string();
+        let config = RepositoryConfig::default();
+        let remembered = Remembered::in_dir(dir.path());
+        // One that was never seen is not made by opening it.
+        let none = remembered.open(&url, &config, Keyring::default()).await.err().unwrap();
+        assert!(matches!(none, RepositoryError::NoRepository { .. }), "{none}");
+        assert!(!place.exists());
+
+        let first = make(&url).await;
+        let opened = remembered.open(&url, &config, Keyring::default()).await.unwrap();
+        assert_eq!(opened.info, first.info);
+        let away = dir.path().join("away");
+        std::fs::rename(&place, &away).unwrap();
+        let gone = remembered.open(&url, &config, Keyring::default()).await.err().unwrap();
+        assert!(matches!(&gone, RepositoryError::Vanished { expected, .. } if *expected == first.info.id), "{gone}");
+        assert!(!gone.is_permanent() && !place.exists());
+
+        let second = make(&url).await;
+        let other = remembered.open(&url, &config, Keyring::default()).await.err().unwrap();
+        let text = other.to_string();
+        assert!(text.contains(&first.info.id.to_string()) && text.contains(&second.info.id.to_string()), "{text}");
+        // A write through the repository that was opened before sees it too.
+        let key = crate::repository::paths::pin(first.info.id);
+        assert!(matches!(opened.put(&key, "{}".into()).await, Err(RepositoryError::Replaced { .. })));
+        assert!(matches!(opened.delete(&key).await, Err(RepositoryError::Replaced { .. })));
+
+        std::fs::remove_dir_all(&place).unwrap();
+        assert!(matches!(opened.put(&key, "{}".into()).await, Err(RepositoryError::Vanished { .. })));
+        assert!(!place.exists(), "a write made the directory");
+        std::fs::rename(&away, &place).unwrap();
+        remembered.open(&url, &config, Keyring::default()).await.unwrap();
+        opened.put(&key, "{}".into()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn recipients_that_were_taken_out_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = url::Url::from_file_path(dir.path().join("repository")).unwrap().to_string();
+        let remembered = Remembered::in_dir(dir.path());
+        let made = make(&url).await;
+        let sealed = RepositoryInfo { recipients: vec!["age1example".into()], ..made.info.clone() };
+        remembered.remember(&url, &sealed).unwrap();
+        let plain = remembered.open(&url, &RepositoryConfig::default(), Keyring::default()).await.err().unwrap();
+        assert!(matches!(plain, RepositoryError::OtherRecipients { .. }), "{plain}");
+    }
+}
