@@ -11,6 +11,7 @@ pub mod document;
 pub mod instance;
 pub(crate) mod large;
 pub mod lease;
+mod lineage;
 pub mod log_object;
 pub mod manifest;
 pub mod pack;

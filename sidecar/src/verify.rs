@@ -262,7 +262,7 @@ impl Walk<'_> {
             let end = chain.last();
             let chain = self.log(&of_log, &timelines, timeline.timeline, chain, &mut bad).await?;
             self.promises(&points, &chain, end, timeline.timeline).await?;
-            self.snapshots(database, timeline, until, &mut bad).await?;
+            self.snapshots(database, timeline, until, (&timelines, &chain), &mut bad).await?;
             let line = ancestry(&timelines, timeline.timeline);
             let snapshots = self.snapshots_on(&database, &line).await?;
             let end = points.iter().map(|point| point.offset).chain(end.filter(|_| whole)).max();
@@ -495,6 +495,7 @@ impl Walk<'_> {
         database: Identity,
         timeline: &Timeline,
         until: Option<Offset>,
+        (timelines, chain): (&[Timeline], &LogChain),
         bad: &mut losses::Bad,
     ) -> Result<(), RepositoryError> {
         for offset in self.repository.snapshots(&database, timeline.timeline).await? {
@@ -506,6 +507,16 @@ impl Walk<'_> {
             let before = self.report.findings.len();
             let manifest = self.repository.snapshot(&database, timeline.timeline, offset).await;
             if let Some(manifest) = self.sort_out(&key, manifest)? {
+                if self.repository.is_of_history(&manifest, timelines, chain, None).await? == Some(false) {
+                    self.find(
+                        Severity::Error,
+                        FindingKind::BrokenChain,
+                        &key,
+                        format!("it is of another history than timeline {}", timeline.timeline),
+                        "restores do not use it and replay more of the log; move it out of the repository, so that the next \
+                         snapshot of the server can take its place",
+                    );
+                }
                 let mut native = false;
                 let mut whole = true;
                 for used in manifest.packs {

@@ -533,6 +533,21 @@ pub(crate) async fn shared_links(dir: &Path, header: &LogHeader) -> Result<Optio
     .map_err(|error: DataDirError| error)?)
 }
 
+/// Does the log at `dir` hold link `index` of an object? `false` also when the log does not reach that far, in either direction.
+pub(crate) async fn holds_link(dir: &Path, header: &LogHeader, index: usize) -> Result<bool, BackupError> {
+    let Some(expected) = header.links.get(index) else { return Ok(false) };
+    let before = index.checked_sub(1).and_then(|before| header.tip_at(before));
+    let single = LogHeader {
+        first: before.map_or(header.first, |tip| tip.next),
+        last: expected.last,
+        previous_chain: before.map_or(header.previous_chain, |tip| tip.chain),
+        links: vec![*expected],
+        parts: Vec::new(),
+        ..header.clone()
+    };
+    Ok(shared_links(dir, &single).await? == Some(1))
+}
+
 /// The log reaches back to the object's start: every byte is compared.
 fn count_links_by_chain(dir: &Path, header: &LogHeader) -> Result<usize, DataDirError> {
     let mut reader = LogReader::open(dir, header.first)?;

@@ -1,4 +1,6 @@
 //! The newest native snapshot's way into the repository: only pages and blobs that no earlier snapshot brought.
+//!
+//! Invariant: a snapshot is filed under a timeline only if the log beside it is that timeline's, before and after it was read.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -6,11 +8,13 @@ use std::sync::Arc;
 use futures::StreamExt;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
+use crate::backup::log::holds_link;
 use crate::backup::{BackupError, WORKERS, Work, blocking};
+use crate::datadir::log::segments;
 use crate::datadir::snapshot::{self, Manifest, ObjectKind, SnapshotDir};
 use crate::datadir::{DataDirError, ReplicaDir};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
-use crate::repository::manifest::{FORMAT, PackUse, SnapshotManifest};
+use crate::repository::manifest::{FORMAT, HistoryProof, PackUse, SnapshotManifest};
 use crate::repository::pack::{EntryKind, PackBuilder};
 use crate::repository::timeline::ancestry;
 use crate::repository::{RepositoryError, paths};
@@ -37,6 +41,7 @@ pub(crate) async fn archive(
     archived: Offset,
     replica: &ReplicaDir,
 ) -> Result<Vec<String>, BackupError> {
+    let place = Place { database, timeline, replica };
     let mut problems = Vec::new();
     let mut passed_over = HashSet::new();
     for _ in 0..ATTEMPTS {
@@ -51,9 +56,18 @@ pub(crate) async fn archive(
         };
         let Some(chosen) = chosen.filter(|chosen| !known.offsets.contains(&chosen.offset)) else { return Ok(problems) };
         let was_damaged = known.damaged.contains(&chosen.offset);
-        match upload(work, database, timeline, chosen.clone(), known).await {
-            Ok(()) if first_needed => {}
-            Ok(()) => return Ok(problems),
+        match upload(work, &place, chosen.clone(), known).await {
+            Ok(Outcome::Archived) if first_needed => {}
+            Ok(Outcome::Archived) => return Ok(problems),
+            // The log holds everything: leaving a snapshot out costs a restore time, a wrong one would cost it its rows.
+            Ok(Outcome::Unproven) => {
+                passed_over.insert(chosen.offset);
+                let offset = chosen.offset;
+                problems.push(format!(
+                    "the snapshot at transaction {offset} is not archived: the log beside it is not the one that timeline \
+                     {timeline} holds from there on; this ends once the archive follows the log that is on the disk now"
+                ));
+            }
             Err(BackupError::DataDir(error)) => {
                 passed_over.insert(chosen.offset);
                 if chosen.is_complete() {
@@ -127,19 +141,57 @@ impl Known {
     }
 }
 
-async fn upload(
-    work: &Arc<Work>,
+/// What became of a snapshot.
+enum Outcome {
+    Archived,
+    /// The log beside it is not the timeline's.
+    Unproven,
+}
+
+/// Where a snapshot belongs, and the files beside it.
+struct Place<'a> {
     database: Identity,
     timeline: TimelineId,
+    replica: &'a ReplicaDir,
+}
+
+impl Place<'_> {
+    /// Compares the log on the disk with the archive, at the end of the link that holds `offset`, or of the first that a log
+    /// without its beginning still has. `None` where they differ, or nothing can be compared.
+    async fn prove(&self, work: &Work, offset: Offset) -> Result<Option<HistoryProof>, BackupError> {
+        let dir = self.replica.log_path();
+        let Some(start) = segments(&dir).map_err(DataDirError::from)?.first().map(|segment| segment.first) else {
+            return Ok(None);
+        };
+        let timelines = work.repository.timelines(&self.database).await?;
+        let chain = work.repository.log_chain(&self.database, &timelines, self.timeline).await?;
+        let wanted = offset.max(start);
+        let Some(entry) = chain.range(wanted, wanted).first() else { return Ok(None) };
+        let header = match work.repository.log_header(&entry.key()).await {
+            Ok(header) => header,
+            Err(error) if error.is_damage() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let index = header.links.partition_point(|link| link.last < wanted);
+        let Some(link) = header.links.get(index).filter(|link| link.last <= entry.last) else { return Ok(None) };
+        let proof = HistoryProof { at: link.last, chain: link.chain, last_commit: link.last_commit };
+        Ok(holds_link(&dir, &header, index).await?.then_some(proof))
+    }
+}
+
+async fn upload(
+    work: &Arc<Work>,
+    place: &Place<'_>,
     source: SnapshotDir,
     known: Known,
-) -> Result<(), BackupError> {
+) -> Result<Outcome, BackupError> {
     let offset = source.offset;
+    let Some(history) = place.prove(work, offset).await? else { return Ok(Outcome::Unproven) };
     let (manifest, native) = {
         let source = source.clone();
         blocking(move || source.manifest()).await??
     };
-    if manifest.identity != database {
+    if manifest.identity != place.database {
         let reason = format!("it belongs to database {}", manifest.identity);
         return Err(DataDirError::Damaged { path: source.path().to_owned(), at: 0, reason }.into());
     }
@@ -155,8 +207,47 @@ async fn upload(
         }
     }
     let native_manifest = ContentHash::of(&native);
+    let (new, raw_new) = upload_packs(work, place.database, Unread::new(source, native, missing)).await?;
+    uses.extend(new.into_iter().map(|pack| (pack.pack, pack)));
+    let mut packs: Vec<PackUse> = uses.into_values().collect();
+    packs.sort_by_key(|pack| pack.pack);
+    let snapshot = SnapshotManifest {
+        format: FORMAT,
+        identity: place.database,
+        timeline: place.timeline,
+        offset,
+        replica: manifest.replica_id,
+        native_manifest,
+        raw_bytes: raw_new + shared_bytes(&manifest, &known),
+        history: Some(history),
+        packs,
+    };
+    // Reading takes long enough for the directory to be exchanged.
+    if place.prove(work, offset).await?.is_none() {
+        return Ok(Outcome::Unproven);
+    }
+    file(work, &snapshot, known.damaged.contains(&offset)).await?;
+    Ok(Outcome::Archived)
+}
+
+/// Writes the manifest, once everything that it names is there.
+async fn file(work: &Work, snapshot: &SnapshotManifest, replaces: bool) -> Result<(), BackupError> {
+    let len = match replaces {
+        true => work.repository.replace_snapshot(snapshot, work.clock.now()).await?,
+        false => work.repository.put_snapshot(snapshot).await?,
+    };
+    work.tally.wrote_object(len);
+    Ok(())
+}
+
+/// Uploads what no earlier snapshot brought. Returns the packs and the bytes that were read for them.
+async fn upload_packs(
+    work: &Arc<Work>,
+    database: Identity,
+    unread: Unread,
+) -> Result<(Vec<PackUse>, u64), BackupError> {
     let (sender, receiver) = mpsc::channel::<Filled>(1);
-    let reader = tokio::spawn(read_objects(Unread::new(source, native, missing), sender));
+    let reader = tokio::spawn(read_objects(unread, sender));
     let packs = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|filled| (filled, receiver))
     })
@@ -188,29 +279,12 @@ async fn upload(
     // In no order: the manifest that names them is written when all are there.
     .buffer_unordered(if work.repository.is_local() { UPLOADS.1 } else { UPLOADS.0 });
     let mut packs = std::pin::pin!(packs);
+    let mut uploaded = Vec::new();
     while let Some(pack) = packs.next().await {
-        let pack = pack?;
-        uses.insert(pack.pack, pack);
+        uploaded.push(pack?);
     }
     let raw_new = reader.await.map_err(|error| BackupError::Worker(error.to_string()))??;
-    let mut packs: Vec<PackUse> = uses.into_values().collect();
-    packs.sort_by_key(|pack| pack.pack);
-    let snapshot = SnapshotManifest {
-        format: FORMAT,
-        identity: database,
-        timeline,
-        offset,
-        replica: manifest.replica_id,
-        native_manifest,
-        raw_bytes: raw_new + shared_bytes(&manifest, &known),
-        packs,
-    };
-    let len = match known.damaged.contains(&offset) {
-        true => work.repository.replace_snapshot(&snapshot, work.clock.now()).await?,
-        false => work.repository.put_snapshot(&snapshot).await?,
-    };
-    work.tally.wrote_object(len);
-    Ok(())
+    Ok((uploaded, raw_new))
 }
 
 /// An estimate of what shared objects take on disk: they are pages, all of one size.
@@ -279,3 +353,6 @@ async fn read_objects(mut unread: Unread, sender: mpsc::Sender<Filled>) -> Resul
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -182,8 +182,22 @@ pub struct SnapshotManifest {
     pub native_manifest: ContentHash,
     /// Bytes of all objects and the native manifest, decompressed.
     pub raw_bytes: u64,
+    /// Proves which history it is of; `None` in manifests of earlier releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryProof>,
     /// Which pack holds what of this snapshot.
     pub packs: Vec<PackUse>,
+}
+
+/// A place in the archived log that was the same in the log beside the snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryProof {
+    /// The end of a link at or after the snapshot's transaction.
+    pub at: Offset,
+    /// The chain hash there.
+    pub chain: ContentHash,
+    /// The hash of the commit that ends there, which does not depend on how commits were cut into links.
+    pub last_commit: ContentHash,
 }
 
 /// The part of a pack that a snapshot uses.

@@ -560,19 +560,24 @@ async fn choose_snapshot(
     offset: Offset,
     avoid: impl Fn(Offset) -> bool,
 ) -> Result<Option<SnapshotManifest>, RestoreError> {
-    let mut usable: Vec<(Offset, TimelineId)> = Vec::new();
+    let mut usable: Vec<(Offset, TimelineId, Option<Offset>)> = Vec::new();
     for (ancestor, until) in ancestry(timelines, timeline) {
         for found in repository.snapshots(database, ancestor.timeline).await? {
             let leads = found <= offset && until.is_none_or(|until| found <= until);
             if leads && !avoid(found) && chain.unbroken(found, offset).is_some() {
-                usable.push((found, ancestor.timeline));
+                usable.push((found, ancestor.timeline, until));
             }
         }
     }
     usable.sort_unstable();
-    for (offset, timeline) in usable.into_iter().rev() {
+    for (offset, timeline, until) in usable.into_iter().rev() {
         match repository.snapshot(database, timeline, offset).await {
-            Ok(snapshot) => return Ok(Some(snapshot)),
+            Ok(snapshot) => {
+                if repository.is_of_history(&snapshot, timelines, chain, until).await? != Some(false) {
+                    return Ok(Some(snapshot));
+                }
+                tracing::warn!(%offset, "a snapshot is of another history than its timeline and is not used");
+            }
             Err(error) if error.is_damage() => {
                 tracing::warn!(%error, %offset, "a snapshot cannot be used and is passed over");
             }

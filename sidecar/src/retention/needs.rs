@@ -233,15 +233,20 @@ impl Look<'_> {
             if line.chain.unbroken(*at, offset).is_none() {
                 break;
             }
-            if self.need_snapshot(*timeline, *at).await? {
+            if self.need_snapshot(line, *timeline, *at).await? {
                 return start_of_link(self.repository, &line.chain, *at).await.map(Some).or_else(store_error);
             }
         }
         Ok(line.chain.unbroken(Offset(0), offset).map(|_| Offset(0)))
     }
 
-    /// Needs a snapshot with all that it names. Returns whether it is whole.
-    async fn need_snapshot(&mut self, timeline: TimelineId, offset: Offset) -> Result<bool, RepositoryError> {
+    /// Needs a snapshot with all that it names. Returns whether it is whole, and of this history.
+    async fn need_snapshot(
+        &mut self,
+        line: &Line,
+        timeline: TimelineId,
+        offset: Offset,
+    ) -> Result<bool, RepositoryError> {
         let key = paths::snapshot(&self.database, timeline, offset);
         if self.needs.objects.contains(&key) {
             return Ok(true);
@@ -251,6 +256,11 @@ impl Look<'_> {
             Err(error) if error.is_damage() => return Ok(false),
             Err(error) => return Err(error),
         };
+        let until = line.ancestry.iter().find(|(found, _)| found.timeline == timeline).and_then(|(_, until)| *until);
+        // A restore does not use it, so the log before it is needed.
+        if self.repository.is_of_history(&manifest, self.timelines, &line.chain, until).await? == Some(false) {
+            return Ok(false);
+        }
         let packs = manifest.packs.iter().map(|used| (paths::pack(&self.database, used.pack), used.stored_bytes));
         let packs: Vec<(Key, u64)> = packs.collect();
         // A name alone proves nothing: a pack that was cut off is no pack.
@@ -314,7 +324,7 @@ impl Look<'_> {
         self.need(line, base, end);
         for (offset, timeline) in &line.snapshots {
             if *offset >= base {
-                self.need_snapshot(*timeline, *offset).await?;
+                self.need_snapshot(line, *timeline, *offset).await?;
             }
         }
         Ok(())

@@ -136,6 +136,7 @@ impl Life {
                 replica: 1,
                 native_manifest: native,
                 raw_bytes: 1,
+                history: None,
                 packs,
             };
             self.repository.put_snapshot(&manifest).await.expect("a snapshot");
