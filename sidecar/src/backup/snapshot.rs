@@ -232,9 +232,21 @@ async fn upload(
 
 /// Writes the manifest, once everything that it names is there.
 async fn file(work: &Work, snapshot: &SnapshotManifest, replaces: bool) -> Result<(), BackupError> {
-    let len = match replaces {
-        true => work.repository.replace_snapshot(snapshot, work.clock.now()).await?,
-        false => work.repository.put_snapshot(snapshot).await?,
+    let written = match replaces {
+        true => work.repository.replace_snapshot(snapshot, work.clock.now()).await,
+        false => work.repository.put_snapshot(snapshot).await,
+    };
+    let len = match written {
+        // A restore point and a follower archive the same snapshot at once, and encrypted packs never have the same name
+        // twice. The first manifest counts; `prune` deletes the packs that it does not name.
+        Err(error @ RepositoryError::Conflict { .. }) if !replaces => {
+            let stored = work.repository.snapshot(&snapshot.identity, snapshot.timeline, snapshot.offset).await;
+            let is_same = stored.is_ok_and(|stored| {
+                stored.offset == snapshot.offset && stored.native_manifest == snapshot.native_manifest
+            });
+            return if is_same { Ok(()) } else { Err(error.into()) };
+        }
+        written => written?,
     };
     work.tally.wrote_object(len);
     Ok(())

@@ -247,3 +247,25 @@ async fn the_commit_tells_where_links_were_cut_otherwise() {
         assert_eq!(found, Some(expected), "{text} at {at}");
     }
 }
+
+#[tokio::test]
+async fn two_uploads_of_one_encrypted_snapshot_at_once_both_succeed() {
+    let recipient = age::x25519::Identity::generate().to_public().to_string();
+    let disk = Disk::new();
+    disk.segment(0..20, |_| "ours");
+    disk.snapshot(15, b"rows");
+    let work = work(Keyring::new(&[recipient], &[]).unwrap()).await;
+    work.log(&disk).await;
+    let upload = || archive(&work, DATABASE, TimelineId(1), Offset(19), &disk.replica);
+    let (one, other) = futures::join!(upload(), upload());
+    assert_eq!((one.unwrap(), other.unwrap()), (vec![], vec![]));
+    assert_eq!(work.filed(1).await, [15]);
+    // Both did upload: the packs of one are named by no manifest and left to `prune`.
+    assert_eq!(work.repository.list(&paths::packs(&DATABASE)).await.unwrap().len(), 2);
+
+    // Another snapshot under the same name is still refused.
+    let mut other = work.manifest(15).await;
+    other.native_manifest = ContentHash([9; 32]);
+    let refused = file(&work, &other, false).await.unwrap_err();
+    assert!(matches!(refused, BackupError::Repository(RepositoryError::Conflict { .. })), "{refused}");
+}
