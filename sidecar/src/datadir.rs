@@ -36,14 +36,16 @@ pub enum DataDirError {
     )]
     UnknownVersion { path: PathBuf, what: &'static str, version: u8, known: u8 },
     #[error(
-        "the log in {} has a gap: transaction {expected} is missing and the next one found is {found}; \
-         the server would not start from this log either: restore it from a backup",
+        "the log in {} has a gap: transaction {expected} is missing and the next one found is {found}; the server would \
+         not start from this log either. Transactions from {found} on are in these files alone: stop the server and copy \
+         the directory before anything is restored in its place",
         path.display()
     )]
     Gap { path: PathBuf, expected: Offset, found: Offset },
     #[error(
-        "the log in {} overlaps itself: transaction {expected} was expected and {found} found again; \
-         two servers may have written to it: restore it from a backup",
+        "the log in {} overlaps itself: transaction {expected} was expected, and {found} was found again with other \
+         content; two servers may have written to it. What follows is in these files alone: stop the server and copy the \
+         directory before anything is restored in its place",
         path.display()
     )]
     Overlap { path: PathBuf, expected: Offset, found: Offset },

@@ -117,6 +117,11 @@ impl Commit<'_> {
         Offset(self.first.0 + u64::from(self.count) - 1)
     }
 
+    /// The checksum at its end.
+    pub fn checksum(&self) -> u32 {
+        self.bytes.last_chunk().map_or(0, |checksum| u32::from_le_bytes(*checksum))
+    }
+
     /// The inputs of the first transaction, `None` when it has none (a publish, SQL) or they make no sense to us.
     pub fn inputs(&self) -> Option<Inputs<'_>> {
         Inputs::parse(self.records).ok().flatten()

@@ -5,7 +5,8 @@
 //! - a segment that the server has rewritten as zstd reads the same as before;
 //! - an unfinished end (a crash, a write under way, preallocated zeros) ends the stream, and reading on later is allowed;
 //! - what the server wrote on behind a torn commit header is read, and told of, for as long as it is the server's history;
-//! - a hole or a repetition in the middle is an error that names both offsets;
+//! - a commit that was written twice is read once, as the server does; any other hole or repetition in the middle is an error
+//!   that names both offsets;
 //! - memory is bounded by the batch size, or by the largest single commit if that is larger.
 
 mod index;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::{fmt, fs, io};
 
 use crate::datadir::DataDirError;
+use crate::datadir::commit::Commit;
 pub(crate) use crate::datadir::log::index::IndexWriter;
 use crate::datadir::log::segment::{Filled, Filling, OpenSegment, Source, read_at_most};
 use crate::durable::{FileError, OnPath};
@@ -148,12 +150,34 @@ pub fn segment_name(first: Offset) -> String {
 /// Reads a log as a stream of batches.
 pub struct LogReader {
     dir: PathBuf,
-    next: Offset,
+    place: Place,
     open: Option<OpenSegment>,
     tail: Tail,
     at_end: bool,
     last_read: Option<LastRead>,
     torn: Option<TornHeader>,
+}
+
+/// How far a log was read.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// The offset that the next commit must have.
+    next: Offset,
+    /// Offset and checksum of the commit before it; `None` before the first.
+    last: Option<(Offset, u32)>,
+}
+
+impl Place {
+    /// Returns true for the commit that was read last, once more: a server whose write failed has written it again, at the
+    /// start of a new segment or in the same one, and ignores the repetition when it reads.
+    fn is_repeated_by(&self, commit: &Commit<'_>) -> bool {
+        commit.first < self.next && self.last == Some((commit.first, commit.checksum()))
+    }
+
+    fn pass(&mut self, commit: &Commit<'_>) {
+        self.next = Offset(commit.last().0 + 1);
+        self.last = Some((commit.first, commit.checksum()));
+    }
 }
 
 /// The last commit handed out, where it can be looked at again.
@@ -172,29 +196,45 @@ impl LogReader {
     /// [`DataDirError::Gone`] when the log starts after `from`; damage on the way to `from`.
     pub fn open(dir: &Path, from: Offset) -> Result<Self, DataDirError> {
         let files = segments(dir)?;
-        let mut reader = Self {
+        let Some(earliest) = files.first() else { return Ok(Self::at(dir, Offset(0))) };
+        let Some(index) = files.iter().rposition(|file| file.first <= from) else {
+            return Err(DataDirError::Gone { path: dir.to_owned(), wanted: from, first: earliest.first });
+        };
+        let file = &files[index];
+        let reader = Self::open_in(dir, file, from)?;
+        // After a failed write a segment begins with the commit that also ends the one before. Until it is written again, only
+        // the one before has it.
+        if let Some(before) = index.checked_sub(1).and_then(|before| files.get(before))
+            && reader.place.next == file.first
+            && (from > file.first || Self::open_in(dir, file, from)?.next_batch(1, &mut Vec::new())?.is_none())
+            && let Ok(earlier) = Self::open_in(dir, before, from)
+        {
+            return Ok(earlier);
+        }
+        Ok(reader)
+    }
+
+    /// Opens the log in `file`, at the commit that holds `from`.
+    fn open_in(dir: &Path, file: &SegmentFile, from: Offset) -> Result<Self, DataDirError> {
+        let mut reader = Self::at(dir, file.first);
+        reader.open = OpenSegment::open(file)?;
+        if let Some(near) = reader.open.as_mut().and_then(|segment| segment.jump(from)) {
+            reader.place.next = near;
+        }
+        reader.skip_to(from)?;
+        Ok(reader)
+    }
+
+    fn at(dir: &Path, next: Offset) -> Self {
+        Self {
             dir: dir.to_owned(),
-            next: from,
+            place: Place { next, last: None },
             open: None,
             tail: Tail::Clean,
             at_end: false,
             last_read: None,
             torn: None,
-        };
-        let Some(earliest) = files.first() else {
-            reader.next = Offset(0);
-            return Ok(reader);
-        };
-        let Some(file) = files.iter().rev().find(|file| file.first <= from) else {
-            return Err(DataDirError::Gone { path: dir.to_owned(), wanted: from, first: earliest.first });
-        };
-        reader.next = file.first;
-        reader.open = OpenSegment::open(file)?;
-        if let Some(near) = reader.open.as_mut().and_then(|segment| segment.jump(from)) {
-            reader.next = near;
         }
-        reader.skip_to(from)?;
-        Ok(reader)
     }
 
     /// Opens the log at its first segment.
@@ -208,7 +248,7 @@ impl LogReader {
 
     /// The first offset of the next batch; at the end of the log, one past its last transaction.
     pub fn position(&self) -> Offset {
-        self.next
+        self.place.next
     }
 
     /// Did the last batch reach what was the log's end at that moment?
@@ -246,7 +286,7 @@ impl LogReader {
             }
             filled.log_version = segment.log_version;
             buffer.append(&mut segment.carry);
-            let filling = segment.fill(max_bytes, buffer, &mut filled, &mut self.next, &self.dir)?;
+            let filling = segment.fill(max_bytes, buffer, &mut filled, &mut self.place, &self.dir)?;
             self.torn = segment.torn.or(self.torn);
             match filling {
                 Filling::Full => break,
@@ -315,10 +355,10 @@ impl LogReader {
 
     /// Opens the segment that continues the log, if it is there with its header written.
     fn open_next(&mut self) -> Result<bool, DataDirError> {
-        let Some(file) = segments(&self.dir)?.into_iter().find(|file| file.first >= self.next) else {
+        let Some(file) = segments(&self.dir)?.into_iter().find(|file| file.first >= self.place.next) else {
             return Ok(false);
         };
-        if file.first > self.next {
+        if file.first > self.place.next {
             return Err(self.gap(file.first));
         }
         self.open = OpenSegment::open(&file)?;
@@ -337,7 +377,7 @@ impl LogReader {
             segment.sealed = true;
             return Ok(true);
         }
-        if following.first > self.next {
+        if following.first > self.place.next {
             return Err(match self.tail {
                 Tail::Unfinished { at, reason } => DataDirError::Damaged {
                     path: segment.file.path.clone(),
@@ -347,8 +387,14 @@ impl LogReader {
                 Tail::Clean => self.gap(following.first),
             });
         }
-        if following.first < self.next {
-            return Err(DataDirError::Overlap { path: following.path, expected: self.next, found: following.first });
+        // One that begins with what was read last may repeat it: its first commit is compared.
+        let may_repeat = self.place.last.is_some_and(|(last, _)| last == following.first);
+        if following.first < self.place.next && !may_repeat {
+            return Err(DataDirError::Overlap {
+                path: following.path,
+                expected: self.place.next,
+                found: following.first,
+            });
         }
         let opened = OpenSegment::open(&following)?;
         if opened.is_none() {
@@ -361,13 +407,13 @@ impl LogReader {
 
     fn skip_to(&mut self, from: Offset) -> Result<(), DataDirError> {
         let mut buffer = Vec::new();
-        while self.next < from {
+        while self.place.next < from {
             // One commit more than wanted must stay unread, so batches shrink to single commits near the target.
             let Some(segment) = &mut self.open else { return Ok(()) };
             buffer.clear();
             buffer.append(&mut segment.carry);
             let mut filled = Filled { log_version: segment.log_version, stop_at: Some(from), ..Filled::default() };
-            let filling = segment.fill(READ_SIZE, &mut buffer, &mut filled, &mut self.next, &self.dir)?;
+            let filling = segment.fill(READ_SIZE, &mut buffer, &mut filled, &mut self.place, &self.dir)?;
             self.torn = segment.torn.or(self.torn);
             segment.carry.extend_from_slice(&buffer[filled.len..]);
             match filling {
@@ -385,7 +431,7 @@ impl LogReader {
     }
 
     fn gap(&self, found: Offset) -> DataDirError {
-        DataDirError::Gap { path: self.dir.clone(), expected: self.next, found }
+        DataDirError::Gap { path: self.dir.clone(), expected: self.place.next, found }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use harness::oracle;
 use harness::synthetic::table;
-use inner_universe::datadir::commit::Frame;
+use inner_universe::datadir::commit::{Frame, encode};
 use inner_universe::datadir::log::LogReader;
 use inner_universe::datadir::snapshot;
 use inner_universe::ids::Offset;
@@ -115,6 +115,35 @@ fn a_log_of_version_0_reads_the_same() {
     synthetic.segment(1, 30, &records[30..]);
     assert_eq!(ours(&synthetic.log()), theirs(&synthetic.log()));
     assert_eq!(ours(&synthetic.log()).len(), 50);
+}
+
+/// A server of 1.2.0 whose write failed has written a commit again, and ignores the repetition when it reads.
+#[test]
+fn a_commit_that_stands_twice_reads_the_same() {
+    let synthetic = Synthetic::new();
+    let records: Vec<_> = (0..14).map(|n| record(n * 7, format!("transaction {n}").as_bytes())).collect();
+    let first = synthetic.segment(1, 0, &records[..10]);
+    let mut bytes = std::fs::read(&first).expect("read");
+    bytes.extend(encode(1, Offset(9), 0, 1, &records[9]));
+    std::fs::write(&first, bytes).expect("write");
+    synthetic.segment(1, 10, &records[10..12]);
+    synthetic.segment(1, 11, &records[11..]);
+    let expected = theirs(&synthetic.log());
+    assert_eq!(expected.len(), 14);
+    assert_eq!(ours(&synthetic.log()), expected);
+
+    let target = synthetic.dir.path().join("restored");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let (repository, _) = synthetic::repository().await;
+        let report = synthetic::back_up(&repository, &synthetic.path()).await.expect("back up");
+        assert_eq!(report.problems, [""; 0]);
+        // The next backup finds the log where it left it.
+        let again = synthetic::back_up(&repository, &synthetic.path()).await.expect("back up again");
+        assert_eq!((again.databases[0].timeline.0, again.databases[0].offset), (1, Offset(13)));
+        synthetic::restore(&repository, &RestoreRequest::default(), &target).await.expect("restore");
+    });
+    assert_eq!(theirs(&log_of(&target)), expected);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::datadir::DataDirError;
 use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader, header_len};
-use crate::datadir::log::{Batch, READ_SIZE, SegmentFile, Tail, Times, TornHeader, index, segments};
+use crate::datadir::log::{Batch, Place, READ_SIZE, SegmentFile, Tail, Times, TornHeader, index, segments};
 use crate::durable::OnPath;
 use crate::ids::Offset;
 
@@ -151,24 +151,26 @@ impl OpenSegment {
         max_bytes: usize,
         buffer: &mut Vec<u8>,
         filled: &mut Filled,
-        next: &mut Offset,
+        place: &mut Place,
         dir: &Path,
     ) -> Result<Filling, DataDirError> {
         loop {
             let (wanted, tail) = match Frame::parse(self.log_version, &buffer[filled.len..]) {
                 Frame::Commit(commit) => {
+                    if place.is_repeated_by(&commit) {
+                        let end = filled.len + commit.bytes.len();
+                        buffer.drain(filled.len..end);
+                        continue;
+                    }
                     if filled.stop_at.is_some_and(|stop| commit.last() >= stop) {
                         filled.stopped = true;
                     }
-                    if commit.first > *next {
-                        return Err(DataDirError::Gap { path: dir.to_owned(), expected: *next, found: commit.first });
+                    let (path, expected, found) = (dir.to_owned(), place.next, commit.first);
+                    if found > expected {
+                        return Err(DataDirError::Gap { path, expected, found });
                     }
-                    if commit.first < *next {
-                        return Err(DataDirError::Overlap {
-                            path: dir.to_owned(),
-                            expected: *next,
-                            found: commit.first,
-                        });
+                    if found < expected {
+                        return Err(DataDirError::Overlap { path, expected, found });
                     }
                     if filled.stopped || (filled.commits > 0 && filled.len + commit.bytes.len() > max_bytes) {
                         return Ok(Filling::Full);
@@ -182,7 +184,7 @@ impl OpenSegment {
                     filled.commits += 1;
                     filled.last_len = commit.bytes.len();
                     filled.len += commit.bytes.len();
-                    *next = Offset(commit.last().0 + 1);
+                    place.pass(&commit);
                     self.last_end = self.read - (buffer.len() - filled.len) as u64;
                     continue;
                 }
@@ -198,7 +200,7 @@ impl OpenSegment {
                 }
                 let missing = (wanted - unread) as u64;
                 // The length may be made of a torn header's bytes and others.
-                if missing > READ_SIZE as u64 && self.skip_torn_header(buffer, filled.len, *next, dir)? {
+                if missing > READ_SIZE as u64 && self.skip_torn_header(buffer, filled.len, place.next, dir)? {
                     continue;
                 }
                 let before = buffer.len();
@@ -212,7 +214,7 @@ impl OpenSegment {
             if tail == "zeros" || unread == 0 {
                 return self.end(buffer, filled, Tail::Clean);
             }
-            if self.skip_torn_header(buffer, filled.len, *next, dir)? {
+            if self.skip_torn_header(buffer, filled.len, place.next, dir)? {
                 continue;
             }
             let unread = buffer.len() - filled.len;

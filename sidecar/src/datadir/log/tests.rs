@@ -125,8 +125,72 @@ fn damage_in_the_middle_a_gap_and_an_overlap_are_errors() {
     log.segment(1, 13..14, &[]);
     assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Gap { expected: Offset(12), found: Offset(13), .. })));
     fs::remove_file(log.dir.path().join(segment_name(Offset(13)))).unwrap();
-    log.segment(1, 11..14, &[]);
+    log.segment(1, 9..14, &[]);
+    let overlap = log.read(0, 1 << 20).unwrap_err();
+    assert!(matches!(overlap, DataDirError::Overlap { .. }), "{overlap}");
+    assert!(overlap.to_string().contains("copy the directory before anything is restored"), "{overlap}");
+}
+
+#[test]
+fn a_commit_that_stands_twice_is_read_once() {
+    let log = Written::new();
+    let again = |offset: u64| encode(1, Offset(offset), 0, 1, format!(" transaction {offset}").as_bytes());
+    // Within a segment, at its end, and at the start of the next one.
+    let first = log.segment(1, 0..10, &[again(9), again(10)].concat());
+    log.segment(1, 10..12, &[]);
+    let third = log.segment(1, 11..14, &[]);
+    for compressed in [false, true] {
+        if compressed {
+            Written::compress(&first);
+            Written::compress(&third);
+        }
+        for max in [1, 50, 333, 1 << 20] {
+            for from in [0, 8, 9, 10, 11, 12, 13] {
+                assert_eq!(log.offsets(from, max), (from..14).collect::<Vec<_>>(), "from {from}, at most {max}");
+            }
+        }
+        assert_eq!(end(log.dir.path()).unwrap(), Offset(14));
+    }
+    // What was read last is found again behind the repetition.
+    let mut reader = LogReader::open(log.dir.path(), Offset(8)).unwrap();
+    while reader.next_batch(1, &mut Vec::new()).unwrap().is_some() {
+        assert!(reader.is_unchanged().unwrap(), "at {}", reader.position());
+    }
+}
+
+#[test]
+fn a_commit_that_stands_twice_with_other_content_is_an_error() {
+    let other = encode(1, Offset(9), 0, 1, b" another transaction");
+    let log = Written::new();
+    log.segment(1, 0..10, &other);
+    assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Overlap { expected: Offset(10), found: Offset(9), .. })));
+    let log = Written::new();
+    log.segment(1, 0..10, &[]);
+    let path = log.segment(1, 9..9, &other);
     assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Overlap { .. })));
+    // The same bytes, but not those that were read last.
+    fs::remove_file(path).unwrap();
+    log.segment(1, 8..12, &[]);
+    assert!(matches!(log.read(0, 1 << 20), Err(DataDirError::Overlap { .. })));
+}
+
+#[test]
+fn a_segment_without_its_first_commit_hides_nothing_of_the_one_before() {
+    let commit = encode(1, Offset(11), 0, 1, b" transaction 11");
+    let header = SegmentHeader { log_version: 1, checksum_algorithm: 0 }.to_bytes();
+    for begun in [Vec::new(), header.to_vec(), [&header[..], &commit[..20]].concat()] {
+        let log = Written::new();
+        log.segment(1, 0..12, &[]);
+        fs::write(log.dir.path().join(segment_name(Offset(11))), &begun).unwrap();
+        for from in [0, 10, 11] {
+            assert_eq!(log.offsets(from, 50), (from..12).collect::<Vec<_>>(), "{} bytes, from {from}", begun.len());
+        }
+        assert_eq!(LogReader::open(log.dir.path(), Offset(12)).unwrap().position(), Offset(12));
+        assert_eq!(end(log.dir.path()).unwrap(), Offset(12));
+        // Once it is written, the log continues in it.
+        log.segment(1, 11..15, &[]);
+        assert_eq!(log.offsets(12, 50), (12..15).collect::<Vec<_>>());
+    }
 }
 
 #[test]
