@@ -10,7 +10,7 @@ use crate::ids::{Identity, Offset};
 /// The newest log format version this release reads.
 pub const NEWEST_LOG_VERSION: u8 = 1;
 /// Bytes after the records.
-const CHECKSUM_LEN: usize = 4;
+pub(super) const CHECKSUM_LEN: usize = 4;
 
 /// A segment's first ten bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

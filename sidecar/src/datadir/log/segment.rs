@@ -1,18 +1,21 @@
 //! One segment's file: its commits one after another, from wherever reading begins.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use crate::datadir::DataDirError;
-use crate::datadir::commit::{Frame, NEWEST_LOG_VERSION, SegmentHeader, header_len};
+use crate::datadir::commit::{CHECKSUM_LEN, Frame, NEWEST_LOG_VERSION, SegmentHeader, header_len};
 use crate::datadir::log::{Batch, Place, READ_SIZE, SegmentFile, Tail, Times, TornHeader, index, segments};
 use crate::durable::OnPath;
 use crate::ids::Offset;
 
 /// Bytes of a commit that the index may lead to; before larger ones the segment is read from its start.
 const LARGEST_JUMP: usize = 16 << 20;
+/// Bytes of a commit that are read on the word of its length. The checksum of a larger one is compared first, piece by piece:
+/// a damaged length must not make us read all that is left of a segment into memory.
+const LARGEST_BELIEVED: usize = 16 << 20;
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
 pub(super) struct OpenSegment {
@@ -30,6 +33,8 @@ pub(super) struct OpenSegment {
     /// Where the last commit that was parsed ends.
     pub(super) last_end: u64,
     pub(super) torn: Option<TornHeader>,
+    /// Where a large commit starts whose checksum was found good.
+    proven_at: Option<u64>,
 }
 
 pub(super) enum Source {
@@ -111,7 +116,18 @@ impl OpenSegment {
         let sealed = matches!(source, Source::Zstd(_));
         let log_version = header.log_version;
         let (file, read, carry) = (file.clone(), read as u64, Vec::new());
-        Ok(Some(Self { file, inode, source, log_version, read, carry, sealed, last_end: read, torn: None }))
+        Ok(Some(Self {
+            file,
+            inode,
+            source,
+            log_version,
+            read,
+            carry,
+            sealed,
+            last_end: read,
+            torn: None,
+            proven_at: None,
+        }))
     }
 
     /// Goes to the commit that the server's index names as the last at or before `from`, if it really stands there.
@@ -188,7 +204,7 @@ impl OpenSegment {
                     self.last_end = self.read - (buffer.len() - filled.len) as u64;
                     continue;
                 }
-                Frame::Incomplete { needs } => (needs, "a commit is cut off"),
+                Frame::Incomplete { needs } => (needs, "a commit is cut off, or its length is damaged"),
                 // A reader may see the start of a write before its end, so only the segment's end tells.
                 Frame::Zeros => (0, "zeros"),
                 Frame::Broken(reason) => (0, reason),
@@ -204,7 +220,7 @@ impl OpenSegment {
                     continue;
                 }
                 let before = buffer.len();
-                if (missing <= READ_SIZE as u64 || self.may_hold(missing)?)
+                if (missing <= READ_SIZE as u64 || self.may_hold(&buffer[filled.len..], wanted)?)
                     && self.read_more(buffer, (wanted - unread).clamp(READ_SIZE.min(max_bytes), READ_SIZE))? > 0
                 {
                     continue;
@@ -254,8 +270,7 @@ impl OpenSegment {
                         return Ok(true);
                     }
                     Frame::Incomplete { needs } if needs > rest.len() => {
-                        let missing = needs - rest.len();
-                        if !self.may_hold(missing as u64)? || self.read_more(buffer, READ_SIZE)? == 0 {
+                        if !self.may_hold(rest, needs)? || self.read_more(buffer, READ_SIZE)? == 0 {
                             break;
                         }
                     }
@@ -266,15 +281,56 @@ impl OpenSegment {
         Ok(false)
     }
 
-    /// Can the file hold so many bytes more? A damaged length must not make us read all that is left into memory.
-    fn may_hold(&self, more: u64) -> Result<bool, DataDirError> {
-        let path = &self.file.path;
-        match &self.source {
-            Source::Plain(file) => {
-                let len = file.metadata().on("inspect", path)?.len();
-                Ok(self.read.checked_add(more).is_some_and(|end| end <= len))
+    /// Can a commit of `len` bytes begin with `start`, the last bytes that were read?
+    fn may_hold(&mut self, start: &[u8], len: usize) -> Result<bool, DataDirError> {
+        let (path, at) = (&self.file.path, self.read - start.len() as u64);
+        if let Source::Plain(file) = &self.source {
+            let end = file.metadata().on("inspect", path)?.len();
+            if at.checked_add(len as u64).is_none_or(|wanted| wanted > end) {
+                return Ok(false);
             }
-            Source::Zstd(_) => Ok(true),
+        }
+        if len <= LARGEST_BELIEVED || self.proven_at == Some(at) {
+            return Ok(true);
+        }
+        let fits = match self.has_checksum(at, len) {
+            // Damage, and reported as such where the segment ends.
+            Err(_) if matches!(self.source, Source::Zstd(_)) => false,
+            result => result.on("read", path)?,
+        };
+        self.proven_at = fits.then_some(at);
+        Ok(fits)
+    }
+
+    /// Do `len` bytes from `at` on end in their own checksum? They are never in memory together.
+    fn has_checksum(&self, at: u64, len: usize) -> io::Result<bool> {
+        let mut reader: Box<dyn Read> = match &self.source {
+            Source::Plain(file) => {
+                let mut file = file.try_clone()?;
+                file.seek(SeekFrom::Start(at))?;
+                Box::new(file)
+            }
+            Source::Zstd(_) => {
+                let mut decoder = zstd::Decoder::new(File::open(&self.file.path)?)?;
+                io::copy(&mut decoder.by_ref().take(at), &mut io::sink())?;
+                Box::new(decoder)
+            }
+        };
+        let mut piece = vec![0; READ_SIZE];
+        let (mut left, mut checksum) = (len.saturating_sub(CHECKSUM_LEN), 0);
+        while left > 0 {
+            let wanted = left.min(piece.len());
+            let read = reader.read(&mut piece[..wanted])?;
+            if read == 0 {
+                return Ok(false);
+            }
+            checksum = crc32c::crc32c_append(checksum, &piece[..read]);
+            left -= read;
+        }
+        let mut stored = [0; CHECKSUM_LEN];
+        match reader.read_exact(&mut stored) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            result => result.map(|()| u32::from_le_bytes(stored) == checksum),
         }
     }
 

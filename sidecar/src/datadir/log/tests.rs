@@ -194,6 +194,52 @@ fn a_segment_without_its_first_commit_hides_nothing_of_the_one_before() {
 }
 
 #[test]
+fn a_damaged_length_does_not_decide_how_much_is_read() {
+    const CLAIMED: usize = 100 << 20;
+    let log = Written::new();
+    let path = log.segment(1, 0..3, &[]);
+    let mut bytes = fs::read(&path).unwrap();
+    let mut damaged = encode(1, Offset(3), 0, 1, b" transaction 3");
+    damaged[18..22].copy_from_slice(&u32::try_from(CLAIMED).unwrap().to_le_bytes());
+    bytes.extend(damaged);
+    bytes.resize(bytes.len() + CLAIMED + (4 << 20), 7);
+    fs::write(&path, bytes).unwrap();
+    for compressed in [false, true] {
+        if compressed {
+            Written::compress(&path);
+        }
+        let mut reader = LogReader::open_first(log.dir.path()).unwrap();
+        let mut buffer = Vec::new();
+        assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap().unwrap().last, Offset(2));
+        assert_eq!(reader.next_batch(1 << 20, &mut buffer).unwrap(), None);
+        let Tail::Unfinished { reason, .. } = reader.tail() else { panic!("{:?}", reader.tail()) };
+        assert!(reason.contains("its length is damaged"), "{reason}");
+        let held = buffer.capacity() + reader.open.as_ref().map_or(0, |segment| segment.carry.capacity());
+        assert!(held < 16 << 20, "{held} bytes are held");
+    }
+}
+
+#[test]
+fn a_commit_of_many_mebibytes_is_read_whole() {
+    let log = Written::new();
+    let path = log.segment(1, 0..3, &[]);
+    let large = encode(1, Offset(3), 0, 1, &vec![9; 40 << 20]);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes.extend(&large);
+    bytes.extend(encode(1, Offset(4), 0, 1, b" transaction 4"));
+    fs::write(&path, bytes).unwrap();
+    for compressed in [false, true] {
+        if compressed {
+            Written::compress(&path);
+        }
+        assert_eq!(log.offsets(0, 1 << 20), (0..5).collect::<Vec<_>>());
+        let mut buffer = Vec::new();
+        LogReader::open(log.dir.path(), Offset(3)).unwrap().next_batch(1, &mut buffer).unwrap().unwrap();
+        assert_eq!(buffer, large);
+    }
+}
+
+#[test]
 fn what_is_no_longer_in_the_log_and_unknown_versions_are_named() {
     let log = Written::new();
     log.segment(1, 5..9, &[]);
