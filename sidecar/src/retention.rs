@@ -6,6 +6,7 @@
 
 pub mod local;
 pub mod needs;
+pub mod pins;
 pub mod policy;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -32,8 +33,15 @@ pub enum RetentionError {
         "retention says nothing, and so everything is kept; give retention.window or a retention.keep_* in the configuration"
     )]
     NoPolicy,
-    #[error("restore point {0} was pinned meanwhile, and nothing was removed; run `prune --apply` again")]
+    #[error("restore point {0} was pinned meanwhile, and what it needs was not removed; run `prune --apply` again")]
     Pinned(RestorePointId),
+    #[error(
+        "a prune is deleting restore point {0}, or began to: the pin is set, and keeps it if it is still there when that prune \
+         has ended; look with `backup list`, and pin it again after the next prune"
+    )]
+    BeingDeleted(RestorePointId),
+    #[error("restore point {id} is pinned and cannot be restored: {}; run `inner-universe verify`", problems.join("; "))]
+    PinnedBroken { id: RestorePointId, problems: Vec<String> },
     #[error("nothing was removed: {}; run `inner-universe verify`", .0.join("; "))]
     Unproven(Vec<String>),
     #[error("{deleted} objects were removed, and others disappeared meanwhile: {}; run `inner-universe verify`", missing.join("; "))]
@@ -206,6 +214,7 @@ pub async fn apply(
         at: now,
         removed: plan.removed_log.clone(),
         marked: plan.unneeded.clone(),
+        deleting: plan.due.iter().filter_map(|due| point_of(&due.object)).collect(),
     };
     if !document.marked.is_empty() || !document.removed.is_empty() || !older.is_empty() {
         repository.put_document(&paths::retention(id), &document).await?;
@@ -225,13 +234,22 @@ pub async fn apply(
         {
             break;
         }
-        match repository.delete(&Key::from(marked.object.as_str())).await {
+        let deleted = match point_of(&marked.object) {
+            Some(point) => pins::delete(repository, point).await,
+            None => repository.delete(&Key::from(marked.object.as_str())).await.map_err(Into::into),
+        };
+        match deleted {
             Ok(()) => {
                 report.deleted.objects += 1;
                 report.deleted.bytes += marked.bytes;
             }
-            Err(RepositoryError::Denied { .. }) => report.refused.push(marked.object),
-            Err(error) => return Err(error.into()),
+            Err(RetentionError::Repository(RepositoryError::Denied { .. })) => report.refused.push(marked.object),
+            Err(error @ RetentionError::Pinned(_)) => {
+                // Only restore points are gone by now, so that the document before says what is missing on purpose.
+                repository.delete(&paths::retention(id)).await?;
+                return Err(error);
+            }
+            Err(error) => return Err(error),
         }
     }
     // The one before stays beside the newest: without either, nobody knows what is missing on purpose.
@@ -272,6 +290,11 @@ fn missing_of(needs: &Needs, listing: &Listing) -> Vec<String> {
 }
 
 const RESTORE_POINTS: u8 = 0;
+
+/// The restore point that an object is the document of.
+fn point_of(object: &str) -> Option<RestorePointId> {
+    (order(object) == RESTORE_POINTS).then(|| paths::parse_restore_point(&Key::from(object))).flatten()
+}
 
 /// Restore points, what they name, what that names.
 fn order(object: &str) -> u8 {

@@ -21,6 +21,7 @@ use crate::repository::lease::Lease;
 use crate::repository::manifest::RestorePoint;
 use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError};
+use crate::retention;
 
 #[derive(Debug, Subcommand)]
 pub enum BackupCommand {
@@ -175,7 +176,7 @@ struct PinReport {
 async fn pin(context: &Context<'_>, id: RestorePointId, pinned: bool) -> Result<ExitStatus, Failure> {
     let repository = context.writable(context.keyring(&[])?).await?;
     match pinned {
-        true => repository.pin(id, context.clock.now()).await?,
+        true => retention::pins::pin(&repository, id, context.clock.now()).await?,
         false => {
             repository.restore_point(id).await?;
             repository.unpin(id).await?;

@@ -153,8 +153,10 @@ impl From<RetentionError> for Failure {
         let status = match &error {
             RetentionError::Repository(error) => of_repository(error),
             RetentionError::NoPolicy => ExitStatus::Usage,
-            RetentionError::Unproven(_) | RetentionError::Lost { .. } => ExitStatus::Findings,
-            RetentionError::Pinned(_) => ExitStatus::Failed,
+            RetentionError::Unproven(_) | RetentionError::PinnedBroken { .. } | RetentionError::Lost { .. } => {
+                ExitStatus::Findings
+            }
+            RetentionError::Pinned(_) | RetentionError::BeingDeleted(_) => ExitStatus::Failed,
         };
         Self::new(status, error)
     }

@@ -122,6 +122,9 @@ pub struct Retention {
     pub removed: Vec<RemovedLog>,
     /// Objects that nothing needs any more. They are deleted when their grace is over and still nothing needs them.
     pub marked: Vec<Marked>,
+    /// Restore points that are deleted right after this was written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub deleting: Vec<RestorePointId>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

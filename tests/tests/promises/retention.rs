@@ -2,6 +2,7 @@
 //! when a prune dies at any of its steps.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -441,11 +442,143 @@ async fn a_pin_between_plan_and_prune_stops_it() {
     let going = plan.removed.first().expect("one that goes").id;
     life.repository.pin(going, life.clock.now()).await.expect("a pin");
     let before = life.present().await;
-    let refused = retention::apply(&life.repository, &plan, &life.clock).await.expect_err("pinned meanwhile");
-    assert!(refused.to_string().contains("was pinned meanwhile"), "{refused}");
+    let refused = retention::apply(&life.repository, &plan, &life.clock).await.expect_err("pinned in between");
+    assert!(refused.to_string().contains("was pinned during the prune"), "{refused}");
     assert_eq!(life.present().await, before);
     life.prune(&life.repository).await.expect("a prune");
     assert!(life.present().await.contains(&going));
+}
+
+/// Does something before the request of a number, or of none if there are fewer.
+struct Between<F> {
+    at: u64,
+    done: AtomicU64,
+    act: F,
+}
+
+impl<F> Between<F> {
+    fn new(at: u64, act: F) -> Arc<Self> {
+        Arc::new(Self { at, done: AtomicU64::new(0), act })
+    }
+
+    fn is_over(&self) -> bool {
+        self.done.load(Ordering::SeqCst) > self.at
+    }
+}
+
+impl<F: Fn() + Send + Sync> Script for Between<F> {
+    fn next(&self, _: Operation, _: Option<&Key>) -> Option<Moment> {
+        if self.done.fetch_add(1, Ordering::SeqCst) == self.at {
+            (self.act)();
+        }
+        None
+    }
+}
+
+fn wait_for<T>(work: impl Future<Output = T>) -> T {
+    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(work))
+}
+
+async fn through(objects: &Arc<InMemory>, script: Arc<dyn Script>) -> Repository {
+    let store = FaultyStore::new(Arc::clone(objects) as Arc<dyn ObjectStore>, script);
+    Repository::open_in(Store::around(Arc::new(store)), "memory://", Keyring::default()).await.expect("a repository")
+}
+
+/// Three restore points, of which one is about to be deleted.
+async fn about_to_prune() -> (Life, RestorePointId) {
+    let mut life = Life::begin().await;
+    for _ in 0..3 {
+        life.hour().await;
+    }
+    let plan = retention::plan(&life.repository, &newest_two(), GRACE, life.clock.now()).await.expect("a plan");
+    let going = plan.removed.first().expect("one that goes").id;
+    retention::apply(&life.repository, &plan, &life.clock).await.expect("marks");
+    life.clock.pass(HOUR * 25);
+    (life, going)
+}
+
+fn newest_two() -> Policy {
+    Policy { last: 2, minimum: 1, ..Policy::default() }
+}
+
+/// A pin that is reported set is kept; if its restore point is gone, that is reported.
+async fn pin_holds(life: &Life, going: RestorePointId, pinned: Result<(), retention::RetentionError>, at: u64) {
+    let is_there = life.present().await.contains(&going);
+    assert!(pinned.is_err() || is_there, "request {at}: the pin was reported set and its restore point is gone");
+    if is_there {
+        let offset = life.points.iter().find(|point| point.0 == going).expect("its offset").2;
+        life.can_restore(Target::Point(going), offset).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_at_any_step_of_a_prune_holds_or_reports_that_it_does_not() {
+    let (mut kept, mut lost) = (0, 0);
+    for at in 0.. {
+        let (life, going) = about_to_prune().await;
+        let pinned = Arc::new(Mutex::new(None));
+        let (repository, now) = (life.repository.clone(), life.clock.now());
+        let act = {
+            let pinned = Arc::clone(&pinned);
+            move || *pinned.lock().expect("a lock") = Some(wait_for(retention::pins::pin(&repository, going, now)))
+        };
+        let script = Between::new(at, act);
+        let between = through(&life.objects, Arc::clone(&script) as Arc<dyn Script>).await;
+        let plan = retention::plan(&between, &newest_two(), GRACE, now).await.expect("a plan");
+        let _ = retention::apply(&between, &plan, &life.clock).await;
+        let pinned = pinned.lock().expect("a lock").take();
+        if let Some(pinned) = pinned {
+            if pinned.is_ok() {
+                kept += 1
+            } else {
+                lost += 1
+            }
+            pin_holds(&life, going, pinned, at).await;
+        }
+        if !script.is_over() {
+            break;
+        }
+    }
+    assert!(kept > 5 && lost > 1, "{kept} pins in time, {lost} too late");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prune_at_any_step_of_a_pin_leaves_it_true() {
+    let (mut kept, mut lost) = (0, 0);
+    for at in 0.. {
+        let (life, going) = about_to_prune().await;
+        let (repository, now) = (life.repository.clone(), life.clock.now());
+        let act = move || {
+            wait_for(async {
+                let plan = retention::plan(&repository, &newest_two(), GRACE, now).await.expect("a plan");
+                let _ = retention::apply(&repository, &plan, &TestClock(Mutex::new(now))).await;
+            });
+        };
+        let script = Between::new(at, act);
+        let between = through(&life.objects, Arc::clone(&script) as Arc<dyn Script>).await;
+        let pinned = retention::pins::pin(&between, going, now).await;
+        if pinned.is_ok() {
+            kept += 1
+        } else {
+            lost += 1
+        }
+        pin_holds(&life, going, pinned, at).await;
+        if !script.is_over() {
+            break;
+        }
+    }
+    assert!(kept > 2 && lost > 1, "{kept} pins in time, {lost} too late");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_of_what_cannot_be_restored_is_reported() {
+    let mut life = Life::begin().await;
+    life.hour().await;
+    life.hour().await;
+    let log = paths::log(&DATABASE, TimelineId::FIRST, 0, Offset(0), Offset(0));
+    life.objects.delete(&log).await.expect("delete");
+    let refused = retention::pins::pin(&life.repository, life.points[1].0, life.clock.now()).await.expect_err("broken");
+    assert!(refused.to_string().contains("is pinned and cannot be restored"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
