@@ -366,6 +366,15 @@ impl Repository {
         }
     }
 
+    /// When an object was written, by the store's clock; `None` where there is none.
+    pub(crate) async fn modified_at(&self, key: &Key) -> Result<Option<jiff::Timestamp>, RepositoryError> {
+        match self.head(key).await {
+            Ok(meta) => Ok(jiff::Timestamp::from_millisecond(meta.last_modified.timestamp_millis()).ok()),
+            Err(RepositoryError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     async fn head(&self, key: &Key) -> Result<ObjectMeta, RepositoryError> {
         self.store.within(Operation::Head, key, 0, self.store.objects().head(key)).await
     }

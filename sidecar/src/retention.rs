@@ -4,6 +4,7 @@
 //! marked a grace period ago, by a document in the repository, and is needed by nothing now; documents go before what they
 //! name, so that a crash at any moment leaves kept restore points whole and the rest to the next run.
 
+mod clock_check;
 pub mod local;
 pub mod needs;
 pub mod pins;
@@ -33,7 +34,9 @@ pub enum RetentionError {
         "retention says nothing, and so everything is kept; give retention.window or a retention.keep_* in the configuration"
     )]
     NoPolicy,
-    #[error("restore point {0} was pinned meanwhile, and what it needs was not removed; run `prune --apply` again")]
+    #[error(
+        "restore point {0} was pinned during the prune, and what it needs was not removed; run `prune --apply` again"
+    )]
     Pinned(RestorePointId),
     #[error(
         "a prune is deleting restore point {0}, or began to: the pin is set, and keeps it if it is still there when that prune \
@@ -42,6 +45,11 @@ pub enum RetentionError {
     BeingDeleted(RestorePointId),
     #[error("restore point {id} is pinned and cannot be restored: {}; run `inner-universe verify`", problems.join("; "))]
     PinnedBroken { id: RestorePointId, problems: Vec<String> },
+    #[error(
+        "nothing was removed because the clock is in doubt: {0}. If it is wrong, set it (chrony, ntpd); if it is right, run \
+         `inner-universe prune --apply --trust-clock` once"
+    )]
+    ClockInDoubt(String),
     #[error("nothing was removed: {}; run `inner-universe verify`", .0.join("; "))]
     Unproven(Vec<String>),
     #[error("{deleted} objects were removed, and others disappeared meanwhile: {}; run `inner-universe verify`", missing.join("; "))]
@@ -61,6 +69,9 @@ pub struct PrunePlan {
     needs: Needs,
     /// What the repository will lack on purpose.
     removed_log: Vec<RemovedLog>,
+    /// Why the clock cannot be right by which all this was chosen.
+    clock_doubt: Option<String>,
+    trusts_clock: bool,
 }
 
 /// A restore point that stays.
@@ -104,6 +115,9 @@ pub struct PruneReport {
     pub refused: Vec<String>,
     /// Kept restore points that cannot be restored.
     pub problems: Vec<String>,
+    /// Why the clock is in doubt, and nothing is removed by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_doubt: Option<String>,
 }
 
 /// Makes the plan. Nothing is written.
@@ -152,6 +166,9 @@ pub async fn plan(
     let is_due = |marked: &&Marked| now.duration_since(marked.since) >= grace;
     let due: Vec<Marked> = unneeded.iter().filter(is_due).cloned().collect();
     let removed_log = removed_log(before.as_ref(), &listing, &due);
+    let made = candidates.iter().map(|point| point.created_at);
+    let clock_doubt = clock_check::doubt(made, before.as_ref().map(|before| before.at), policy, now);
+    let clock_doubt = clock_doubt.filter(|_| !unneeded.is_empty());
     let ends = |id: RestorePointId| {
         let name = paths::restore_point(id);
         let since = since.get(name.as_ref()).copied().unwrap_or(now);
@@ -169,10 +186,17 @@ pub async fn plan(
         created_at: point.created_at,
         reasons: chosen.get(&point.id).cloned().unwrap_or_default(),
     });
-    Ok(PrunePlan { kept: stays.collect(), removed: removed.collect(), unneeded, due, needs, removed_log })
+    let (kept, removed) = (stays.collect(), removed.collect());
+    Ok(PrunePlan { kept, removed, unneeded, due, needs, removed_log, clock_doubt, trusts_clock: false })
 }
 
 impl PrunePlan {
+    /// To be carried out whatever speaks against the clock: the operator has said that it is right.
+    #[must_use]
+    pub fn trusting_clock(self, trusts_clock: bool) -> Self {
+        Self { trusts_clock, ..self }
+    }
+
     /// The report of a plan that is not carried out.
     pub fn report(&self) -> PruneReport {
         let amount = |marked: &[Marked]| Amount {
@@ -187,6 +211,7 @@ impl PrunePlan {
             deleted: amount(&self.due),
             refused: Vec::new(),
             problems: self.needs.problems.clone(),
+            clock_doubt: self.clock_doubt.clone().filter(|_| !self.trusts_clock),
         }
     }
 }
@@ -204,6 +229,12 @@ pub async fn apply(
         return Err(RetentionError::Unproven(plan.needs.problems.clone()));
     }
     let now = clock.now();
+    if !plan.trusts_clock && !plan.unneeded.is_empty() {
+        let doubt = plan.clock_doubt.clone();
+        if let Some(doubt) = doubt.or(clock_check::doubt_of_store(repository, now).await?) {
+            return Err(RetentionError::ClockInDoubt(doubt));
+        }
+    }
     let older: Vec<Key> = repository.list(&paths::retentions()).await?.into_iter().map(|(key, _)| key).collect();
     // It must sort after those before, also when the clock was set back.
     let newest = older.last().and_then(paths::parse_restore_point);

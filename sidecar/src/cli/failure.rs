@@ -156,7 +156,9 @@ impl From<RetentionError> for Failure {
             RetentionError::Unproven(_) | RetentionError::PinnedBroken { .. } | RetentionError::Lost { .. } => {
                 ExitStatus::Findings
             }
-            RetentionError::Pinned(_) | RetentionError::BeingDeleted(_) => ExitStatus::Failed,
+            RetentionError::Pinned(_) | RetentionError::BeingDeleted(_) | RetentionError::ClockInDoubt(_) => {
+                ExitStatus::Failed
+            }
         };
         Self::new(status, error)
     }

@@ -21,12 +21,15 @@ pub struct PruneArgs {
     /// Take the lease from another sidecar; only when that one is dead
     #[arg(long, requires = "apply")]
     force: bool,
+    /// Remove although the clock is in doubt; only when it is right and nothing ran for as long as it says
+    #[arg(long, requires = "apply")]
+    trust_clock: bool,
 }
 
 pub async fn run(context: &Context<'_>, args: PruneArgs) -> Result<ExitStatus, Failure> {
     if args.apply
         && !args.force
-        && let Some(report) = ask_daemon(context).await?
+        && let Some(report) = ask_daemon(context, args.trust_clock).await?
     {
         return Ok(show(context, &report));
     }
@@ -44,7 +47,7 @@ pub async fn run(context: &Context<'_>, args: PruneArgs) -> Result<ExitStatus, F
     let fenced = lease.fenced();
     let work = async {
         let plan = retention::plan(&fenced, &policy, grace, context.clock.now()).await?;
-        retention::apply(&fenced, &plan, context.clock.as_ref()).await
+        retention::apply(&fenced, &plan.trusting_clock(args.trust_clock), context.clock.as_ref()).await
     };
     let report = while_held(&lease, context.clock.as_ref(), work).await;
     lease.release().await;
@@ -52,10 +55,10 @@ pub async fn run(context: &Context<'_>, args: PruneArgs) -> Result<ExitStatus, F
 }
 
 /// The daemon on this machine holds the lease, if it writes to this repository.
-async fn ask_daemon(context: &Context<'_>) -> Result<Option<PruneReport>, Failure> {
+async fn ask_daemon(context: &Context<'_>, trust_clock: bool) -> Result<Option<PruneReport>, Failure> {
     let Some(data_dir) = &context.config().spacetimedb_config.db_path else { return Ok(None) };
     let socket = StateDir::locate(context.config(), data_dir).join("control.sock");
-    let request = Request::Prune { url: context.url()?.to_owned() };
+    let request = Request::Prune { url: context.url()?.to_owned(), trust_clock };
     match control::ask(&socket, &request).await {
         Ok(Some(Answer::Pruned(report))) => Ok(Some(report)),
         Ok(Some(Answer::Failed(message))) => Err(Failure::new(ExitStatus::Failed, message)),
@@ -73,6 +76,9 @@ fn describe(report: &PruneReport) -> String {
     let mut text = String::new();
     for problem in &report.problems {
         text += &format!("problem: {problem}\n");
+    }
+    if let Some(doubt) = &report.clock_doubt {
+        text += &format!("the clock is in doubt, and `--apply` removes nothing: {doubt}\n");
     }
     for point in &report.kept {
         let reasons: Vec<_> = point.reasons.iter().map(|reason| format!("{reason:?}").to_lowercase()).collect();

@@ -34,7 +34,12 @@ pub enum Request {
     #[cfg(feature = "client")]
     Export { url: String, server: String, database: Option<String>, options: ExportOptions },
     /// What retention does not keep is to go from the repository at `url`.
-    Prune { url: String },
+    Prune {
+        url: String,
+        /// Although the clock is in doubt.
+        #[serde(default)]
+        trust_clock: bool,
+    },
     /// The server that the daemon watches is to run, or to be stopped until it is to run again.
     Server { run: bool },
     /// A record of a deployment, for the repository at `url`.
@@ -97,8 +102,8 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
                 }
             }
         }
-        Ok(Request::Prune { url }) if url != daemon.url => Answer::Elsewhere,
-        Ok(Request::Prune { .. }) => match daemon.prune().await {
+        Ok(Request::Prune { url, .. }) if url != daemon.url => Answer::Elsewhere,
+        Ok(Request::Prune { trust_clock, .. }) => match daemon.prune(trust_clock).await {
             Ok(report) => Answer::Pruned(report),
             Err(error) => Answer::Failed(error.to_string()),
         },

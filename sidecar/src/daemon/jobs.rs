@@ -109,8 +109,9 @@ impl Daemon {
     /// Removes what retention does not keep. No restore point is made meanwhile: it could name what is being removed.
     ///
     /// # Errors
-    /// When there is no policy, a kept restore point is broken, or the repository fails.
-    pub async fn prune(&self) -> Result<PruneReport, RetentionError> {
+    /// When there is no policy, a kept restore point is broken, the clock is in doubt and `trust_clock` is not set, or the
+    /// repository fails.
+    pub async fn prune(&self, trust_clock: bool) -> Result<PruneReport, RetentionError> {
         // What may take long is waited for first: a restore point must not wait for it too.
         let _no_upload = self.followers.uploads.lock().await;
         let _no_look = self.verifying.lock().await;
@@ -119,7 +120,7 @@ impl Daemon {
         let work = async {
             let grace = self.config.retention.grace.0;
             let plan = retention::plan(&self.repository, &policy, grace, self.clock.now()).await?;
-            retention::apply(&self.repository, &plan, self.clock.as_ref()).await
+            retention::apply(&self.repository, &plan.trusting_clock(trust_clock), self.clock.as_ref()).await
         };
         let result = traced(work_span!("prune"), work).await;
         if let Ok(report) = &result {

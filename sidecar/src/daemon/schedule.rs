@@ -165,7 +165,7 @@ impl Schedule {
                 Ok(format!("{rows} rows were exported"))
             }
             Task::Prune => {
-                let report = self.daemon.prune().await.map_err(|error| error.to_string())?;
+                let report = self.daemon.prune(false).await.map_err(|error| error.to_string())?;
                 let done = format!("{} objects were deleted", report.deleted.objects);
                 match report.refused.len() {
                     0 => Ok(done),

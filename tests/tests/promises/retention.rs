@@ -582,6 +582,37 @@ async fn a_pin_of_what_cannot_be_restored_is_reported() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_clock_far_ahead_removes_nothing() {
+    let life = aged().await;
+    let documents = async || life.repository.list(&paths::retentions()).await.expect("a listing");
+    let before = (life.present().await, documents().await);
+    life.clock.pass(HOUR * 24 * 400);
+    for _ in 0..2 {
+        let refused = life.prune(&life.repository).await.expect_err("the clock").to_string();
+        assert!(refused.contains("the clock is in doubt") && refused.contains("--trust-clock"), "{refused}");
+        life.clock.pass(HOUR * 25);
+    }
+    assert_eq!((life.present().await, documents().await), before);
+    let plan = retention::plan(&life.repository, &policy(), GRACE, life.clock.now()).await.expect("a plan");
+    assert!(plan.report().clock_doubt.is_some_and(|doubt| doubt.contains("402 days")), "{:?}", plan.report());
+    // The operator knows better, and then it is believed.
+    retention::apply(&life.repository, &plan.trusting_clock(true), &life.clock).await.expect("marks");
+    life.clock.pass(HOUR * 25);
+    assert!(life.prune(&life.repository).await.expect("a prune").deleted.objects > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_the_store_contradicts_removes_nothing() {
+    let life = aged().await;
+    let before = life.present().await;
+    // The store stamps what is written by its own clock, which is not that of the test.
+    life.objects.put(&paths::lease(), "{}".into()).await.expect("a lease");
+    let refused = life.prune(&life.repository).await.expect_err("the clock").to_string();
+    assert!(refused.contains("this machine's clock says 2026-01-14T01:00:00Z where the store's says"), "{refused}");
+    assert_eq!(life.present().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_name_alone_proves_nothing() {
     let life = aged().await;
     let listed = life.repository.list(&Key::default()).await.expect("a listing");
