@@ -143,7 +143,10 @@ impl From<LocalError> for Failure {
             LocalError::Backup(error) => error.into(),
             LocalError::DataDir(error) => error.into(),
             LocalError::Repository(error) => error.into(),
-            error @ (LocalError::File(_) | LocalError::Returned(_)) => Self::new(ExitStatus::Failed, error),
+            error @ (LocalError::File(_)
+            | LocalError::Changed(_)
+            | LocalError::Rewriting(_)
+            | LocalError::Returned(_)) => Self::new(ExitStatus::Failed, error),
         }
     }
 }

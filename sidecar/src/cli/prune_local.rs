@@ -24,7 +24,7 @@ pub async fn run(context: &Context<'_>, args: PruneLocalArgs) -> Result<ExitStat
     let repository = context.repository().await?;
     let progress = context.output.progress();
     let plan = local::plan(&repository, &data, usize::from(args.keep_snapshots), progress.as_ref()).await?;
-    let report = if args.apply { local::apply(&plan)? } else { plan };
+    let report = if args.apply { local::apply(&plan, context.clock.as_ref()).await? } else { plan };
     context.output.result(&report, describe);
     Ok(ExitStatus::Ok)
 }

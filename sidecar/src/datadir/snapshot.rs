@@ -95,7 +95,7 @@ impl SnapshotDir {
         &self.path
     }
 
-    fn manifest_path(&self) -> PathBuf {
+    pub(crate) fn manifest_path(&self) -> PathBuf {
         self.path.join(manifest_name(self.offset))
     }
 

@@ -2,21 +2,27 @@
 //! to be in the archive.
 //!
 //! Invariants: a segment goes only when every byte of it was read here, read back from the archive, and is the same; when
-//! the snapshots that stand in for it were read and hash to their names; and when a restore could use what is archived. The
-//! oldest goes first, so that a crash leaves a log without a gap.
+//! the snapshots that stand in for it were read and hash to their names; and when a restore could use what is archived; and
+//! only while it and these snapshots are the files that were compared. The oldest goes first, so that a crash leaves a log
+//! without a gap.
 
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::backup::log::shared_links;
 use crate::backup::{BackupError, blocking};
+use crate::clock::Clock;
 use crate::datadir::control_db::{ControlDbCopy, Database};
 use crate::datadir::log::{SegmentFile, segments};
 use crate::datadir::snapshot::{self, SnapshotDir};
 use crate::datadir::{DataDir, DataDirError, ReplicaDir};
 use crate::durable::{self, FileError, OnPath};
-use crate::ids::{Identity, Offset, TimelineId};
+use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::progress::Progress;
 use crate::repository::chain::LogEntry;
 use crate::repository::{Repository, RepositoryError};
@@ -32,9 +38,31 @@ pub enum LocalError {
     Repository(#[from] RepositoryError),
     #[error(transparent)]
     File(#[from] FileError),
-    #[error("{} is there again after it was removed; the server was rewriting it: run `prune-local --apply` once more", .0.display())]
+    #[error(
+        "{} is not the file that was compared with the archive; it was not removed, nor what follows it: run \
+         `prune-local` again",
+        .0.display()
+    )]
+    Changed(PathBuf),
+    #[error("the server is rewriting segments in {}; nothing more was removed: run `prune-local --apply` again", .0.display())]
+    Rewriting(PathBuf),
+    #[error(
+        "{} is there again with other content after it was removed, and the server may not start while it is: stop the \
+         server and move it aside",
+        .0.display()
+    )]
     Returned(PathBuf),
 }
+
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// Between two looks at files that the server may be rewriting.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// A temporary file that is the same at so many looks was left by a crash.
+const LOOKS_UNTIL_STALE: u32 = 10;
+/// The most looks until rewriting has ended: a segment of a gibibyte takes seconds.
+const LOOKS_MAX: u32 = 240;
+/// How often segments are removed again that the server puts back.
+const RETURNS_MAX: u32 = 4;
 
 /// The report. Field names are stable.
 #[derive(Debug, Clone, Serialize)]
@@ -58,6 +86,40 @@ pub struct LocalDatabase {
     pub bytes: u64,
     /// Why no more goes.
     pub stays: String,
+    #[serde(skip)]
+    relied_on: Vec<Relied>,
+}
+
+/// A snapshot that stands in for what goes.
+#[derive(Debug, Clone)]
+struct Relied {
+    snapshot: SnapshotDir,
+    manifest: FileState,
+}
+
+/// Distinguishes a file from another one of the same name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileState {
+    device: u64,
+    inode: u64,
+    len: u64,
+    modified: (i64, i64),
+}
+
+impl FileState {
+    /// `None` when there is no file.
+    fn of(path: &Path) -> Result<Option<Self>, FileError> {
+        match fs::metadata(path) {
+            Ok(found) => Ok(Some(Self {
+                device: found.dev(),
+                inode: found.ino(),
+                len: found.len(),
+                modified: (found.mtime(), found.mtime_nsec()),
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).on("inspect", path),
+        }
+    }
 }
 
 /// A segment that the server no longer needs.
@@ -67,6 +129,12 @@ pub struct LocalSegment {
     pub first: Offset,
     pub last: Offset,
     pub bytes: u64,
+    /// The file before it was compared.
+    #[serde(skip)]
+    seen: FileState,
+    /// The hash of its bytes, decompressed: what the server puts back compressed is known by it.
+    #[serde(skip)]
+    content: Option<ContentHash>,
 }
 
 /// Finds what can go. Nothing is written.
@@ -108,9 +176,11 @@ async fn plan_database(
         segments: Vec::new(),
         bytes: 0,
         stays: String::new(),
+        relied_on: Vec::new(),
     };
     let files = segments(&replica.log_path())?;
-    found.snapshots = good_snapshots(replica, keep).await?;
+    found.relied_on = good_snapshots(replica, keep).await?;
+    found.snapshots = found.relied_on.iter().map(|relied| relied.snapshot.offset).collect();
     let Some(oldest) = found.snapshots.last().copied().filter(|_| found.snapshots.len() >= keep) else {
         found.stays = format!("the server has {} whole snapshots, and {keep} are to stay", found.snapshots.len());
         return Ok(found);
@@ -123,8 +193,9 @@ async fn plan_database(
             break;
         }
         let (first, last) = (file.first, Offset(next.first.0.saturating_sub(1)));
-        let bytes = std::fs::metadata(&file.path).on("inspect", &file.path)?.len();
-        behind.push(LocalSegment { path: file.path.clone(), first, last, bytes });
+        // Gone since it was listed: somebody else is at work here, and nothing after it is looked at.
+        let Some(seen) = FileState::of(&file.path)? else { break };
+        behind.push(LocalSegment { path: file.path.clone(), first, last, bytes: seen.len, seen, content: None });
     }
     if behind.is_empty() {
         found.stays = format!("no segment lies wholly before the snapshot at transaction {oldest}");
@@ -137,21 +208,26 @@ async fn plan_database(
     };
     found.segments =
         behind.into_iter().take_while(|segment| proven.until.is_some_and(|until| segment.last <= until)).collect();
+    for segment in &mut found.segments {
+        let path = segment.path.clone();
+        segment.content = Some(blocking(move || content_of(&path)).await??);
+    }
     found.bytes = found.segments.iter().map(|segment| segment.bytes).sum();
     Ok(found)
 }
 
 /// The newest snapshots that are whole, newest first, no more than `keep`.
-async fn good_snapshots(replica: &ReplicaDir, keep: usize) -> Result<Vec<Offset>, LocalError> {
+async fn good_snapshots(replica: &ReplicaDir, keep: usize) -> Result<Vec<Relied>, LocalError> {
     let listed = snapshot::list(&replica.snapshots_path())?;
     let mut good = Vec::new();
     for found in listed.into_iter().rev() {
         if good.len() == keep {
             break;
         }
-        let offset = found.offset;
+        let (offset, snapshot) = (found.offset, found.clone());
+        let Some(manifest) = FileState::of(&found.manifest_path())? else { continue };
         match blocking(move || read_all(&found)).await? {
-            Ok(()) => good.push(offset),
+            Ok(()) => good.push(Relied { snapshot, manifest }),
             Err(error) => tracing::warn!(%offset, %error, "a snapshot cannot be used and does not count"),
         }
     }
@@ -253,25 +329,122 @@ async fn is_same(
     Ok((!same).then(|| format!("{} holds another history than the local log", entry.key())))
 }
 
+/// The hash of a segment's bytes as they were before any compression.
+fn content_of(path: &Path) -> Result<ContentHash, FileError> {
+    let hash = || {
+        let mut file = File::open(path)?;
+        let mut start = Vec::new();
+        Read::by_ref(&mut file).take(ZSTD_MAGIC.len() as u64).read_to_end(&mut start)?;
+        let is_compressed = start == ZSTD_MAGIC;
+        let whole = io::Cursor::new(start).chain(file);
+        let mut hasher = blake3::Hasher::new();
+        match is_compressed {
+            true => hasher.update_reader(zstd::Decoder::new(whole)?)?,
+            false => hasher.update_reader(whole)?,
+        };
+        Ok(ContentHash(*hasher.finalize().as_bytes()))
+    };
+    hash().on("read", path)
+}
+
 /// Removes what the plan names.
 ///
 /// # Errors
-/// When a file cannot be removed; those before it are gone then.
-pub fn apply(plan: &LocalReport) -> Result<LocalReport, LocalError> {
-    for segment in plan.databases.iter().flat_map(|database| &database.segments) {
-        for path in [segment.path.with_extension("ofs"), segment.path.clone()] {
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                result => result.on("remove", &path)?,
-            }
+/// When a file is not the one that was compared, or cannot be removed; those before it are gone then.
+pub async fn apply(plan: &LocalReport, clock: &dyn Clock) -> Result<LocalReport, LocalError> {
+    for database in plan.databases.iter().filter(|database| !database.segments.is_empty()) {
+        database.settle(clock).await?;
+        for segment in &database.segments {
+            database.check(segment)?;
+            remove(segment)?;
         }
-        durable::sync_dir(&durable::parent(&segment.path))?;
-    }
-    // The server rewrites closed segments; one that it was at work on would leave a gap behind it.
-    for segment in plan.databases.iter().flat_map(|database| &database.segments) {
-        if segment.path.exists() {
-            return Err(LocalError::Returned(segment.path.clone()));
-        }
+        database.remove_returned(clock).await?;
     }
     Ok(LocalReport { applied: true, ..plan.clone() })
 }
+
+fn remove(segment: &LocalSegment) -> Result<(), LocalError> {
+    for path in [segment.path.with_extension("ofs"), segment.path.clone()] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result.on("remove", &path)?,
+        }
+    }
+    Ok(durable::sync_dir(&durable::parent(&segment.path))?)
+}
+
+impl LocalDatabase {
+    fn log_dir(&self) -> PathBuf {
+        self.segments.first().map_or_else(PathBuf::new, |segment| durable::parent(&segment.path))
+    }
+
+    /// A segment, and the snapshots that stand in for it, must be the files that were read: a restore can have put others in
+    /// their place since.
+    fn check(&self, segment: &LocalSegment) -> Result<(), LocalError> {
+        for relied in &self.relied_on {
+            let path = relied.snapshot.manifest_path();
+            if !relied.snapshot.is_complete() || FileState::of(&path)? != Some(relied.manifest) {
+                return Err(LocalError::Changed(path));
+            }
+        }
+        match FileState::of(&segment.path)? {
+            Some(found) if found != segment.seen => Err(LocalError::Changed(segment.path.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the server rewrites no segment: it compresses a closed one into a temporary file beside it, and puts that
+    /// in its place, also where there is none any more.
+    async fn settle(&self, clock: &dyn Clock) -> Result<(), LocalError> {
+        let dir = self.log_dir();
+        let (mut seen, mut same) = (temporary_files(&dir)?, 0);
+        for _ in 0..LOOKS_MAX {
+            if seen.is_empty() || same == LOOKS_UNTIL_STALE {
+                return Ok(());
+            }
+            clock.sleep(LOOK_INTERVAL).await;
+            let now = temporary_files(&dir)?;
+            same = if now == seen { same + 1 } else { 0 };
+            seen = now;
+        }
+        Err(LocalError::Rewriting(dir))
+    }
+
+    /// Looks for segments that the server has put back, which would be a log with a gap behind them, and removes them again.
+    async fn remove_returned(&self, clock: &dyn Clock) -> Result<(), LocalError> {
+        for _ in 0..RETURNS_MAX {
+            clock.sleep(LOOK_INTERVAL).await;
+            self.settle(clock).await?;
+            let returned: Vec<_> = self.segments.iter().filter(|segment| segment.path.exists()).collect();
+            if returned.is_empty() {
+                return Ok(());
+            }
+            for segment in returned {
+                let path = segment.path.clone();
+                let content = blocking(move || content_of(&path)).await??;
+                if Some(content) != segment.content {
+                    return Err(LocalError::Returned(segment.path.clone()));
+                }
+                remove(segment)?;
+            }
+        }
+        Err(LocalError::Rewriting(self.log_dir()))
+    }
+}
+
+/// The files that are being written beside the segments, with their sizes and times.
+fn temporary_files(dir: &Path) -> Result<Vec<(PathBuf, FileState)>, FileError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).on("list", dir)? {
+        let path = entry.on("list", dir)?.path();
+        let is_temporary = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".tmp"));
+        if is_temporary && let Some(state) = FileState::of(&path)? {
+            found.push((path, state));
+        }
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;
