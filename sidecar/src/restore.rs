@@ -7,6 +7,7 @@ pub mod apply;
 mod build;
 pub mod check;
 pub(crate) mod log_source;
+mod moment;
 pub mod plan;
 pub(crate) mod segments;
 pub mod target;

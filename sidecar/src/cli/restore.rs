@@ -159,6 +159,8 @@ struct PlanReport {
     instance_from: RestorePointId,
     databases: Vec<PlannedDatabase>,
     left_out: Vec<String>,
+    /// What is in doubt about the time that was asked for.
+    warnings: Vec<String>,
     bytes_to_read: u64,
 }
 
@@ -277,6 +279,9 @@ fn warn(context: &Context<'_>, plan: &RestorePlan, target: &Target) {
     for left_out in &plan.left_out {
         context.output.warn(&format!("left out: {left_out}"));
     }
+    for warning in plan.warnings() {
+        context.output.warn(&warning);
+    }
     if let (Target::Offset(wanted), [database]) = (target, plan.databases.as_slice())
         && database.offset != *wanted
     {
@@ -304,6 +309,7 @@ fn report(plan: &RestorePlan, data_dir: PathBuf) -> PlanReport {
         instance_from: plan.instance.id,
         databases: databases.collect(),
         left_out: plan.left_out.clone(),
+        warnings: plan.warnings(),
         bytes_to_read: plan.bytes_to_read,
     }
 }

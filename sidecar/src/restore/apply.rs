@@ -56,6 +56,8 @@ pub struct RestoreReport {
     pub token: Option<PathBuf>,
     pub databases: Vec<DatabaseReport>,
     pub left_out: Vec<String>,
+    /// What is in doubt about the time that was asked for.
+    pub warnings: Vec<String>,
     pub bytes_read: u64,
     pub bytes_written: u64,
     pub duration_ms: u64,
@@ -181,6 +183,7 @@ pub async fn apply(
         token: None,
         databases: plan.databases.iter().map(DatabasePlan::report).collect(),
         left_out: plan.left_out.clone(),
+        warnings: plan.warnings(),
         bytes_read: tally.bytes_read(),
         bytes_written: tally.bytes_written(),
         duration_ms: stopwatch.elapsed_ms(),

@@ -16,6 +16,7 @@ use crate::repository::proof::Proof;
 use crate::repository::timeline::{ChainChoice, ancestry};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
+use crate::restore::moment::Moment;
 use crate::restore::target::Target;
 
 /// What a restore will do.
@@ -45,6 +46,8 @@ pub struct DatabasePlan {
     /// accept the snapshot, and on to the start of a link, so that the next backup can prove that it continues the archive.
     pub log_from: Offset,
     pub log: Vec<LogEntry>,
+    /// What is in doubt about the time that was asked for.
+    pub warnings: Vec<String>,
 }
 
 /// What the user asked for.
@@ -112,6 +115,11 @@ pub async fn plan(repository: &Repository, request: &RestoreRequest) -> Result<R
 }
 
 impl RestorePlan {
+    /// What the operator should know before it is carried out.
+    pub fn warnings(&self) -> Vec<String> {
+        self.databases.iter().flat_map(|database| database.warnings.iter().cloned()).collect()
+    }
+
     /// The snapshot of this plan that `error` is about.
     pub(crate) fn snapshot_at_fault(&self, error: &RestoreError) -> Option<(Identity, Offset)> {
         let RestoreError::Repository(RepositoryError::Missing { key } | RepositoryError::Damaged { key, .. }) = error
@@ -352,6 +360,15 @@ async fn plan_database(
             false => RestoreError::NothingToRestore(reason),
         });
     };
+    let warnings = match (&request.target, time) {
+        (Target::Time(wanted), Some(reached)) => {
+            let (timelines, chain, is_chosen) = (&timelines, &chain, request.timeline.is_some());
+            let moment =
+                Moment { repository, database: point, points, timelines, timeline, is_chosen, chain, time: *wanted };
+            moment.warnings(offset, reached).await?
+        }
+        _ => Vec::new(),
+    };
     let time = time.and_then(|micros| Timestamp::from_microsecond(micros).ok());
     Ok(DatabasePlan {
         identity: point.identity,
@@ -363,6 +380,7 @@ async fn plan_database(
         snapshot,
         log_from,
         log,
+        warnings,
     })
 }
 
@@ -449,7 +467,7 @@ async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Op
 }
 
 /// The last offset whose time, and all before it, are at or before `time`.
-async fn at_time(
+pub(super) async fn at_time(
     repository: &Repository,
     chain: &LogChain,
     time: Timestamp,

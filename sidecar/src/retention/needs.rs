@@ -367,7 +367,7 @@ impl Look<'_> {
     }
 }
 
-async fn header_of(repository: Repository, key: Key) -> Result<LogHeader, RepositoryError> {
+pub(crate) async fn header_of(repository: Repository, key: Key) -> Result<LogHeader, RepositoryError> {
     repository.log_header(&key).await
 }
 
