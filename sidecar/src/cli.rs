@@ -28,7 +28,7 @@ mod server;
 mod status;
 mod verify;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -44,6 +44,7 @@ use crate::daemon::state::StateDir;
 use crate::datadir::DataDir;
 use crate::observe::own::OwnTelemetry;
 use crate::repository::Repository;
+use crate::repository::address::Address;
 use crate::repository::crypto::Keyring;
 use crate::repository::lease::Lease;
 use crate::repository::remembered::Remembered;
@@ -63,9 +64,9 @@ struct Globals {
     /// The configuration: a file in TOML, JSON or YAML
     #[arg(long, global = true, env = "INNER_UNIVERSE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where backups are kept: file:///absolute/path, s3://bucket/prefix, gs:// or az://
+    /// Where backups are kept: a path, file:///absolute/path, s3://bucket/prefix, gs:// or az://
     #[arg(long, global = true, value_name = "URL")]
-    repository: Option<String>,
+    repository: Option<OsString>,
     /// A file with age identities that open an encrypted repository; may be given several times
     #[arg(long, global = true, value_name = "FILE")]
     identity: Vec<PathBuf>,
@@ -255,7 +256,7 @@ impl Globals {
             words.extend(["--config".into(), absolute(path)]);
         }
         if let Some(url) = &self.repository {
-            words.extend(["--repository".into(), url.into()]);
+            words.extend(["--repository".into(), repository_url(url).into()]);
         }
         words.extend(self.identity.iter().flat_map(|path| ["--identity".into(), absolute(path)]));
         words
@@ -265,7 +266,7 @@ impl Globals {
     fn load(&self) -> Result<Loaded, load::ConfigError> {
         let mut flags = Vec::new();
         if let Some(url) = &self.repository {
-            flags.push(("repository.url", url.as_str().into(), "--repository"));
+            flags.push(("repository.url", repository_url(url).into(), "--repository"));
         }
         if !self.identity.is_empty() {
             let files: Vec<_> = self.identity.iter().map(|path| path.display().to_string()).collect();
@@ -275,6 +276,12 @@ impl Globals {
             std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         load::load(self.config.as_deref(), environment, &flags)
     }
+}
+
+/// What `--repository` gives as a URL. One that cannot be used stays as it is, for the configuration's check to refuse.
+fn repository_url(argument: &OsStr) -> String {
+    let address = Address::from_argument(argument);
+    address.map_or_else(|_| argument.to_string_lossy().into_owned(), |address| address.url().to_owned())
 }
 
 /// What every verb needs.

@@ -214,7 +214,8 @@ impl Default for Timeout {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RepositoryConfig {
-    /// `file:///path`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+    /// `/path` or `file:///path`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+    #[serde(deserialize_with = "crate::repository::address::as_url")]
     pub url: Option<String>,
     /// age recipients (`age1...`) that a new repository seals to.
     pub recipients: Vec<String>,

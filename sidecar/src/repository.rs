@@ -3,6 +3,7 @@
 //! Invariants: an object is written once and never changed, unless it was damaged; what a manifest names was durable before
 //! the manifest was written; whatever is read is checked against a hash before it is used; only this room builds object names.
 
+pub mod address;
 pub mod chain;
 mod codec;
 mod contents;

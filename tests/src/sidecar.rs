@@ -7,6 +7,8 @@ use std::sync::Arc;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use inner_universe::repository::address::Address;
+
 use crate::tools;
 
 /// What a run of the binary left.
@@ -48,7 +50,7 @@ pub struct Sidecar {
 impl Sidecar {
     /// With a repository in a directory.
     pub fn at(path: &Path) -> Self {
-        Self::with(&format!("file://{}", path.display()))
+        Self::with(Address::directory(path).expect("a path").url())
     }
 
     /// With a repository at `url`.

@@ -17,6 +17,7 @@ use crate::daemon::state::StateDir;
 use crate::datadir::DataDir;
 use crate::durable::{self, OnPath as _};
 use crate::ids::RestorePointId;
+use crate::repository::address::Address;
 use crate::repository::lease::Lease;
 use crate::repository::manifest::RestorePoint;
 use crate::repository::remembered::Remembered;
@@ -146,12 +147,11 @@ async fn create_bundle(
     let parent = durable::parent(&output);
     let scratch =
         tempfile::Builder::new().prefix(".inner-universe-bundle-").tempdir_in(&parent).on("write to", &parent)?;
-    let root = scratch.path().join("repository");
-    let url = format!("file://{}", root.display());
+    let address = Address::directory(&scratch.path().join("repository")).map_err(Failure::usage)?;
     let keys = context.keyring(&args.recipient)?;
     let configured = context.config().spacetimedb_config.key_dir.clone().filter(|dir| keys.seals() && dir.exists());
     let (config, clock) = (&context.config().repository, &context.clock);
-    let repository = Repository::open_or_create(&url, config, keys, clock.as_ref()).await?;
+    let repository = Repository::open_or_create(address.url(), config, keys, clock.as_ref()).await?;
     let options = BackupOptions {
         label: args.label,
         key_dir: args.key_dir.or(configured),

@@ -16,7 +16,9 @@ use crate::config::Config;
 use crate::daemon::state::StateDir;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup, own_token};
+use crate::durable;
 use crate::repository::Repository;
+use crate::repository::address::Address;
 use crate::repository::lease::Lease;
 use crate::repository::remembered::Remembered;
 
@@ -136,7 +138,7 @@ impl TargetArgs {
         let to_be_made = config.spacetimedb_config.token_file.take_if(|path| !path.exists());
         let token_path = to_be_made.unwrap_or_else(|| own_token(state_dir.path()));
         if let (None, Some(dir)) = (&config.repository.url, &data_dir) {
-            let url = beside(dir);
+            let url = beside(dir)?;
             context.output.warn(&format!(
                 "no repository is named; what is needed to go back is kept in {url}, on the same disk: set repository.url"
             ));
@@ -163,8 +165,9 @@ impl TargetArgs {
     }
 }
 
-fn beside(dir: &Path) -> String {
-    format!("file://{}.repository", dir.display())
+fn beside(dir: &Path) -> Result<String, Failure> {
+    let address = Address::directory(&durable::beside(dir, ".repository")).map_err(Failure::usage)?;
+    Ok(address.url().to_owned())
 }
 
 pub async fn run(context: &Context<'_>, args: DeployArgs) -> Result<ExitStatus, Failure> {

@@ -14,6 +14,7 @@ use crate::cli::{Context, DataDirArg};
 use crate::durable::{self, OnPath as _};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::Repository;
+use crate::repository::address::Address;
 use crate::repository::crypto::Keyring;
 use crate::restore::apply::ApplyOptions;
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
@@ -199,7 +200,8 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
             context.output.progress().phase("unpack the bundle", None);
             bundle::unpack(input, dir.path())?;
             let keys = Keyring::new(&[], &context.config().repository.identity_files)?;
-            Repository::open(&format!("file://{}", dir.path().display()), &context.config().repository, keys).await?
+            let address = Address::directory(dir.path()).map_err(Failure::usage)?;
+            Repository::open(address.url(), &context.config().repository, keys).await?
         }
     };
     let mut databases = args.database;

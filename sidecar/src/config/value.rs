@@ -131,6 +131,18 @@ impl Serialize for Secret {
     }
 }
 
+/// A URL as it may be shown: without the name and the password that may precede its host. Need not be a valid one.
+pub fn without_user(url: &str) -> String {
+    let start = url.find("//").map_or(0, |slashes| slashes + 2);
+    let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |len| start + len);
+    // A password that was not percent-encoded may hold any of these.
+    let authority = if url[start..end].contains('@') { &url[start..end] } else { &url[start..] };
+    match authority.rfind('@') {
+        Some(at) => format!("{}(redacted){}", &url[..start], &url[start + at..]),
+        None => url.to_owned(),
+    }
+}
+
 /// A cron expression of six fields: second, minute, hour, day of month, month, day of week.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
@@ -193,5 +205,23 @@ impl TryFrom<String> for TimeZone {
 impl From<TimeZone> for String {
     fn from(zone: TimeZone) -> Self {
         zone.0.name().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shown_url_has_no_password() {
+        for (url, shown) in [
+            ("https://host:4318/v1?a=b", "https://host:4318/v1?a=b"),
+            ("https://me:hush@host/x", "https://(redacted)@host/x"),
+            ("s3://me:hu/sh@bucket/x", "s3://(redacted)@bucket/x"),
+            ("me:hush@host", "(redacted)@host"),
+            ("https://host/a@b", "https://(redacted)@b"),
+        ] {
+            assert_eq!(without_user(url), shown);
+        }
     }
 }

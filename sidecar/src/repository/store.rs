@@ -21,8 +21,10 @@ use tracing::{Instrument as _, Span};
 
 use crate::clock::Stopwatch;
 use crate::config::RepositoryConfig;
+use crate::config::value::without_user;
 use crate::observe::metrics;
 use crate::repository::RepositoryError;
+use crate::repository::address::{Address, Place, Provider};
 
 /// The slowest store that still counts as answering.
 const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
@@ -82,23 +84,12 @@ fn outcome<T>(result: &Result<T, RepositoryError>) -> &'static str {
     }
 }
 
-/// Is `url` an address of a repository?
+/// Returns an error unless `url` is an address of a repository.
 ///
 /// # Errors
 /// The reason why not.
 pub fn check_url(url: &str) -> Result<(), String> {
-    let parsed = url::Url::parse(url).map_err(|error| format!("`{url}` is no address: {error}"))?;
-    if !parsed.username().is_empty() || parsed.password().is_some() {
-        return Err("give credentials in the configuration or the environment, not in the address".into());
-    }
-    match parsed.scheme() {
-        "file" if parsed.to_file_path().is_ok() => Ok(()),
-        "file" => Err(format!("`{url}` is not an absolute path on this machine; write file:///path")),
-        "memory" => Ok(()),
-        "s3" | "gs" | "az" if parsed.host_str().is_some_and(|bucket| !bucket.is_empty()) => Ok(()),
-        "s3" | "gs" | "az" => Err(format!("`{url}` names no bucket; write {}://BUCKET/PREFIX", parsed.scheme())),
-        scheme => Err(format!("there is no store for `{scheme}:`; use file, s3, gs or az")),
-    }
+    Address::parse(url).map(drop)
 }
 
 impl Store {
@@ -107,37 +98,32 @@ impl Store {
     /// # Errors
     /// [`RepositoryError::BadUrl`] and configuration that the store's client refuses.
     pub fn connect(url: &str, config: &RepositoryConfig, create: bool) -> Result<Self, RepositoryError> {
-        let refuse = |reason: String| RepositoryError::BadUrl { url: url.to_owned(), reason };
-        check_url(url).map_err(refuse)?;
-        let parsed = url::Url::parse(url).map_err(|error| refuse(error.to_string()))?;
-        let prefix = Key::from_url_path(parsed.path()).map_err(|error| refuse(error.to_string()))?;
+        let refuse = |reason: String| RepositoryError::BadUrl { url: without_user(url), reason };
         let mut local = None;
-        let bare: Arc<dyn ObjectStore> = match parsed.scheme() {
-            "file" => {
-                let path = parsed.to_file_path().map_err(|()| refuse("it is no path".into()))?;
-                let store = open_directory(url, &path, create)?;
-                local = Some(path);
+        let bare: Arc<dyn ObjectStore> = match Address::parse(url).map_err(refuse)?.place() {
+            Place::Directory(path) => {
+                let store = open_directory(url, path, create)?;
+                local = Some(path.clone());
                 store
             }
-            "memory" => Arc::new(object_store::memory::InMemory::new()),
-            scheme => {
+            Place::Memory => Arc::new(object_store::memory::InMemory::new()),
+            Place::Bucket { provider, name, prefix } => {
                 // `ring` is compiled in for all TLS; a second start in one process keeps the first one's.
                 let _ = rustls::crypto::ring::default_provider().install_default();
                 let client = client_options(config)?;
-                let bucket = parsed.host_str().unwrap_or_default();
-                let store: Arc<dyn ObjectStore> = match scheme {
-                    "s3" => Arc::new(s3(bucket, config, client).map_err(|error| refuse(error.to_string()))?),
-                    "gs" => Arc::new(
+                let store: Arc<dyn ObjectStore> = match provider {
+                    Provider::S3 => Arc::new(s3(name, config, client).map_err(|error| refuse(error.to_string()))?),
+                    Provider::Gcs => Arc::new(
                         object_store::gcp::GoogleCloudStorageBuilder::from_env()
-                            .with_bucket_name(bucket)
+                            .with_bucket_name(name)
                             .with_client_options(client)
                             .with_retry(retries(config))
                             .build()
                             .map_err(|error| refuse(error.to_string()))?,
                     ),
-                    _ => Arc::new(
+                    Provider::Azure => Arc::new(
                         object_store::azure::MicrosoftAzureBuilder::from_env()
-                            .with_container_name(bucket)
+                            .with_container_name(name)
                             .with_client_options(client)
                             .with_retry(retries(config))
                             .build()
@@ -147,7 +133,7 @@ impl Store {
                 if prefix.as_ref().is_empty() {
                     store
                 } else {
-                    Arc::new(object_store::prefix::PrefixStore::new(store, prefix))
+                    Arc::new(object_store::prefix::PrefixStore::new(store, prefix.clone()))
                 }
             }
         };

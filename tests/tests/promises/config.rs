@@ -87,7 +87,7 @@ fn each_malformed_configuration_gives_one_exact_message() {
         ("a.toml", "[schedule]\nrestore_point = \"0 0 25 * * *\"", &["schedule.restore_point", "cron"]),
         ("a.toml", "[schedule]\nverify = \"0 0 0 31 2 *\"", &["schedule.verify", "never comes"]),
         ("a.toml", "[schedule]\ntime_zone = \"Mars/Olympus\"", &["schedule.time_zone", "Europe/Berlin"]),
-        ("a.toml", "[repository]\nurl = \"/var/backups\"", &["repository.url", "no address"]),
+        ("a.toml", "[repository]\nurl = \"var/backups\"", &["repository.url", "neither an absolute path"]),
         ("a.toml", "[repository]\nurl = \"ftp://host/x\"", &["repository.url", "use file, s3, gs or az"]),
         ("a.toml", "[repository]\nurl = \"s3:///prefix\"", &["repository.url", "names no bucket"]),
         ("a.toml", "[repository]\nurl = \"s3://k:secret@bucket/p\"", &["repository.url", "not in the address"]),
