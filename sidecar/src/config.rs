@@ -407,6 +407,7 @@ pub struct TelemetryConfig {
     /// OTEL_EXPORTER_OTLP_PROTOCOL when left out, and `http/protobuf` without that.
     pub otlp_protocol: Option<OtlpProtocol>,
     /// `NAME=VALUE` each, sent with every request; OTEL_EXPORTER_OTLP_HEADERS too.
+    #[serde(deserialize_with = "value::secrets")]
     pub otlp_headers: Vec<Secret>,
     /// OTEL_EXPORTER_OTLP_COMPRESSION when left out.
     pub otlp_compression: Option<OtlpCompression>,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::config::Config;
-use crate::config::value::{ByteSize, Period};
+use crate::config::value::{ByteSize, Period, without_user};
 
 impl Config {
     /// What no single key shows: keys that need or exclude each other, and ranges.
@@ -19,15 +19,14 @@ impl Config {
         {
             refuse("repository.url", reason);
         }
-        if let Some(endpoint) = &repository.endpoint {
-            match url::Url::parse(endpoint) {
-                Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => {
-                    if !url.username().is_empty() || url.password().is_some() {
-                        let hint = "give credentials as access_key_id and secret_access_key, not in the endpoint";
-                        refuse("repository.endpoint", hint.into());
-                    }
-                }
-                _ => refuse("repository.endpoint", format!("`{endpoint}` is no http:// or https:// address")),
+        let addresses = [
+            ("repository.endpoint", &repository.endpoint, "access_key_id and secret_access_key"),
+            ("telemetry.otlp_endpoint", &self.telemetry.otlp_endpoint, "a header in telemetry.otlp_headers"),
+            ("spacetimedb_config.url", &self.spacetimedb_config.url, "a token in spacetimedb_config.token_file"),
+        ];
+        for (key, address, credentials) in addresses {
+            if let Some(Err(problem)) = address.as_deref().map(|address| check_web_address(address, credentials)) {
+                refuse(key, problem);
             }
         }
         if repository.access_key_id.is_some() != repository.secret_access_key.is_some() {
@@ -42,11 +41,6 @@ impl Config {
             refuse("repository.sse_kms_key_id", "it needs server_side_encryption = \"aws:kms\"".into());
         }
         let telemetry = &self.telemetry;
-        if let Some(endpoint) = &telemetry.otlp_endpoint
-            && !is_web_address(endpoint)
-        {
-            refuse("telemetry.otlp_endpoint", format!("`{endpoint}` is no http:// or https:// address"));
-        }
         if let Some(address) = &telemetry.heartbeat_url
             && !is_web_address(address.reveal())
         {
@@ -54,11 +48,6 @@ impl Config {
         }
         if telemetry.trace_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
             refuse("telemetry.trace_ratio", "it is not from 0.0 to 1.0".into());
-        }
-        if let Some(url) = &self.spacetimedb_config.url
-            && !is_web_address(url)
-        {
-            refuse("spacetimedb_config.url", format!("`{url}` is no http:// or https:// address"));
         }
         if let Some(database) = &self.spacetimedb_config.database
             && (database.is_empty() || !database.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)))
@@ -156,6 +145,19 @@ impl Config {
             problems.push(("spacetimedb_config.address", format!("`{address}` is no IP address (nor `localhost`)")));
         }
         problems
+    }
+}
+
+/// What is wrong with an address that is shown, and so must not hold `credentials`.
+fn check_web_address(text: &str, credentials: &str) -> Result<(), String> {
+    if !is_web_address(text) {
+        return Err(format!("`{}` is no http:// or https:// address", without_user(text)));
+    }
+    match url::Url::parse(text) {
+        Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+            Err(format!("give credentials as {credentials}, not in the address"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::Config;
 use crate::config::tree::{self, Content, Format, Node};
+use crate::config::value::REDACTED;
 
 /// What variables of the environment start with; `__` goes down a level: `INNER_UNIVERSE__REPOSITORY__URL`.
 pub const ENV_PREFIX: &str = "INNER_UNIVERSE__";
@@ -228,8 +229,10 @@ impl Merge {
                     self.sources.insert(name.to_owned(), source.clone());
                     return;
                 }
-                // Of texts the messages say what they are; secrets are texts.
-                Err(error) if value.is_number() => refusal = format!("{value} cannot be used: {error}"),
+                // Of texts the messages say what they are.
+                Err(error) if value.is_number() && !holds_secret(section, key) => {
+                    refusal = format!("{value} cannot be used: {error}");
+                }
                 Err(error) => refusal = error.to_string(),
             }
         }
@@ -260,6 +263,15 @@ fn to_value(config: &Config) -> Value {
     serde_json::to_value(config).unwrap_or_default()
 }
 
+/// Returns true if the value of a key is a secret, or several.
+fn holds_secret(section: &str, key: &str) -> bool {
+    let shows_redacted = |probe: Value| {
+        let config = serde_json::from_value::<Config>(json!({ section: { key: probe } })).ok()?;
+        Some(to_value(&config).get(section)?.get(key)?.to_string().contains(REDACTED))
+    };
+    [json!("probe"), json!(["probe"])].into_iter().any(|probe| shows_redacted(probe) == Some(true))
+}
+
 fn sections_of(defaults: &Value) -> impl Iterator<Item = &String> {
     defaults.as_object().into_iter().flat_map(Map::keys)
 }
@@ -275,6 +287,81 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a String>) 
         _ => {
             let names: Vec<_> = known.iter().map(|name| name.as_str()).collect();
             format!("there is no such {what}; there are {}", names.join(", "))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECRET: &str = "SWORDFISH";
+
+    /// Every key whose value is a secret.
+    fn secret_keys() -> Vec<String> {
+        let defaults = to_value(&Config::default());
+        let sections = defaults.as_object().into_iter().flatten();
+        let keys = sections.flat_map(|(section, keys)| {
+            keys.as_object().into_iter().flat_map(Map::keys).map(move |key| (section.clone(), key.clone()))
+        });
+        keys.filter(|(section, key)| holds_secret(section, key))
+            .map(|(section, key)| format!("{section}.{key}"))
+            .collect()
+    }
+
+    #[test]
+    fn no_error_holds_a_secret() {
+        let mut keys = secret_keys();
+        keys.sort();
+        let expected = [
+            "http.token",
+            "repository.access_key_id",
+            "repository.secret_access_key",
+            "repository.session_token",
+            "telemetry.heartbeat_url",
+            "telemetry.otlp_headers",
+        ];
+        assert_eq!(keys, expected);
+        let wrong = [
+            json!(SECRET),
+            json!([SECRET, 4711]),
+            json!([{ SECRET: SECRET }]),
+            json!({ SECRET: SECRET }),
+            json!(4711),
+            json!(-4711),
+            json!(4711.5),
+            json!([4711]),
+            json!([[SECRET]]),
+        ];
+        for key in keys {
+            for value in &wrong {
+                let Err(refused) = load(None, [], &[(key.as_str(), value.clone(), "--flag")]) else { continue };
+                let text = refused.to_string();
+                assert!(!text.contains(SECRET) && !text.contains("4711"), "{key} = {value}: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_in_the_place_of_a_list_is_said_so() {
+        let flags = [("telemetry.otlp_headers", json!("Authorization=Bearer SWORDFISH"), "--flag")];
+        let refused = load(None, [], &flags).unwrap_err();
+        assert!(refused.to_string().contains("a list of texts is expected"), "{refused}");
+    }
+
+    #[test]
+    fn passwords_in_addresses_are_refused_and_not_shown() {
+        for (key, hint) in [
+            ("telemetry.otlp_endpoint", "telemetry.otlp_headers"),
+            ("spacetimedb_config.url", "spacetimedb_config.token_file"),
+            ("repository.endpoint", "secret_access_key"),
+            ("repository.url", "credentials"),
+        ] {
+            for address in ["https://me:SWORDFISH@host/x", "ftp://me:SWORDFISH@host", "https://me:SWORD FISH@ho st:x"] {
+                let refused = load(None, [], &[(key, json!(address), "--flag")]).unwrap_err().to_string();
+                assert!(refused.contains(key) && !refused.contains("FISH"), "{key}: {refused}");
+                assert!(!address.starts_with("https://me:SWORDFISH") || refused.contains(hint), "{key}: {refused}");
+            }
         }
     }
 }

@@ -5,7 +5,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// A length of time, written as `250ms`, `30s`, `5m`, `1h 30m`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -90,11 +91,13 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// A secret: the text itself, or better `file:/path` or `env:NAME`. It never shows.
-#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(try_from = "String")]
+/// A secret: the text itself, or better `file:/path` or `env:NAME`. It never shows, not even in the error that refuses it.
+#[derive(Clone, PartialEq, Eq, JsonSchema)]
 #[schemars(with = "String")]
 pub struct Secret(String);
+
+/// What is shown of a secret.
+pub const REDACTED: &str = "(redacted)";
 
 impl Secret {
     /// The secret itself, for the one who needs it.
@@ -121,14 +124,93 @@ impl TryFrom<String> for Secret {
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(redacted)")
+        f.write_str(REDACTED)
     }
 }
 
 impl Serialize for Secret {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str("(redacted)")
+        serializer.serialize_str(REDACTED)
     }
+}
+
+/// Reads one secret or several, in words that hold nothing of the value: serde's own quote it.
+struct SecretVisitor<T> {
+    expected: &'static str,
+    text: fn(String) -> Result<T, String>,
+    list: fn(Vec<Secret>) -> Result<T, String>,
+}
+
+impl<T> SecretVisitor<T> {
+    fn refuse<E: de::Error>(&self) -> Result<T, E> {
+        Err(E::custom(self.expected))
+    }
+}
+
+impl<'de, T> Visitor<'de> for SecretVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+        (self.text)(text.to_owned()).map_err(E::custom)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<T, A::Error> {
+        let mut secrets = Vec::new();
+        while let Some(secret) = items.next_element()? {
+            secrets.push(secret);
+        }
+        (self.list)(secrets).map_err(de::Error::custom)
+    }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<T, E> {
+        self.refuse()
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<T, E> {
+        self.refuse()
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<T, E> {
+        self.refuse()
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<T, E> {
+        self.refuse()
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<T, E> {
+        self.refuse()
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<T, A::Error> {
+        self.refuse()
+    }
+}
+
+const TEXT_EXPECTED: &str = "a text is expected, in quotes; its value is a secret and not shown";
+const LIST_EXPECTED: &str = "a list of texts is expected, as [\"NAME=VALUE\"]; their values are secret and not shown";
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SecretVisitor {
+            expected: TEXT_EXPECTED,
+            text: Self::try_from,
+            list: |_| Err(TEXT_EXPECTED.into()),
+        })
+    }
+}
+
+/// Reads a list of secrets.
+pub(super) fn secrets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Secret>, D::Error> {
+    deserializer.deserialize_any(SecretVisitor {
+        expected: LIST_EXPECTED,
+        text: |_| Err(LIST_EXPECTED.into()),
+        list: Ok,
+    })
 }
 
 /// A URL as it may be shown: without the name and the password that may precede its host. Need not be a valid one.
@@ -138,7 +220,7 @@ pub fn without_user(url: &str) -> String {
     // A password that was not percent-encoded may hold any of these.
     let authority = if url[start..end].contains('@') { &url[start..end] } else { &url[start..] };
     match authority.rfind('@') {
-        Some(at) => format!("{}(redacted){}", &url[..start], &url[start + at..]),
+        Some(at) => format!("{}{REDACTED}{}", &url[..start], &url[start + at..]),
         None => url.to_owned(),
     }
 }
