@@ -8,8 +8,10 @@ mod build;
 pub mod check;
 pub(crate) mod log_source;
 mod moment;
+pub mod place;
 pub mod plan;
 pub(crate) mod segments;
+mod swap;
 pub mod target;
 
 use std::path::PathBuf;
@@ -44,6 +46,12 @@ pub enum RestoreError {
     ServerRunning { path: PathBuf, pid: Option<u32> },
     #[error("{} is there already; name another directory, or move it aside with --force", .0.display())]
     WouldOverwrite(PathBuf),
+    #[error(
+        "{path} is a mount point, and a restore puts a new directory in the place of the old one; name a directory below it, \
+         as {path}/data, for the restore and for the server, or mount the file system one directory higher",
+        path = .0.display()
+    )]
+    MountPoint(PathBuf),
     #[error(
         "{} has {free} bytes free and the restore needs about {needed}; free space, name another --data-dir, or try \
          anyway with --force",

@@ -196,7 +196,9 @@ impl From<RestoreError> for Failure {
             RestoreError::Instance(error) => of_instance(error),
             RestoreError::NothingToRestore(_) => ExitStatus::NothingToRestore,
             RestoreError::Usage(_) => ExitStatus::Usage,
-            RestoreError::ServerRunning { .. } | RestoreError::WouldOverwrite(_) => ExitStatus::Refused,
+            RestoreError::ServerRunning { .. } | RestoreError::WouldOverwrite(_) | RestoreError::MountPoint(_) => {
+                ExitStatus::Refused
+            }
             RestoreError::File(_)
             | RestoreError::NoSpace { .. }
             | RestoreError::DiskFull(_)

@@ -11,12 +11,14 @@ use crate::bundle;
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
 use crate::cli::{Context, DataDirArg};
+use crate::durable::owner::make_dirs;
 use crate::durable::{self, OnPath as _};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::Repository;
 use crate::repository::address::Address;
 use crate::repository::crypto::Keyring;
 use crate::restore::apply::ApplyOptions;
+use crate::restore::place::Place;
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
 use crate::restore::target::Target;
 
@@ -157,6 +159,8 @@ pub struct RestoreArgs {
 struct PlanReport {
     dry_run: bool,
     data_dir: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link_target: Option<PathBuf>,
     instance_from: RestorePointId,
     databases: Vec<PlannedDatabase>,
     left_out: Vec<String>,
@@ -188,13 +192,14 @@ fn database_name(text: &str) -> Result<String, String> {
 
 pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus, Failure> {
     let data_dir = args.data.path(context)?;
+    let place = Place::find(&data_dir)?;
     // Unpacked beside the target, on whose file system there is to be room; gone with the end of this.
     let mut unpacked = None;
     let repository = match &args.input {
         None => context.repository().await?,
         Some(input) => {
-            let parent = durable::parent(&data_dir);
-            std::fs::create_dir_all(&parent).on("create", &parent)?;
+            let parent = durable::parent(&place.target);
+            make_dirs(&parent, 0o755)?;
             let dir = tempfile::Builder::new().prefix(".inner-universe-bundle-").tempdir_in(&parent);
             let dir = unpacked.insert(dir.on("write to", &parent)?);
             context.output.progress().phase("unpack the bundle", None);
@@ -217,11 +222,12 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
     let plan = plan::plan(&repository, &request).await?;
     warn(context, &plan, &target);
     if args.dry_run {
-        context.output.result(&report(&plan, data_dir), describe_plan);
+        context.output.result(&report(&plan, data_dir, &place), describe_plan);
         return Ok(ExitStatus::Ok);
     }
     let server = &context.config().spacetimedb_config;
-    let in_place = server.db_path.as_ref() == Some(&data_dir) && !args.new_identity_keys;
+    let live = server.db_path.as_deref().map(durable::canonical);
+    let in_place = live == Some(durable::canonical(&data_dir)) && !args.new_identity_keys;
     let options = ApplyOptions {
         data_dir,
         key_dir: args.key_dir.or_else(|| server.key_dir.clone().filter(|_| in_place)),
@@ -294,7 +300,7 @@ fn warn(context: &Context<'_>, plan: &RestorePlan, target: &Target) {
     }
 }
 
-fn report(plan: &RestorePlan, data_dir: PathBuf) -> PlanReport {
+fn report(plan: &RestorePlan, data_dir: PathBuf, place: &Place) -> PlanReport {
     let databases = plan.databases.iter().map(|database| PlannedDatabase {
         identity: database.identity,
         name: database.name.clone(),
@@ -308,6 +314,7 @@ fn report(plan: &RestorePlan, data_dir: PathBuf) -> PlanReport {
     PlanReport {
         dry_run: true,
         data_dir,
+        link_target: place.link_target(),
         instance_from: plan.instance.id,
         databases: databases.collect(),
         left_out: plan.left_out.clone(),
@@ -322,6 +329,9 @@ fn describe_plan(plan: &PlanReport) -> String {
         plan.data_dir.display(),
         plan.instance_from
     );
+    if let Some(target) = &plan.link_target {
+        text += &format!("  {} is a link: {} is what is restored\n", plan.data_dir.display(), target.display());
+    }
     for database in &plan.databases {
         let snapshot = match database.snapshot_offset {
             Some(offset) => format!("snapshot at {offset}, then "),

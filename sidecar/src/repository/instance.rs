@@ -11,6 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::datadir::control_db::{ControlDbCopy, Trees};
 use crate::datadir::{DataDir, DataDirError};
+use crate::durable::owner::make_private_dir;
 use crate::durable::{FileError, OnPath};
 use crate::ids::ContentHash;
 use crate::repository::crypto::{CryptoError, Keyring};
@@ -133,7 +134,11 @@ pub fn extract(
             Err(_) => target.join(relative),
         };
         let parent = crate::durable::parent(&path);
-        fs::create_dir_all(&parent).on("create", &parent)?;
+        if is_secret(&name) {
+            make_private_dir(&parent)?;
+        } else {
+            fs::create_dir_all(&parent).on("create", &parent)?;
+        }
         write_file(&path, &content, is_secret(&name))?;
     }
     Ok(extracted)

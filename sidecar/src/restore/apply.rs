@@ -1,4 +1,4 @@
-//! Applies a plan: builds the new data directory beside the target, checks it, makes it durable, then renames twice.
+//! Applies a plan: builds the new data directory beside the target, checks it, makes it durable, then puts it in its place.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,16 +8,15 @@ use serde::Serialize;
 
 use crate::backup::DatabaseReport;
 use crate::clock::{Clock, Stopwatch};
-use crate::datadir::lock::{self, ServerLock};
-use crate::durable::{self, FileError, OnPath, beside};
+use crate::durable::owner::{Owner, make_dirs};
+use crate::durable::{self, OnPath, beside};
 use crate::progress::{Progress, Tally};
 use crate::repository::Repository;
 use crate::restore::build::{Build, Built, blocking};
+use crate::restore::place::{Before, Place, check_space, is_free};
 use crate::restore::plan::{DatabasePlan, RestorePlan};
+use crate::restore::swap::{self, KeyPlace, Staging};
 use crate::restore::{RestoreError, check};
-
-/// What a restore takes on disk beyond the decompressed log, at the least: indexes, directories, the instance.
-const HEADROOM: u64 = 16 << 20;
 
 /// Where and how to restore.
 #[derive(Debug, Clone)]
@@ -44,6 +43,9 @@ impl ApplyOptions {
 #[derive(Debug, Clone, Serialize)]
 pub struct RestoreReport {
     pub data_dir: PathBuf,
+    /// What `data_dir` leads to, if it is a link.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_target: Option<PathBuf>,
     /// Where the directory that was there is now.
     pub moved_aside: Option<PathBuf>,
     /// Where the token keys are, if the restore point holds any.
@@ -63,14 +65,6 @@ pub struct RestoreReport {
     pub duration_ms: u64,
 }
 
-/// What stands at the target before a restore.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Before {
-    Nothing,
-    EmptyDir,
-    Something,
-}
-
 /// Restores.
 ///
 /// # Errors
@@ -83,31 +77,85 @@ pub async fn apply(
     progress: Arc<dyn Progress>,
 ) -> Result<RestoreReport, RestoreError> {
     let stopwatch = Stopwatch::start();
-    let before = inspect_target(options)?;
+    let place = Place::find(&options.data_dir)?;
+    let before = place.inspect(options.force)?;
     let key_dir = options.key_dir.clone().unwrap_or_else(|| beside(&options.data_dir, ".keys"));
+    let keys = KeyPlace { dir: key_dir, force: options.force };
+    check_request(plan, options, &place, &keys)?;
+    let owner = place.owner()?;
+    let parent = durable::parent(&place.target);
+    make_dirs(&parent, 0o755)?;
+    check_space(&parent, plan, options.force)?;
+
+    let staging = Staging::create(&place.target, &keys.dir)?;
+    let tally = Arc::new(Tally::default());
+    let has_keys = build(repository, plan, options, &staging, &tally, &progress).await?;
+    // Early, for what follows takes long; looked at again at the end.
+    if has_keys {
+        keys.check(Some(&staging.keys))?;
+    }
+    progress.phase("making it durable", None);
+    make_durable(&staging, owner, has_keys).await?;
+
+    // A long restore leaves time to start a server where it should go.
+    let now = place.inspect(options.force)?;
+    if before == Before::Nothing && now != Before::Nothing {
+        return Err(RestoreError::WouldOverwrite(place.target));
+    }
+    let stamp = clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+    let aside = swap::swap(&staging, &place, now, has_keys.then_some(&keys), &stamp)?;
+    staging.done();
+    Ok(RestoreReport {
+        data_dir: options.data_dir.clone(),
+        link_target: place.link_target(),
+        moved_aside: aside.data,
+        keys: has_keys.then_some(keys.dir),
+        keys_moved_aside: aside.keys,
+        token: None,
+        databases: plan.databases.iter().map(DatabasePlan::report).collect(),
+        left_out: plan.left_out.clone(),
+        warnings: plan.warnings(),
+        bytes_read: tally.bytes_read(),
+        bytes_written: tally.bytes_written(),
+        duration_ms: stopwatch.elapsed_ms(),
+    })
+}
+
+/// Refuses what is wrong with a request before anything is read.
+fn check_request(
+    plan: &RestorePlan,
+    options: &ApplyOptions,
+    place: &Place,
+    keys: &KeyPlace,
+) -> Result<(), RestoreError> {
     if options.name.is_some() && plan.databases.len() != 1 {
         let names: Vec<_> = plan.databases.iter().map(|database| database.name.as_str()).collect();
         let names = names.join(", ");
         return Err(RestoreError::Usage(format!("a new name is for one database; name it with --database ({names})")));
     }
-    if options.new_keys && !options.force && !is_free(&key_dir)? {
-        return Err(RestoreError::WouldOverwrite(key_dir));
-    }
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    if absolute(&key_dir).starts_with(absolute(&options.data_dir)) {
+    if durable::canonical(&keys.dir).starts_with(durable::canonical(&place.target)) {
         return Err(RestoreError::Usage(format!(
             "the token keys would lie in the data directory that is replaced; give a --key-dir outside {}",
             options.data_dir.display()
         )));
     }
-    let parent = durable::parent(&options.data_dir);
-    fs::create_dir_all(&parent).on("create", &parent)?;
-    check_space(&parent, plan, options.force)?;
+    // Captured keys may be the very ones that are there.
+    if options.new_keys || (plan.instance.has_keys && is_free(&keys.dir)?) {
+        keys.check(None)?;
+    }
+    Ok(())
+}
 
-    let staging = Staging::create(&options.data_dir, &key_dir)?;
-    let tally = Arc::new(Tally::default());
-    let (data, keys) = (staging.data.as_path(), staging.keys.as_path());
-    let build = Build { repository, data, keys, tally: &tally, progress: &progress };
+/// Builds and checks everything in `staging`. Returns whether there are token keys.
+async fn build(
+    repository: &Repository,
+    plan: &RestorePlan,
+    options: &ApplyOptions,
+    staging: &Staging,
+    tally: &Arc<Tally>,
+    progress: &Arc<dyn Progress>,
+) -> Result<bool, RestoreError> {
+    let build = Build { repository, data: &staging.data, keys: &staging.keys, tally, progress };
     let Built { mut has_keys, logs } =
         build.run(plan, options.name.as_deref()).await.map_err(RestoreError::with_disk_full)?;
     if options.new_keys {
@@ -117,77 +165,20 @@ pub async fn apply(
         make_keys(&staging.keys)?;
         has_keys = true;
     }
-    // Early, for what follows takes long; looked at again at the end.
-    if has_keys && !options.force && !is_free(&key_dir)? && !holds_same(&staging.keys, &key_dir)? {
-        return Err(RestoreError::WouldOverwrite(key_dir));
-    }
     progress.phase("self-check", None);
     check::logs(&staging.data, plan, &logs)?;
-    progress.phase("making it durable", None);
-    {
-        // The keys may go to another file system.
-        let (data, keys) = (staging.data.clone(), has_keys.then(|| staging.keys.clone()));
-        let sync = move || {
-            durable::sync_file_system(&data).and_then(|()| keys.map_or(Ok(()), |keys| durable::sync_tree(&keys)))
-        };
-        blocking(sync).await?.map_err(|error| RestoreError::from(error).with_disk_full())?;
-    }
+    Ok(has_keys)
+}
 
-    // A long restore leaves time to start a server where it should go.
-    let now = inspect_target(options)?;
-    if before == Before::Nothing && now != Before::Nothing {
-        return Err(RestoreError::WouldOverwrite(options.data_dir.clone()));
-    }
-    let before = now;
-    // From here on only renames, each durable, and taken back when a later one fails. A crash between them leaves all directories
-    // whole under telling names.
-    let mut renamed = Renamed::default();
-    let stamp = clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
-    let mut keys_moved_aside = None;
-    if has_keys && holds_same(&staging.keys, &key_dir)? {
-        // The very keys that are there already stay as they are.
-        fs::remove_dir_all(&staging.keys).on("remove", &staging.keys)?;
-    } else if has_keys {
-        if !is_free(&key_dir)? {
-            if !options.force {
-                return Err(RestoreError::WouldOverwrite(key_dir));
-            }
-            let aside = beside(&key_dir, &format!(".before-restore-{stamp}"));
-            renamed.rename(&key_dir, &aside)?;
-            keys_moved_aside = Some(aside);
-        } else if key_dir.exists() {
-            fs::remove_dir(&key_dir).on("remove the empty", &key_dir)?;
-        }
-        renamed.rename(&staging.keys, &key_dir)?;
-    }
-    let moved_aside = match before {
-        Before::Nothing => None,
-        Before::EmptyDir => {
-            fs::remove_dir(&options.data_dir).on("remove the empty", &options.data_dir)?;
-            None
-        }
-        Before::Something => {
-            let aside = beside(&options.data_dir, &format!(".before-restore-{stamp}"));
-            renamed.rename(&options.data_dir, &aside)?;
-            Some(aside)
-        }
+async fn make_durable(staging: &Staging, owner: Owner, has_keys: bool) -> Result<(), RestoreError> {
+    let (data, keys) = (staging.data.clone(), has_keys.then(|| staging.keys.clone()));
+    let sync = move || {
+        swap::give(&data, keys.as_deref(), owner)?;
+        durable::sync_file_system(&data)?;
+        // The keys may go to another file system.
+        keys.map_or(Ok(()), |keys| durable::sync_tree(&keys))
     };
-    renamed.rename(&staging.data, &options.data_dir)?;
-    renamed.keep();
-    staging.done();
-    Ok(RestoreReport {
-        data_dir: options.data_dir.clone(),
-        moved_aside,
-        keys: has_keys.then_some(key_dir),
-        keys_moved_aside,
-        token: None,
-        databases: plan.databases.iter().map(DatabasePlan::report).collect(),
-        left_out: plan.left_out.clone(),
-        warnings: plan.warnings(),
-        bytes_read: tally.bytes_read(),
-        bytes_written: tally.bytes_written(),
-        duration_ms: stopwatch.elapsed_ms(),
-    })
+    blocking(sync).await?.map_err(|error| RestoreError::from(error).with_disk_full())
 }
 
 impl DatabasePlan {
@@ -210,133 +201,4 @@ fn make_keys(dir: &Path) -> Result<(), RestoreError> {
 #[cfg(not(feature = "client"))]
 fn make_keys(_: &Path) -> Result<(), RestoreError> {
     Err(RestoreError::Usage("this build makes no keys".into()))
-}
-
-/// May the target be replaced?
-fn inspect_target(options: &ApplyOptions) -> Result<Before, RestoreError> {
-    let path = &options.data_dir;
-    if let ServerLock::Held { pid } = lock::probe_file(&path.join("spacetime.pid"))? {
-        return Err(RestoreError::ServerRunning { path: path.clone(), pid });
-    }
-    let before = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Before::Nothing,
-        Err(error) => return Err(error).on("inspect", path).map_err(Into::into),
-        Ok(kind) if kind.is_dir() && is_free(path)? => Before::EmptyDir,
-        Ok(_) => Before::Something,
-    };
-    if before == Before::Something && !options.force {
-        return Err(RestoreError::WouldOverwrite(path.clone()));
-    }
-    Ok(before)
-}
-
-/// Renames that belong together: those that were done are taken back when one fails.
-#[derive(Default)]
-struct Renamed(Vec<(PathBuf, PathBuf)>);
-
-impl Renamed {
-    fn rename(&mut self, from: &Path, to: &Path) -> Result<(), FileError> {
-        durable::rename(from, to)?;
-        self.0.push((from.to_owned(), to.to_owned()));
-        Ok(())
-    }
-
-    fn keep(mut self) {
-        self.0.clear();
-    }
-}
-
-impl Drop for Renamed {
-    fn drop(&mut self) {
-        for (from, to) in self.0.drain(..).rev() {
-            if let Err(error) = durable::rename(&to, &from) {
-                tracing::error!(%error, "what belongs at {} is at {}", from.display(), to.display());
-            }
-        }
-    }
-}
-
-/// Whether every file of `ours` is in `theirs` with the same content.
-fn holds_same(ours: &Path, theirs: &Path) -> Result<bool, FileError> {
-    for entry in fs::read_dir(ours).on("list", ours)? {
-        let path = entry.on("list", ours)?.path();
-        let there = theirs.join(path.file_name().unwrap_or_default());
-        let there = match fs::read(&there) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(false),
-            read => read.on("read", &there)?,
-        };
-        if fs::read(&path).on("read", &path)? != there {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Missing, or an empty directory.
-fn is_free(path: &Path) -> Result<bool, FileError> {
-    match fs::read_dir(path) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => Ok(false),
-        Err(error) => Err(error).on("list", path),
-    }
-}
-
-fn check_space(parent: &Path, plan: &RestorePlan, force: bool) -> Result<(), RestoreError> {
-    let stat = rustix::fs::statvfs(parent).map_err(std::io::Error::from).on("inspect", parent)?;
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    // The log's own size is known only from its objects' headers; stored bytes are a lower bound that needs no request.
-    let needed =
-        HEADROOM + plan.bytes_to_read.max(plan.databases.iter().filter_map(DatabasePlan::snapshot_bytes).sum());
-    if free < needed && !force {
-        return Err(RestoreError::NoSpace { path: parent.to_owned(), free, needed });
-    }
-    Ok(())
-}
-
-impl DatabasePlan {
-    fn snapshot_bytes(&self) -> Option<u64> {
-        self.snapshot.as_ref().map(|snapshot| snapshot.raw_bytes)
-    }
-}
-
-/// The directory under construction; removed with all it holds unless the restore succeeds.
-struct Staging {
-    data: PathBuf,
-    keys: PathBuf,
-    keep: bool,
-}
-
-impl Staging {
-    /// Both beside where they go, since a rename stays within one file system.
-    fn create(target: &Path, key_dir: &Path) -> Result<Self, FileError> {
-        let id = ulid::Ulid::new();
-        let staging = Self {
-            data: beside(target, &format!(".restoring-{id}")),
-            keys: beside(key_dir, &format!(".restoring-{id}")),
-            keep: false,
-        };
-        fs::create_dir(&staging.data).on("create", &staging.data)?;
-        Ok(staging)
-    }
-
-    fn done(mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        for path in [&self.data, &self.keys] {
-            if path.exists()
-                && let Err(error) = fs::remove_dir_all(path)
-            {
-                tracing::warn!(path = %path.display(), %error, "what was restored so far could not be removed");
-            }
-        }
-    }
 }

@@ -25,7 +25,7 @@ pub fn make(dir: &Path) -> Result<(), String> {
         Ok((key.private_key_to_pem_pkcs8()?, key.public_key_to_pem()?))
     };
     let (private, public) = make().map_err(|error| format!("make keys: {error}"))?;
-    std::fs::create_dir_all(dir).map_err(|error| format!("create {}: {error}", dir.display()))?;
+    crate::durable::owner::make_private_dir(dir).map_err(|error| error.to_string())?;
     write_new(&dir.join("id_ecdsa"), &private)?;
     write_new(&dir.join("id_ecdsa.pub"), &public)
 }
