@@ -1,6 +1,7 @@
 //! Where a deployment happens: on a server that runs already, or on one that is started for it on loopback.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +12,9 @@ use crate::daemon::state::StateDir;
 use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::journal::Restarter;
 use crate::deploy::{DeployError, Mode, Setup};
-use crate::standalone::command::Binary;
+use crate::durable::owner::{Given, Owner};
+use crate::durable::{self, FileError};
+use crate::standalone::command::{Binary, key_dir};
 use crate::standalone::temporary::TemporaryServer;
 use crate::standalone::{StandaloneError, background, ready};
 
@@ -31,10 +34,33 @@ pub struct Host {
 }
 
 enum Kind {
-    Temporary(Option<Box<TemporaryServer>>),
+    Temporary(Option<Box<TemporaryServer>>, Ownership),
     Background,
     Sidecar,
     Elsewhere,
+}
+
+/// To whom belongs what a temporary server, which runs as we do, writes.
+struct Ownership(Vec<(PathBuf, Owner)>);
+
+impl Ownership {
+    /// Looks before the server starts. Keys that are there have their owner.
+    fn of(config: &Config, data_dir: &Path) -> Result<Self, FileError> {
+        let owner = if data_dir.exists() { Owner::of(data_dir)? } else { Owner::for_new(data_dir)? };
+        let keys = Some(key_dir(config, data_dir)).filter(|dir| !dir.exists());
+        Ok(Self(std::iter::once(data_dir.to_owned()).chain(keys).map(|dir| (dir, owner)).collect()))
+    }
+
+    /// Gives what the server wrote to the owner of the rest: else a server that runs as that one could not open it.
+    fn keep(&self) -> Result<(), FileError> {
+        for (dir, owner) in self.0.iter().filter(|(dir, _)| dir.exists()) {
+            if owner.give_ours(dir)? == Given::Refused {
+                let (dir, uid) = (dir.display(), owner.uid);
+                tracing::warn!(%dir, uid, "what the deployment wrote cannot be given to the directory's owner: `chown -R` it");
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Host {
@@ -76,11 +102,12 @@ impl Host {
             return Ok(host);
         }
         let binary = Binary::find(config)?;
+        let ownership = Ownership::of(config, data_dir)?;
         let log = state_dir.path().join("deploy-server.log");
         let limit = config.deploy.timeout.0.0;
         let server = TemporaryServer::start(&binary, config, data_dir, &log, clock.as_ref(), limit, announce).await?;
         host.config = server.config.clone();
-        host.kind = Kind::Temporary(Some(Box::new(server)));
+        host.kind = Kind::Temporary(Some(Box::new(server)), ownership);
         Ok(host)
     }
 
@@ -104,12 +131,12 @@ impl Host {
         match self.kind {
             Kind::Background => Some(Restarter::Background),
             Kind::Sidecar => Some(Restarter::Sidecar),
-            Kind::Temporary(_) | Kind::Elsewhere => None,
+            Kind::Temporary(..) | Kind::Elsewhere => None,
         }
     }
 
     pub fn mode(&self) -> Mode {
-        if matches!(self.kind, Kind::Temporary(_)) { Mode::Deployment } else { Mode::Online }
+        if matches!(self.kind, Kind::Temporary(..)) { Mode::Deployment } else { Mode::Online }
     }
 
     /// Can we stop it, to take its files back?
@@ -122,9 +149,10 @@ impl Host {
     pub async fn stop(&mut self) -> Result<(), DeployError> {
         let Some(data_dir) = &self.data_dir else { return Ok(()) };
         match &mut self.kind {
-            Kind::Temporary(server) => {
+            Kind::Temporary(server, ownership) => {
                 if let Some(server) = server.take() {
                     server.stop(self.clock.as_ref()).await;
+                    ownership.keep()?;
                 }
             }
             Kind::Background => drop(background::stop(&self.config, data_dir, self.clock.as_ref(), None).await?),
@@ -151,7 +179,7 @@ impl Host {
                     return Err(StandaloneError::NotReady { url, limit, log }.into());
                 }
             }
-            Kind::Temporary(_) | Kind::Elsewhere => {}
+            Kind::Temporary(..) | Kind::Elsewhere => {}
         }
         Ok(())
     }
@@ -191,12 +219,17 @@ pub async fn end_orphan(data_dir: &Path, port: u16, clock: &dyn Clock) -> Result
 
 /// The process whose command line names this directory and this address.
 fn server_process(data_dir: &Path, address: &str) -> Option<u32> {
+    // The run that started it may have named the directory otherwise.
+    let data_dir = durable::canonical(data_dir);
+    let is_data_dir = |word: &[u8]| {
+        let path = Path::new(OsStr::from_bytes(word));
+        path.is_absolute() && durable::canonical(path) == data_dir
+    };
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.into_iter().find(|pid| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = line.split(|byte| *byte == 0);
-        words.clone().any(|word| word == address.as_bytes())
-            && words.any(|word| word == data_dir.as_os_str().as_encoded_bytes())
+        words.clone().any(|word| word == address.as_bytes()) && words.any(is_data_dir)
     })
 }

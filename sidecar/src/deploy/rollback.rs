@@ -8,9 +8,10 @@ use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::host::Host;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{DeployError, Mode, Setup, blocking, configure, cut, record};
-use crate::durable::{self, OnPath};
+use crate::durable;
 use crate::ids::{ContentHash, Offset};
 use crate::observe::server::Database;
+use crate::restore::place::is_mount_point;
 
 /// Takes back what `journal` tells; returns what was done, in words. Opens a server of its own where none is given.
 ///
@@ -18,9 +19,11 @@ use crate::observe::server::Database;
 /// When something of it cannot be done; another call goes on.
 pub async fn roll_back(setup: &Setup, journal: &mut Journal, host: Option<&mut Host>) -> Result<String, DeployError> {
     journal.enter(Step::RollBack, setup.dir())?;
-    if let Some((data, replica)) = setup.replica(journal).await? {
-        // A rollback that was killed between two renames has left the replica beside its place.
-        cut::finish(&data, &replica)?;
+    if let Some(done) = finish(setup, journal).await? {
+        if let Some(restarter) = journal.restart {
+            Host::stopped(setup, restarter).start_again().await?;
+        }
+        return Ok(done);
     }
     if !journal.existed && !journal.had_data_dir && setup.data_dir.as_ref().is_some_and(|dir| !dir.exists()) {
         return Ok("the data directory that was made for it was moved aside before".into());
@@ -91,6 +94,10 @@ async fn with_host(setup: &Setup, journal: &mut Journal, host: &mut Host) -> Res
     if host.can_stop() {
         return cut_back(setup, journal, host).await;
     }
+    if is_half_done(setup, journal).await? {
+        // What runs now is a database that a server has made in its place.
+        return Err(DeployError::CannotStop);
+    }
     republish(setup, journal, &database).await
 }
 
@@ -110,22 +117,63 @@ async fn cut_back(setup: &Setup, journal: &mut Journal, host: &mut Host) -> Resu
     Ok(done)
 }
 
+/// Ends a rollback that was killed between two renames and has left the replica beside its place, unless a server runs:
+/// then once it is stopped.
+async fn finish(setup: &Setup, journal: &Journal) -> Result<Option<String>, DeployError> {
+    let Some((data, replica)) = setup.replica(journal).await? else { return Ok(None) };
+    let (deployment, stamp) = (journal.id, stamp(setup));
+    let finishing = move || {
+        let cut = cut::Cut { data: &data, replica: &replica, deployment, stamp: &stamp };
+        match (cut.left()?, lock::hold(data.root())?) {
+            (None, _) => Ok(false),
+            (Some(left), None) => {
+                let left = left.display();
+                tracing::warn!(
+                    "a server runs in the middle of a rollback: stop it; the database is in {left} until then"
+                );
+                Ok(false)
+            }
+            (Some(_), Some(mut lock)) => {
+                lock.leave();
+                Ok::<_, DeployError>(cut.finish()?)
+            }
+        }
+    };
+    let text = "program and rows are as they were right before the publish: an interrupted rollback was finished";
+    Ok(blocking(finishing).await??.then(|| text.to_owned()))
+}
+
+/// Returns true if what an interrupted rollback has cut is still beside its place.
+async fn is_half_done(setup: &Setup, journal: &Journal) -> Result<bool, DeployError> {
+    let Some((data, replica)) = setup.replica(journal).await? else { return Ok(false) };
+    let deployment = journal.id;
+    let look = move || cut::Cut { data: &data, replica: &replica, deployment, stamp: "" }.left();
+    Ok(blocking(look).await??.is_some())
+}
+
+fn stamp(setup: &Setup) -> String {
+    setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string()
+}
+
 async fn cut_files(setup: &Setup, journal: &Journal) -> Result<String, DeployError> {
+    if let Some(finished) = finish(setup, journal).await? {
+        return Ok(finished);
+    }
     let Some((data, replica)) = setup.replica(journal).await? else { return Err(DeployError::CannotStop) };
     let (from, module) = (journal.log_end.unwrap_or(Offset(0)), journal.module);
-    let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+    let (deployment, stamp) = (journal.id, stamp(setup));
     let cutting = move || {
         // No server may start meanwhile: it would need this lock.
-        let path = data.pid_path();
-        let lock = std::fs::File::options().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
-        lock.try_lock().map_err(|_| DeployError::CannotStop)?;
+        let mut lock = lock::hold(data.root())?.ok_or(DeployError::CannotStop)?;
+        lock.leave();
         let Some(published) = cut::find_publish(&replica, from, &module)? else { return Ok(None) };
         if published.count > 1 {
             let text = "the publish shares its commit with other transactions, and a commit cannot be cut";
             return Err(DeployError::Verification(text.into()));
         }
         let Some(last) = published.offset.0.checked_sub(1) else { return Ok(None) };
-        let aside = cut::cut(&data, &replica, Offset(last), &stamp)?;
+        let cut = cut::Cut { data: &data, replica: &replica, deployment, stamp: &stamp };
+        let aside = cut.apply(Offset(last))?;
         Ok::<_, DeployError>(Some((last, aside)))
     };
     Ok(match blocking(cutting).await?? {
@@ -173,7 +221,14 @@ pub async fn leave_no_data_dir(setup: &Setup, journal: &Journal) -> Result<bool,
         // Somebody has put something else there since.
         return Ok(false);
     }
-    let stamp = setup.clock.now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
-    durable::rename(root, &durable::beside(root, &format!(".failed-deploy-{stamp}")))?;
+    if is_mount_point(root)? {
+        // It cannot be renamed, and without the database it is as good as empty.
+        return Ok(false);
+    }
+    // A server that somebody has started there since keeps it.
+    let Some(mut lock) = lock::hold(root)? else { return Ok(false) };
+    let aside = durable::beside(root, &format!(".failed-deploy-{}", stamp(setup)));
+    durable::rename(root, &aside)?;
+    lock.moved(&aside);
     Ok(true)
 }
