@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use object_store::path::Path as Key;
@@ -65,7 +66,15 @@ pub async fn write(repository: &Repository, path: &Path) -> Result<u64, BundleEr
 }
 
 async fn fill(repository: &Repository, path: &Path) -> Result<u64, BundleError> {
-    let file = File::create(path).on("create", path)?;
+    // Of a run that was killed.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).on("remove", path).map_err(Into::into);
+        }
+        _ => {}
+    }
+    // It may hold token keys, whatever the umask.
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path).on("create", path)?;
     let mut writer = Writer { file: BufWriter::new(file), path, bytes: 0, records: 0, all: blake3::Hasher::new() };
     writer.put(&MAGIC)?;
     writer.put(&VERSION.to_le_bytes())?;

@@ -8,6 +8,7 @@ pub mod chain;
 mod codec;
 mod contents;
 pub mod crypto;
+mod directory;
 pub mod document;
 pub mod instance;
 pub(crate) mod large;

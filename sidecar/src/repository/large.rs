@@ -51,7 +51,11 @@ impl<'a> LargePut<'a> {
             self.send(last).await?;
         }
         self.repository.check_fence()?;
-        self.repository.store.within(Operation::Put, &self.key, 0, self.upload.complete()).await.map(|_| ())
+        self.repository.store.within(Operation::Put, &self.key, 0, self.upload.complete()).await?;
+        if let Some(directory) = self.repository.store.directory() {
+            directory.protect(&self.key);
+        }
+        Ok(())
     }
 
     /// Leaves nothing behind, as far as the store lets us.

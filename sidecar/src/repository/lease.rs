@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
+use crate::repository::directory::Directory;
 use crate::repository::manifest::FORMAT;
 use crate::repository::{Repository, RepositoryError, document, paths};
 
@@ -250,7 +251,7 @@ async fn replace(
     let key = paths::lease();
     let bytes = document::write(document);
     repository.check_marker()?;
-    if let Some(directory) = repository.store.local() {
+    if let Some(directory) = repository.store.directory() {
         let (directory, document) = (directory.clone(), document.clone());
         let create = matches!(mode, PutMode::Create);
         let replaced = tokio::task::spawn_blocking(move || replace_file(&directory, &document, &bytes, create)).await;
@@ -274,17 +275,19 @@ async fn replace(
 
 /// In a directory a lock of the file system stands for the condition: who holds the lock reads, compares and renames.
 fn replace_file(
-    directory: &std::path::Path,
+    directory: &Directory,
     document: &LeaseDocument,
     bytes: &[u8],
     create: bool,
 ) -> Result<UpdateVersion, RepositoryError> {
-    let path = directory.join(paths::lease().as_ref());
+    let path = directory.root().join(paths::lease().as_ref());
     let failed = |error: std::io::Error| RepositoryError::Store {
         key: path.display().to_string(),
         source: object_store::Error::Generic { store: "file", source: error.into() },
     };
     let lock = std::fs::File::options().create(true).append(true).open(path.with_extension("lock")).map_err(failed)?;
+    // Another user may be the next to write here.
+    directory.protect_file(&path.with_extension("lock"));
     lock.lock().map_err(failed)?;
     let held = std::fs::read(&path);
     // A lease that is renewed must be there.
@@ -306,6 +309,7 @@ fn replace_file(
     let write = || {
         let mut file = std::fs::File::create(&written)?;
         std::io::Write::write_all(&mut file, bytes)?;
+        directory.protect_file(&written);
         file.sync_all()?;
         std::fs::rename(&written, &path)
     };

@@ -3,7 +3,7 @@
 //! Invariants: every request has a deadline; retries back off and end; credentials never enter an error message.
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use crate::config::value::without_user;
 use crate::observe::metrics;
 use crate::repository::RepositoryError;
 use crate::repository::address::{Address, Place, Provider};
+use crate::repository::directory::Directory;
 
 /// The slowest store that still counts as answering.
 const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
@@ -34,7 +35,7 @@ const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
     /// Where a `file://` store lies: its lease cannot be replaced conditionally through [`ObjectStore`].
-    local: Option<PathBuf>,
+    local: Option<Directory>,
     timeout: Duration,
     storage_class: Option<String>,
     requests: Arc<AtomicU64>,
@@ -102,8 +103,8 @@ impl Store {
         let mut local = None;
         let bare: Arc<dyn ObjectStore> = match Address::parse(url).map_err(refuse)?.place() {
             Place::Directory(path) => {
-                let store = open_directory(url, path, create)?;
-                local = Some(path.clone());
+                let (store, directory) = open_directory(url, path, create)?;
+                local = Some(directory);
                 store
             }
             Place::Memory => Arc::new(object_store::memory::InMemory::new()),
@@ -162,7 +163,15 @@ impl Store {
     }
 
     pub(super) fn local(&self) -> Option<&PathBuf> {
+        self.local.as_ref().map(Directory::root)
+    }
+
+    pub(super) fn directory(&self) -> Option<&Directory> {
         self.local.as_ref()
+    }
+
+    fn prepare(&self, key: &Key) -> Result<(), RepositoryError> {
+        self.local.as_ref().map_or(Ok(()), |directory| directory.prepare(key)).map_err(|error| failed(key, error))
     }
 
     /// Runs a request that moves about `bytes`, within its deadline.
@@ -201,17 +210,22 @@ impl Store {
     /// [`RepositoryError::Conflict`] when the mode's condition does not hold, or when the store fails.
     pub async fn put(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
         let len = bytes.len() as u64;
+        self.prepare(key)?;
         let options = PutOptions { mode, attributes: self.attributes(), ..PutOptions::default() };
         let written = self
             .within(Operation::Put, key, len, self.objects.put_opts(key, PutPayload::from_bytes(bytes), options))
-            .await;
-        written.map(UpdateVersion::from)
+            .await?;
+        if let Some(directory) = &self.local {
+            directory.protect(key);
+        }
+        Ok(UpdateVersion::from(written))
     }
 
     pub(super) async fn begin_large(
         &self,
         key: &Key,
     ) -> Result<Box<dyn object_store::MultipartUpload>, RepositoryError> {
+        self.prepare(key)?;
         let options = PutMultipartOptions { attributes: self.attributes(), ..PutMultipartOptions::default() };
         self.within(Operation::Put, key, 0, self.objects.put_multipart_opts(key, options)).await
     }
@@ -262,22 +276,24 @@ impl Store {
     }
 }
 
-fn open_directory(url: &str, path: &PathBuf, create: bool) -> Result<Arc<dyn ObjectStore>, RepositoryError> {
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| RepositoryError::Store {
-        key: path.display().to_string(),
-        source: object_store::Error::Generic { store: "file", source },
-    };
+fn open_directory(url: &str, path: &Path, create: bool) -> Result<(Arc<dyn ObjectStore>, Directory), RepositoryError> {
+    let key = path.display();
     if create {
-        // Only the last part: a mount point or a misspelt directory before it must not be made.
-        match std::fs::create_dir(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed(error.into())),
-            _ => {}
-        }
+        Directory::make(path).map_err(|error| failed(&key, error))?;
     } else if !path.is_dir() {
         return Err(RepositoryError::NoRepository { url: url.to_owned() });
     }
-    let store = object_store::local::LocalFileSystem::new_with_prefix(path).map_err(|error| failed(error.into()))?;
-    Ok(Arc::new(store.with_fsync(true)))
+    let directory = Directory::open(path).map_err(|error| failed(&key, error))?;
+    if create {
+        directory.warn_of_other_owner();
+    }
+    let store = object_store::local::LocalFileSystem::new_with_prefix(path).map_err(|error| failed(&key, error))?;
+    Ok((Arc::new(store.with_fsync(true)), directory))
+}
+
+fn failed(key: &impl ToString, error: impl std::error::Error + Send + Sync + 'static) -> RepositoryError {
+    let source = object_store::Error::Generic { store: "file", source: Box::new(error) };
+    RepositoryError::Store { key: key.to_string(), source }
 }
 
 fn client_options(config: &RepositoryConfig) -> Result<ClientOptions, RepositoryError> {
