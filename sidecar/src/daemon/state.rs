@@ -246,11 +246,17 @@ fn describe(followed: &Followed, started_at: Timestamp, now: Timestamp) -> Follo
 pub struct StateDir(PathBuf);
 
 impl StateDir {
-    /// The place of the notes about `data_dir`.
+    /// The place of the notes about `data_dir`: one, whichever links and dots it is named with.
     pub fn locate(config: &Config, data_dir: &Path) -> PathBuf {
+        let place = Self::place(config, &durable::canonical(data_dir));
+        // Earlier releases went by the name as it was given.
+        let named = std::path::absolute(data_dir).map(|named| Self::place(config, &named));
+        named.ok().filter(|named| !place.exists() && named.exists()).unwrap_or(place)
+    }
+
+    fn place(config: &Config, data_dir: &Path) -> PathBuf {
         let base = config.archive.state_dir.clone().unwrap_or_else(default_base);
-        let absolute = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
-        let hash = crate::ids::ContentHash::of(absolute.as_os_str().as_encoded_bytes()).to_string();
+        let hash = crate::ids::ContentHash::of(data_dir.as_os_str().as_encoded_bytes()).to_string();
         base.join(format!("data-{}", &hash[..16]))
     }
 
@@ -261,9 +267,21 @@ impl StateDir {
     pub fn open(config: &Config, data_dir: &Path) -> Result<Self, FileError> {
         use std::os::unix::fs::PermissionsExt;
         let path = Self::locate(config, data_dir);
+        if path.is_symlink() && !path.exists() {
+            // What it led to was removed.
+            std::fs::remove_file(&path).on("remove", &path)?;
+        }
         std::fs::create_dir_all(&path).on("create", &path)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).on("protect", &path)?;
-        Ok(Self(path))
+        let place = Self::place(config, &durable::canonical(data_dir));
+        if let (true, Some(name)) = (place != path, path.file_name())
+            && let Err(error) = std::os::unix::fs::symlink(name, &place)
+        {
+            tracing::debug!(%error, "other names of the data directory do not lead to its state directory");
+        }
+        // The directory's own name is that of this sidecar.
+        let own = std::fs::read_link(&path).map(|name| durable::parent(&path).join(name));
+        Ok(Self(own.unwrap_or(path)))
     }
 
     pub fn path(&self) -> &Path {
@@ -347,5 +365,51 @@ fn default_base() -> PathBuf {
         (Some(state), _) => state.join("inner-universe"),
         (None, Some(home)) => home.join(".local/state/inner-universe"),
         (None, None) => PathBuf::from("/var/lib/inner-universe"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(base: &Path) -> Config {
+        let mut config = Config::default();
+        config.archive.state_dir = Some(base.join("state"));
+        config
+    }
+
+    #[test]
+    fn every_name_leads_to_one_state_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, config) = (dir.path(), config(dir.path()));
+        std::os::unix::fs::symlink("data", base.join("link")).unwrap();
+        // Before and after the data directory is made.
+        for _ in 0..2 {
+            let place = StateDir::locate(&config, &base.join("data"));
+            for name in ["data/", "./data", "link", "link/"] {
+                assert_eq!(StateDir::locate(&config, &base.join(name)), place, "{name}");
+            }
+            std::fs::create_dir_all(base.join("data")).unwrap();
+        }
+        let place = StateDir::locate(&config, &base.join("data"));
+        assert_eq!(StateDir::locate(&config, &base.join("data/../data")), place);
+        assert_ne!(StateDir::locate(&config, &base.join("other")), place);
+    }
+
+    #[test]
+    fn a_state_directory_of_an_earlier_release_is_found_by_every_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, config) = (dir.path(), config(dir.path()));
+        std::fs::create_dir(base.join("data")).unwrap();
+        std::os::unix::fs::symlink("data", base.join("link")).unwrap();
+        let old = StateDir::place(&config, &base.join("link"));
+        std::fs::create_dir_all(&old).unwrap();
+        let opened = StateDir::open(&config, &base.join("link")).unwrap();
+        assert_eq!(opened.path(), old);
+        for name in ["data", "data/", "link"] {
+            let found = StateDir::open(&config, &base.join(name)).unwrap();
+            assert_eq!(found.path(), opened.path(), "{name}");
+            assert_eq!(found.instance(), opened.instance());
+        }
     }
 }
