@@ -45,6 +45,8 @@ mod observe;
 mod official;
 #[path = "promises/page.rs"]
 mod page;
+#[path = "promises/places.rs"]
+mod places;
 #[path = "promises/prune_local.rs"]
 mod prune_local;
 #[path = "promises/random_logs.rs"]

@@ -8,8 +8,8 @@ use harness::client::Rows;
 use harness::stage::{NAME, Stage, call, fill};
 use harness::tools;
 use inner_universe::datadir::DataDir;
-use inner_universe::deploy::cut;
-use inner_universe::ids::Offset;
+use inner_universe::deploy::cut::{self, Cut};
+use inner_universe::ids::{Offset, RestorePointId};
 use serde_json::{Value, json};
 
 /// How far the deployment that was broken off is.
@@ -160,15 +160,16 @@ async fn a_crash_between_the_two_renames_of_a_cut_is_ended_by_the_next_run() {
     stage.server("start");
     fill_more(&stage).await;
     stage.server("stop");
-    let aside = cut::cut(&data, &replica, last, "test").expect("a cut");
+    let cut = Cut { data: &data, replica: &replica, deployment: RestorePointId(ulid::Ulid::nil()), stamp: "test" };
+    let aside = cut.apply(last).expect("a cut");
     assert!(aside.is_dir());
     // As it is between the two: the old one is aside, and the new one not yet in its place.
     let staging = stage.data.with_file_name(format!("data.cutting-{}", replica.id));
     std::fs::rename(replica.root(), &staging).expect("back beside it");
-    cut::finish(&data, &replica).expect("the second rename");
+    assert!(cut.finish().expect("the second rename"));
     assert!(replica.root().is_dir() && !staging.exists());
     // With nothing to end it does nothing.
-    cut::finish(&data, &replica).expect("nothing to do");
+    assert!(!cut.finish().expect("nothing to do"));
     assert_eq!(entities(&stage.rows().await), before);
 }
 
