@@ -3,12 +3,18 @@
 //! Invariants: whatever the umask, what is written is for the owner of the repository's directory alone, or, where that is
 //! set up to be shared (setgid, and writable for its group), for that group too; it belongs to that owner whoever writes it.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use object_store::ObjectStore;
+use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
+use object_store::prefix::PrefixStore;
 
-use crate::durable::FileError;
 use crate::durable::owner::{Owner, make_dirs};
+use crate::durable::{self, FileError, OnPath};
 
 /// Mode bits of a directory that is meant to be shared by its group.
 const SHARED: u32 = 0o2020;
@@ -19,6 +25,8 @@ pub(super) struct Directory {
     root: PathBuf,
     /// Of what is written below it.
     owner: Owner,
+    /// The directory itself, where it is reached by its descriptor.
+    open: Option<Arc<File>>,
 }
 
 impl Directory {
@@ -38,7 +46,22 @@ impl Directory {
     pub(super) fn open(root: &Path) -> Result<Self, FileError> {
         let found = Owner::of(root)?;
         let mode = if found.mode & SHARED == SHARED { 0o2770 } else { 0o700 };
-        Ok(Self { root: root.to_owned(), owner: Owner { mode, ..found } })
+        // The store's client panics at a path that is not UTF-8. Its descriptor has a name that is.
+        let is_text = durable::canonical(root).to_str().is_some();
+        let open = if is_text { None } else { Some(Arc::new(File::open(root).on("open", root)?)) };
+        Ok(Self { root: root.to_owned(), owner: Owner { mode, ..found }, open })
+    }
+
+    /// The store of the objects in it.
+    ///
+    /// # Errors
+    /// When the directory cannot be used as one.
+    pub(super) fn objects(&self) -> object_store::Result<Arc<dyn ObjectStore>> {
+        let Some(open) = &self.open else {
+            return Ok(Arc::new(LocalFileSystem::new_with_prefix(&self.root)?.with_fsync(true)));
+        };
+        let prefix = Key::from(format!("proc/self/fd/{}", open.as_raw_fd()));
+        Ok(Arc::new(PrefixStore::new(LocalFileSystem::new().with_fsync(true), prefix)))
     }
 
     /// Warns where what this process writes would not belong to the directory's owner, who then could not use it.
@@ -131,6 +154,24 @@ mod tests {
         for (mode, _) in found(&root) {
             assert!(matches!(mode, 0o700 | 0o600), "{mode:o}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_not_text_holds_a_repository() {
+        use std::os::unix::ffi::OsStrExt;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join(std::ffi::OsStr::from_bytes(b"not UTF-8 \xff"));
+        fill(&root).await;
+        assert!(root.join("databases/a/log/b").is_file());
+        let url = Address::directory(&root).unwrap();
+        let config = RepositoryConfig::default();
+        let repository = Repository::open(url.url(), &config, Keyring::default()).await.unwrap();
+        let listed = repository.list(&Key::from("databases")).await.unwrap();
+        assert_eq!(listed, [(Key::from("databases/a/log/b"), 1)]);
+        assert_eq!(repository.get(&Key::from("instance/capture")).await.unwrap(), "keys");
+        assert_eq!(repository.folders(&Key::default()).await.unwrap(), ["databases", "instance"]);
+        repository.delete(&Key::from("instance/capture")).await.unwrap();
+        assert!(!root.join("instance/capture").exists());
     }
 
     #[tokio::test]

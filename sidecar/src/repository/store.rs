@@ -287,8 +287,7 @@ fn open_directory(url: &str, path: &Path, create: bool) -> Result<(Arc<dyn Objec
     if create {
         directory.warn_of_other_owner();
     }
-    let store = object_store::local::LocalFileSystem::new_with_prefix(path).map_err(|error| failed(&key, error))?;
-    Ok((Arc::new(store.with_fsync(true)), directory))
+    Ok((directory.objects().map_err(|error| failed(&key, error))?, directory))
 }
 
 fn failed(key: &impl ToString, error: impl std::error::Error + Send + Sync + 'static) -> RepositoryError {
