@@ -177,7 +177,8 @@ mod tests {
             SYNCS.set(SYNCS.get().wrapping_sub(1));
             if SYNCS.get() == 0 { Err(io::Error::from(Errno::IO)).on("sync", Path::new("/")) } else { Ok(()) }
         }
-        let cases: [(fn(&Path, &Path) -> io::Result<()>, &[u32]); 2] = [(exchange, &[1, 2]), (no_exchange, &[1, 3, 4])];
+        type Exchange = fn(&Path, &Path) -> io::Result<()>;
+        let cases: [(Exchange, &[u32]); 2] = [(exchange, &[1, 2]), (no_exchange, &[1, 3, 4])];
         for (exchange, steps) in cases {
             for failed in steps.iter().copied() {
                 let scene = Scene::new();

@@ -35,7 +35,7 @@ const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
     /// Where a `file://` store lies: its lease cannot be replaced conditionally through [`ObjectStore`].
-    local: Option<Directory>,
+    local: Option<Arc<Directory>>,
     timeout: Duration,
     storage_class: Option<String>,
     requests: Arc<AtomicU64>,
@@ -104,7 +104,7 @@ impl Store {
         let bare: Arc<dyn ObjectStore> = match Address::parse(url).map_err(refuse)?.place() {
             Place::Directory(path) => {
                 let (store, directory) = open_directory(url, path, create)?;
-                local = Some(directory);
+                local = Some(Arc::new(directory));
                 store
             }
             Place::Memory => Arc::new(object_store::memory::InMemory::new()),
@@ -163,11 +163,11 @@ impl Store {
     }
 
     pub(super) fn local(&self) -> Option<&PathBuf> {
-        self.local.as_ref().map(Directory::root)
+        self.local.as_deref().map(Directory::root)
     }
 
     pub(super) fn directory(&self) -> Option<&Directory> {
-        self.local.as_ref()
+        self.local.as_deref()
     }
 
     fn prepare(&self, key: &Key) -> Result<(), RepositoryError> {
