@@ -234,7 +234,7 @@ async fn with_keeper<T>(
     let (config, clock) = (&setup.config.repository, Arc::clone(&context.clock));
     let remembered = Remembered::in_dir(setup.state_dir.path());
     // The place that `deploy` chooses itself, beside the data directory, is made by it too.
-    let is_own = setup.data_dir.as_deref().is_some_and(|dir| url == beside(dir));
+    let is_own = setup.data_dir.as_deref().is_some_and(|dir| beside(dir).is_ok_and(|own| own == url));
     let repository = match is_own {
         true => remembered.open_or_create(&url, config, context.keyring(&[])?, clock.as_ref()).await?,
         false => remembered.open(&url, config, context.keyring(&[])?).await?,
