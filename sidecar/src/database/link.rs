@@ -17,7 +17,8 @@ use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
 use crate::database::schema::Schema;
-use crate::observe::server::{Database, SourceError, root_cause};
+use crate::observe::server::{Database, SourceError};
+use crate::outbound::root_cause;
 
 /// The largest answer that is taken.
 pub const LARGEST_ANSWER: usize = 24 << 20;

@@ -8,6 +8,7 @@ use crate::clock::Clock;
 use crate::config::TelemetryConfig;
 use crate::observe::metrics::HEARTBEATS;
 use crate::observe::otlp::{self, OtlpError};
+use crate::outbound;
 
 /// The longest that one call may take.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
@@ -30,8 +31,9 @@ pub async fn beat(
                 Ok(_) => count("ok"),
                 Err(error) => {
                     count("failed");
+                    let proxy = outbound::proxy_of(&error).map(tracing::field::display);
                     // The address is a secret: who knows it can keep the alarm silent.
-                    tracing::warn!(error = %error.without_url(), "the heartbeat was not taken and is tried again");
+                    tracing::warn!(error = %error.without_url(), proxy, "the heartbeat was not taken and is tried again");
                 }
             },
             Err(reason) => {

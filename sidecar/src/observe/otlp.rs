@@ -15,6 +15,7 @@ use opentelemetry_otlp::{
 };
 
 use crate::config::{OtlpCompression, OtlpProtocol, TelemetryConfig};
+use crate::outbound;
 
 /// No answer of a collector is longer.
 const MAX_ANSWER: usize = 4 << 20;
@@ -201,7 +202,7 @@ pub(crate) fn client(timeout: Duration, ca_file: Option<&std::path::Path>) -> Re
         let found = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| refuse(error.to_string()))?;
         builder = builder.tls_certs_merge(found);
     }
-    builder.build().map_err(|error| OtlpError::Client(error.to_string()))
+    outbound::with_proxies(builder).build().map_err(|error| OtlpError::Client(error.to_string()))
 }
 
 type Answer<'a> = Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'a>>;
@@ -214,7 +215,7 @@ impl HttpClient for Client {
     {
         let client = self.client.clone();
         let sent = self.runtime.spawn(async move {
-            let mut answer = client.execute(request.try_into()?).await?;
+            let mut answer = client.execute(request.try_into()?).await.map_err(outbound::with_proxy)?;
             let mut response = Response::builder().status(answer.status());
             if let Some(headers) = response.headers_mut() {
                 *headers = std::mem::take(answer.headers_mut());

@@ -9,6 +9,7 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
+use crate::outbound;
 
 /// What can go wrong with the server.
 #[derive(Debug, thiserror::Error)]
@@ -282,8 +283,10 @@ impl Database {
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);
         }
-        let unreachable =
-            |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
+        let unreachable = |error: reqwest::Error| SourceError::Unreachable {
+            url: self.url.clone(),
+            reason: outbound::reason(&error),
+        };
         let mut answer = request.send().await.map_err(unreachable)?;
         let status = answer.status();
         let mut bytes = Vec::new();
@@ -322,8 +325,10 @@ impl Database {
     }
 
     pub(crate) async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<bytes::Bytes, SourceError> {
-        let unreachable =
-            |error: reqwest::Error| SourceError::Unreachable { url: self.url.clone(), reason: root_cause(&error) };
+        let unreachable = |error: reqwest::Error| SourceError::Unreachable {
+            url: self.url.clone(),
+            reason: outbound::reason(&error),
+        };
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);
         }
@@ -355,12 +360,4 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
         serde_json::from_slice(bytes).map_err(|error| SourceError::Answer(error.to_string()))?;
     // One answer for each statement, and there is one.
     Ok(answers.pop().map(|answer| answer.rows).unwrap_or_default())
-}
-
-pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -43,13 +43,32 @@ pub async fn health(config: &Config) -> Result<Health, SourceError> {
 pub async fn wait(config: &Config, clock: &dyn Clock, limit: Duration, mut ended: impl FnMut() -> bool) -> bool {
     let waited = Stopwatch::start();
     loop {
-        match health(config).await {
-            Ok(health) if health.database_answers != Some(false) => return true,
+        let left = limit.saturating_sub(Duration::from_secs_f64(waited.elapsed_seconds()));
+        // A request has a limit of its own, which may be longer than what is left.
+        match tokio::time::timeout(left.max(LOOK), health(config)).await {
+            Ok(Ok(health)) if health.database_answers != Some(false) => return true,
             _ => {}
         }
         if ended() || waited.elapsed_seconds() > limit.as_secs_f64() {
             return false;
         }
         clock.sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+
+    #[tokio::test]
+    async fn a_silent_server_is_waited_for_within_the_limit() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let mut config = Config::default();
+        config.spacetimedb_config.url = Some(format!("http://{}", silent.local_addr().expect("an address")));
+        config.server_config.timeout_ms = 600_000;
+        let waiting = wait(&config, &SystemClock, Duration::from_millis(300), || false);
+        let ready = tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("an end");
+        assert!(!ready);
     }
 }
