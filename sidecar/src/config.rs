@@ -227,10 +227,11 @@ pub struct RepositoryConfig {
     pub request_timeout: Period,
     /// Tries of one request before it counts as failed; the archiver then waits and begins anew.
     pub request_retries: u32,
-    /// The S3 endpoint, where it is not AWS.
+    /// The S3 endpoint, where it is not AWS; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL when left out.
     pub endpoint: Option<String>,
+    /// AWS_REGION or AWS_DEFAULT_REGION when left out.
     pub region: Option<String>,
-    /// Address buckets as `endpoint/bucket` (true) or `bucket.endpoint` (false).
+    /// Address buckets as `endpoint/bucket` (true) or `bucket.endpoint` (false); the endpoint is given without the bucket.
     pub path_style: bool,
     /// S3 credentials; AWS_* variables and instance roles are used when left out.
     pub access_key_id: Option<Secret>,

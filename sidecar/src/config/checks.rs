@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use crate::config::Config;
 use crate::config::value::{ByteSize, Period, without_user};
+use crate::config::{Config, RepositoryConfig};
+use crate::repository::store::virtual_endpoint;
 
 impl Config {
     /// What no single key shows: keys that need or exclude each other, and ranges.
@@ -29,6 +30,14 @@ impl Config {
                 refuse(key, problem);
             }
         }
+        if let Some(endpoint) = &repository.endpoint
+            && url::Url::parse(endpoint).is_ok_and(|url| url.query().is_some() || url.fragment().is_some())
+        {
+            refuse("repository.endpoint", "an endpoint takes neither `?` nor `#`".into());
+            }
+        }
+        problems.extend(store_checks(repository));
+        let mut refuse = |key, message: String| problems.push((key, message));
         if repository.access_key_id.is_some() != repository.secret_access_key.is_some() {
             refuse("repository.access_key_id", "access_key_id and secret_access_key go together; give both".into());
         }
@@ -159,6 +168,25 @@ fn check_web_address(text: &str, credentials: &str) -> Result<(), String> {
         }
         _ => Ok(()),
     }
+}
+
+/// What holds of some stores only.
+fn store_checks(repository: &RepositoryConfig) -> Vec<(&'static str, String)> {
+    let mut problems = Vec::new();
+    let url = repository.url.as_deref().and_then(|url| url::Url::parse(url).ok());
+    let scheme = url.as_ref().map_or("", |url| url.scheme());
+    if let (Some(endpoint), Some(bucket)) = (&repository.endpoint, url.as_ref().and_then(|url| url.host_str()))
+        && scheme == "s3"
+        && !repository.path_style
+        && let Err(reason) = virtual_endpoint(endpoint, bucket)
+    {
+        problems.push(("repository.path_style", reason));
+    }
+    if repository.session_token.is_some() && repository.access_key_id.is_none() {
+        let message = "session_token belongs to access_key_id and secret_access_key; give all three";
+        problems.push(("repository.session_token", message.into()));
+    }
+    problems
 }
 
 fn is_web_address(text: &str) -> bool {

@@ -16,6 +16,12 @@ use crate::config::value::REDACTED;
 /// What variables of the environment start with; `__` goes down a level: `INNER_UNIVERSE__REPOSITORY__URL`.
 pub const ENV_PREFIX: &str = "INNER_UNIVERSE__";
 
+/// Keys that variables of the tools of AWS stand for, in the order in which they count.
+const VARIABLES_OF_AWS: [(&str, &[&str]); 2] = [
+    ("repository.endpoint", &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]),
+    ("repository.region", &["AWS_REGION", "AWS_DEFAULT_REGION"]),
+];
+
 /// Where a value comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -114,14 +120,15 @@ pub fn load(
     if let Some(path) = file {
         merge.file(path);
     }
-    let mut variables: Vec<_> = environment.into_iter().filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect();
+    let mut variables: Vec<_> = environment.into_iter().collect();
     variables.sort();
-    for (name, text) in variables {
-        merge.variable(&name, &text);
+    for (name, text) in variables.iter().filter(|(name, _)| name.starts_with(ENV_PREFIX)) {
+        merge.variable(name, text);
     }
     for (key, value, flag) in flags {
         merge.value(key, vec![value.clone()], &Source::Flag { flag: (*flag).to_owned() });
     }
+    merge.variables_of_aws(&variables);
     merge.finish()
 }
 
@@ -212,6 +219,24 @@ impl Merge {
             _ => std::iter::once(Value::String(text.to_owned())).chain(serde_json::from_str(text).ok()).collect(),
         };
         self.value(&name, readings, &source);
+    }
+
+    /// What the tools of AWS read from the environment stands for keys that are not configured.
+    fn variables_of_aws(&mut self, variables: &[(String, String)]) {
+        let url = self.merged.get("repository").and_then(|keys| keys.get("url")).and_then(Value::as_str);
+        if !url.is_some_and(|url| url.starts_with("s3:")) {
+            return;
+        }
+        let find = |wanted: &str| {
+            let found = variables.iter().find(|(name, text)| name == wanted && !text.trim().is_empty());
+            found.map(|(_, text)| text.trim().to_owned())
+        };
+        for (key, names) in VARIABLES_OF_AWS {
+            let found = names.iter().find_map(|name| Some((name, find(name)?)));
+            if let Some((name, text)) = found.filter(|_| !self.sources.contains_key(key)) {
+                self.value(key, vec![text.into()], &Source::Environment { variable: (*name).to_owned() });
+            }
+        }
     }
 
     /// Takes the first reading that the key can be.
@@ -363,5 +388,34 @@ mod tests {
                 assert!(!address.starts_with("https://me:SWORDFISH") || refused.contains(hint), "{key}: {refused}");
             }
         }
+    }
+
+    fn shown(environment: &[(&str, &str)], key: &str) -> (Value, Source) {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let loaded = load(None, environment, &[]).expect("a configuration");
+        let found = loaded.effective().into_iter().find(|effective| effective.key == key).expect("the key");
+        (found.value, found.source)
+    }
+
+    const URL: (&str, &str) = ("INNER_UNIVERSE__REPOSITORY__URL", "s3://backups/p");
+    const OURS: (&str, &str) = ("INNER_UNIVERSE__REPOSITORY__ENDPOINT", "https://ours");
+    const SPECIFIC: (&str, &str) = ("AWS_ENDPOINT_URL_S3", "https://specific");
+    const GENERAL: (&str, &str) = ("AWS_ENDPOINT_URL", "http://general");
+
+    #[test]
+    fn endpoints_of_aws_variables_show_their_source() {
+        let variable = |name: &str| Source::Environment { variable: name.to_owned() };
+        for (environment, value, source) in [
+            (vec![URL, GENERAL], json!("http://general"), variable(GENERAL.0)),
+            (vec![URL, GENERAL, SPECIFIC], json!("https://specific"), variable(SPECIFIC.0)),
+            (vec![URL, GENERAL, SPECIFIC, OURS], json!("https://ours"), variable(OURS.0)),
+            (vec![URL, (GENERAL.0, " ")], Value::Null, Source::Default),
+            // Of S3 alone.
+            (vec![(URL.0, "file:///backups"), GENERAL], Value::Null, Source::Default),
+        ] {
+            assert_eq!(shown(&environment, "repository.endpoint"), (value, source), "{environment:?}");
+        }
+        let region = [URL, ("AWS_DEFAULT_REGION", "here"), ("AWS_REGION", "there")];
+        assert_eq!(shown(&region, "repository.region"), (json!("there"), variable("AWS_REGION")));
     }
 }

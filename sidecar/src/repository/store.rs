@@ -2,6 +2,9 @@
 //!
 //! Invariants: every request has a deadline; retries back off and end; credentials never enter an error message.
 
+mod cloud;
+mod http;
+
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,11 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum, S3ConditionalPut};
 use object_store::path::Path as Key;
 use object_store::{
-    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, ObjectStore, ObjectStoreExt, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, RetryConfig, UpdateVersion,
+    Attribute, Attributes, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload,
+    UpdateVersion,
 };
 use opentelemetry::KeyValue;
 use tracing::field::Empty;
@@ -24,7 +26,8 @@ use crate::config::RepositoryConfig;
 use crate::config::value::without_user;
 use crate::observe::metrics;
 use crate::repository::RepositoryError;
-use crate::repository::address::{Address, Place, Provider};
+pub(crate) use crate::repository::store::cloud::virtual_endpoint;
+use crate::repository::address::{Address, Place};
 use crate::repository::directory::Directory;
 
 /// The slowest store that still counts as answering.
@@ -109,28 +112,7 @@ impl Store {
             }
             Place::Memory => Arc::new(object_store::memory::InMemory::new()),
             Place::Bucket { provider, name, prefix } => {
-                // `ring` is compiled in for all TLS; a second start in one process keeps the first one's.
-                let _ = rustls::crypto::ring::default_provider().install_default();
-                let client = client_options(config)?;
-                let store: Arc<dyn ObjectStore> = match provider {
-                    Provider::S3 => Arc::new(s3(name, config, client).map_err(|error| refuse(error.to_string()))?),
-                    Provider::Gcs => Arc::new(
-                        object_store::gcp::GoogleCloudStorageBuilder::from_env()
-                            .with_bucket_name(name)
-                            .with_client_options(client)
-                            .with_retry(retries(config))
-                            .build()
-                            .map_err(|error| refuse(error.to_string()))?,
-                    ),
-                    Provider::Azure => Arc::new(
-                        object_store::azure::MicrosoftAzureBuilder::from_env()
-                            .with_container_name(name)
-                            .with_client_options(client)
-                            .with_retry(retries(config))
-                            .build()
-                            .map_err(|error| refuse(error.to_string()))?,
-                    ),
-                };
+                let store = cloud::connect(provider.scheme(), name, config)?;
                 if prefix.as_ref().is_empty() {
                     store
                 } else {
@@ -293,73 +275,6 @@ fn open_directory(url: &str, path: &Path, create: bool) -> Result<(Arc<dyn Objec
 fn failed(key: &impl ToString, error: impl std::error::Error + Send + Sync + 'static) -> RepositoryError {
     let source = object_store::Error::Generic { store: "file", source: Box::new(error) };
     RepositoryError::Store { key: key.to_string(), source }
-}
-
-fn client_options(config: &RepositoryConfig) -> Result<ClientOptions, RepositoryError> {
-    // The deadline of a whole request grows with its size; see `Store::within`.
-    let mut options = ClientOptions::new()
-        .with_timeout_disabled()
-        .with_connect_timeout(Duration::from_secs(5).min(config.request_timeout.0))
-        .with_allow_http(config.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")));
-    if let Some(path) = &config.ca_file {
-        let refuse = |reason: String| RepositoryError::BadUrl { url: path.display().to_string(), reason };
-        let pem = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
-        for certificate in Certificate::from_pem_bundle(&pem).map_err(|error| refuse(error.to_string()))? {
-            options = options.with_root_certificate(certificate);
-        }
-    }
-    Ok(options)
-}
-
-fn retries(config: &RepositoryConfig) -> RetryConfig {
-    RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(5),
-            base: 2.0,
-        },
-        max_retries: config.request_retries as usize,
-        retry_timeout: config.request_timeout.0,
-    }
-}
-
-fn s3(
-    bucket: &str,
-    config: &RepositoryConfig,
-    client: ClientOptions,
-) -> object_store::Result<object_store::aws::AmazonS3> {
-    let mut builder = AmazonS3Builder::from_env()
-        .with_bucket_name(bucket)
-        .with_virtual_hosted_style_request(!config.path_style)
-        .with_conditional_put(S3ConditionalPut::ETagMatch)
-        .with_client_options(client)
-        .with_retry(retries(config));
-    if let Some(endpoint) = &config.endpoint {
-        builder = builder.with_endpoint(endpoint.trim_end_matches('/'));
-        builder = builder.with_allow_http(endpoint.starts_with("http://"));
-    }
-    if let Some(region) = &config.region {
-        builder = builder.with_region(region);
-    }
-    if let (Some(id), Some(secret)) = (&config.access_key_id, &config.secret_access_key) {
-        builder = builder.with_access_key_id(id.reveal()).with_secret_access_key(secret.reveal());
-    }
-    if let Some(token) = &config.session_token {
-        builder = builder.with_token(token.reveal());
-    }
-    let settings = [
-        ("aws_server_side_encryption", &config.server_side_encryption),
-        ("aws_sse_kms_key_id", &config.sse_kms_key_id),
-    ];
-    for (name, value) in settings {
-        if let Some(value) = value {
-            builder = builder.with_config(name.parse::<AmazonS3ConfigKey>()?, value);
-        }
-    }
-    if config.checksum {
-        builder = builder.with_checksum_algorithm(Checksum::SHA256);
-    }
-    builder.build()
 }
 
 /// The server's own words, without the layers around them.

@@ -107,6 +107,22 @@ fn each_malformed_configuration_gives_one_exact_message() {
             "[repository]\nsession_token = \"env:NO_SUCH_VARIABLE\"",
             &["repository.session_token", "NO_SUCH_VARIABLE"],
         ),
+        ("a.toml", "[repository]\nsession_token = \"token\"", &["a.toml:2 repository.session_token", "access_key_id"]),
+        (
+            "a.toml",
+            "[repository]\nurl = \"s3://b/p\"\nendpoint = \"http://127.0.0.1:9000\"\npath_style = false",
+            &["a.toml:4 repository.path_style", "path_style = true"],
+        ),
+        (
+            "a.toml",
+            "[repository]\nurl = \"s3://b/p\"\nendpoint = \"https://b.example.org\"\npath_style = false",
+            &["a.toml:4 repository.path_style", "without it (example.org)"],
+        ),
+        (
+            "a.toml",
+            "[repository]\nendpoint = \"https://example.org/#1\"",
+            &["repository.endpoint", "neither `?` nor `#`"],
+        ),
         ("a.toml", "[repository]\ncompression_level = 30", &["repository.compression_level", "not from 1 to 19"]),
         ("a.toml", "[repository]\nrecipients = [\"age1wrong\"]", &["repository.recipients", "not an age recipient"]),
         ("a.toml", "[repository]\nca_file = \"/nowhere/ca.pem\"", &["repository.ca_file", "/nowhere/ca.pem"]),
