@@ -1,6 +1,7 @@
 //! The kinds of values that a configuration holds beyond numbers and texts. Each reads from the text a person would write.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -94,7 +95,11 @@ impl fmt::Display for ByteSize {
 /// A secret: the text itself, or better `file:/path` or `env:NAME`. It never shows, not even in the error that refuses it.
 #[derive(Clone, PartialEq, Eq, JsonSchema)]
 #[schemars(with = "String")]
-pub struct Secret(String);
+pub struct Secret {
+    text: String,
+    /// The file that it was read from.
+    file: Option<PathBuf>,
+}
 
 /// What is shown of a secret.
 pub const REDACTED: &str = "(redacted)";
@@ -102,7 +107,29 @@ pub const REDACTED: &str = "(redacted)";
 impl Secret {
     /// The secret itself, for the one who needs it.
     pub fn reveal(&self) -> &str {
-        &self.0
+        &self.text
+    }
+
+    /// The file that it was read from.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// The secret as its file holds it now.
+    pub(crate) fn read_again(&self) -> Result<String, String> {
+        match &self.file {
+            Some(path) => read_secret(path),
+            None => Ok(self.text.clone()),
+        }
+    }
+}
+
+fn read_secret(path: &Path) -> Result<String, String> {
+    let read = std::fs::read_to_string(path);
+    let read = read.map_err(|error| format!("read the secret in {}: {error}", path.display()))?;
+    match read.trim() {
+        "" => Err("the secret is empty".into()),
+        text => Ok(text.to_owned()),
     }
 }
 
@@ -110,15 +137,17 @@ impl TryFrom<String> for Secret {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let found = if let Some(path) = text.strip_prefix("file:") {
-            let read = std::fs::read_to_string(path).map_err(|error| format!("read the secret in {path}: {error}"))?;
-            read.trim().to_owned()
-        } else if let Some(name) = text.strip_prefix("env:") {
-            std::env::var(name).map_err(|_| format!("the environment has no {name}, which the secret refers to"))?
-        } else {
-            text
+        if let Some(path) = text.strip_prefix("file:") {
+            let file = PathBuf::from(path);
+            return Ok(Self { text: read_secret(&file)?, file: Some(file) });
+        }
+        let text = match text.strip_prefix("env:") {
+            Some(name) => {
+                std::env::var(name).map_err(|_| format!("the environment has no {name}, which the secret refers to"))?
+            }
+            None => text,
         };
-        if found.is_empty() { Err("the secret is empty".into()) } else { Ok(Self(found)) }
+        if text.is_empty() { Err("the secret is empty".into()) } else { Ok(Self { text, file: None }) }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Invariants: every request has a deadline; retries back off and end; credentials never enter an error message.
 
 mod cloud;
+mod credentials;
 mod http;
 
 use std::future::Future;

@@ -13,6 +13,7 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 
 use crate::config::RepositoryConfig;
 use crate::repository::RepositoryError;
+use crate::repository::store::credentials::KeyFiles;
 use crate::repository::store::http::Connector;
 
 /// Connects to `bucket` of the store that the scheme of an address names.
@@ -138,7 +139,9 @@ fn s3(
     if let Some(region) = &config.region {
         builder = builder.with_region(region);
     }
-    if let (Some(id), Some(secret)) = (&config.access_key_id, &config.secret_access_key) {
+    if let Some(keys) = KeyFiles::of(config) {
+        builder = builder.with_credentials(Arc::new(keys));
+    } else if let (Some(id), Some(secret)) = (&config.access_key_id, &config.secret_access_key) {
         builder = builder.with_access_key_id(id.reveal()).with_secret_access_key(secret.reveal());
         if let Some(token) = &config.session_token {
             builder = builder.with_token(token.reveal());
