@@ -149,11 +149,35 @@ type Written = Arc<Mutex<Vec<(String, SystemTime)>>>;
 /// Requests by what they ask for, as a bill tells them apart: `GET`, `PUT`, `LIST` and so on.
 type Kinds = Arc<Mutex<BTreeMap<String, u64>>>;
 
+/// An answer in place of the server's, to the requests whose head it is for.
+#[derive(Clone)]
+struct Canned {
+    answer: String,
+    to: fn(&str) -> bool,
+}
+
+impl Canned {
+    fn new(status: &str, kind: &str, body: &str, to: fn(&str) -> bool) -> Self {
+        let length = body.len();
+        let head = format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}");
+        Self { answer: format!("{head}\r\nConnection: close\r\n\r\n{body}"), to }
+    }
+
+    fn error(status: &str, code: &str, to: fn(&str) -> bool) -> Self {
+        let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>No.</Message></Error>");
+        Self::new(status, "application/xml", &body, to)
+    }
+}
+
+fn is_listing(head: &str) -> bool {
+    head.starts_with("GET ") && head.contains("list-type=2")
+}
+
 /// A proxy of HTTP/1.1 whose connections serve one request each, so that each can fail on its own.
 pub struct Proxy {
     pub endpoint: String,
     fault: Arc<AtomicU8>,
-    canned: Arc<Mutex<Option<String>>>,
+    canned: Arc<Mutex<Option<Canned>>>,
     requests: Arc<AtomicU64>,
     kinds: Kinds,
     written: Written,
@@ -166,7 +190,7 @@ impl Proxy {
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
         let target = server.endpoint.trim_start_matches("http://").to_owned();
         let (fault, requests) = (Arc::new(AtomicU8::new(0)), Arc::new(AtomicU64::new(0)));
-        let canned: Arc<Mutex<Option<String>>> = Arc::default();
+        let canned: Arc<Mutex<Option<Canned>>> = Arc::default();
         let (mode, count, say) = (Arc::clone(&fault), Arc::clone(&requests), Arc::clone(&canned));
         let (written, kinds) = (Written::default(), Kinds::default());
         let notes = (Arc::clone(&written), Arc::clone(&kinds));
@@ -190,11 +214,13 @@ impl Proxy {
 
     /// Answers everything with this status and S3 error code; `None` to pass requests on again.
     pub fn answer(&self, error: Option<(&str, &str)>) {
-        let answer = error.map(|(status, code)| {
-            let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>No.</Message></Error>");
-            format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
-        });
-        *self.canned.lock().expect("the answer") = answer;
+        *self.canned.lock().expect("the answer") = error.map(|(status, code)| Canned::error(status, code, |_| true));
+    }
+
+    /// Answers listings, and nothing else, with this page.
+    pub fn answer_listings(&self, page: Option<(&str, &str)>) {
+        let canned = page.map(|(kind, body)| Canned::new("200 OK", kind, body, is_listing));
+        *self.canned.lock().expect("the answer") = canned;
     }
 
     /// What was written so far, with the times at which the server had said so.
@@ -224,7 +250,7 @@ async fn pass(
     target: &str,
     mode: &AtomicU8,
     n: u64,
-    canned: Option<String>,
+    canned: Option<Canned>,
     (written, kinds): &(Written, Kinds),
 ) -> std::io::Result<()> {
     let is = |fault: Fault| mode.load(Ordering::Relaxed) == fault as u8;
@@ -245,7 +271,7 @@ async fn pass(
     };
     let text = String::from_utf8_lossy(&head[..end]).into_owned();
     let (method, _) = text.split_once(' ').unwrap_or_default();
-    let kind = if method == "GET" && text.contains("list-type=2") { "LIST" } else { method };
+    let kind = if is_listing(&text) { "LIST" } else { method };
     *kinds.lock().expect("the counts").entry(kind.to_owned()).or_default() += 1;
     let length: usize = text
         .lines()
@@ -271,8 +297,8 @@ async fn pass(
             tokio::time::sleep(Duration::from_micros(read as u64 * 10)).await;
         }
     }
-    if let Some(answer) = canned {
-        return client.write_all(answer.as_bytes()).await;
+    if let Some(canned) = canned.filter(|canned| (canned.to)(&text)) {
+        return client.write_all(canned.answer.as_bytes()).await;
     }
     if full || flaky {
         let answer = match n / 5 % 3 {

@@ -41,6 +41,17 @@ pub enum Provider {
     Azure,
 }
 
+impl Provider {
+    /// What its addresses begin with.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::S3 => "s3",
+            Self::Gcs => "gs",
+            Self::Azure => "az",
+        }
+    }
+}
+
 impl Address {
     /// Reads an absolute path, or a URL.
     ///

@@ -5,6 +5,10 @@
 mod cloud;
 mod credentials;
 mod http;
+mod listing;
+mod ordered;
+#[cfg(test)]
+mod tests;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};

@@ -130,6 +130,88 @@ async fn a_prefix_that_holds_something_else_is_left_alone() {
     assert!(message.contains("photo.jpg") && message.contains("choose an empty"), "{message}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn broken_listings_are_outages_for_every_verb() {
+    let Some(server) = S3::moto().await else { return };
+    let proxy = Proxy::before(&server).await;
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..100));
+    let good = settings(&proxy.endpoint, harness::s3::ACCESS_KEY, harness::s3::SECRET_KEY);
+    let sidecar = Sidecar::with(&url("listings")).configured(good).and("RETENTION__KEEP_LAST", "1");
+    sidecar.backup(&synthetic.path());
+    let restored = synthetic.dir.path().join("restored");
+    let truncated = "<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>";
+    let endless = "<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>a</NextContinuationToken></ListBucketResult>";
+    for (kind, page) in [
+        ("application/xml", truncated),
+        ("application/xml", endless),
+        ("application/xml", "<ListAllMyBucketsResult><Buckets/></ListAllMyBucketsResult>"),
+        ("text/html", "<!DOCTYPE html><html><body>Maintenance</body></html>"),
+        ("text/plain", ""),
+    ] {
+        proxy.answer_listings(Some((kind, page)));
+        for verb in [
+            &["verify"][..],
+            &["backup", "list"],
+            &["backup", "create", "--data-dir", path(&synthetic.path())],
+            &["restore", "--data-dir", path(&restored), "--to", "latest"],
+            &["prune"],
+        ] {
+            let message = sidecar.run(verb).fails_with(7);
+            assert!(message.contains("cannot be trusted"), "{verb:?}, {page}: {message}");
+        }
+    }
+    proxy.answer_listings(None);
+    assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn configured_stores_win_over_variables_of_aws() {
+    let Some(server) = S3::moto().await else { return };
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..100));
+    let pairs = |pairs: &[(&str, &str)]| {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect::<Vec<_>>()
+    };
+    let foreign = pairs(&[
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("AWS_SESSION_TOKEN", "foreign"),
+        ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true"),
+    ]);
+    let configured = Sidecar::with(&url("ours")).configured(server.settings()).with_environment(foreign);
+    configured.backup(&synthetic.path());
+    // Without a configured endpoint, the variables alone lead to the store, and are named.
+    let variables = pairs(&[
+        ("AWS_ENDPOINT_URL", server.endpoint.as_str()),
+        ("AWS_ACCESS_KEY_ID", harness::s3::ACCESS_KEY),
+        ("AWS_SECRET_ACCESS_KEY", harness::s3::SECRET_KEY),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ]);
+    let alone = Sidecar::with(&url("ours")).with_environment(variables);
+    let shown = alone.run(["config", "show"]).ok();
+    let endpoint = shown.as_array().expect("keys").iter().find(|key| key["key"] == "repository.endpoint");
+    let endpoint = endpoint.expect("the endpoint");
+    assert_eq!(endpoint["value"], server.endpoint.as_str());
+    assert_eq!(endpoint["source"]["environment"]["variable"], "AWS_ENDPOINT_URL");
+    assert_eq!(alone.run(["backup", "list"]).ok().to_string().matches("\"id\"").count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_proxies_do_not_hide_loopback_and_are_named_elsewhere() {
+    let Some(server) = S3::moto().await else { return };
+    let synthetic = Synthetic::new();
+    synthetic.segment(1, 0, &records(0..100));
+    let dead = vec![("HTTP_PROXY".to_owned(), "http://me:secret@127.0.0.1:9".to_owned())];
+    let sidecar = Sidecar::with(&url("proxied")).configured(server.settings()).with_environment(dead.clone());
+    sidecar.backup(&synthetic.path());
+    let elsewhere = settings("http://store.invalid", harness::s3::ACCESS_KEY, harness::s3::SECRET_KEY);
+    let sidecar = Sidecar::with(&url("proxied")).configured(elsewhere).with_environment(dead);
+    let message = sidecar.run(["backup", "list"]).fails_with(7);
+    assert!(message.contains("through the proxy http://127.0.0.1:9 (HTTP_PROXY)"), "{message}");
+    assert!(!message.contains("secret"), "{message}");
+}
+
 /// A line of a process's memory, KiB.
 fn memory(pid: u32, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();

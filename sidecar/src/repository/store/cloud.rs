@@ -15,6 +15,7 @@ use crate::config::RepositoryConfig;
 use crate::repository::RepositoryError;
 use crate::repository::store::credentials::KeyFiles;
 use crate::repository::store::http::Connector;
+use crate::repository::store::ordered::Ordered;
 
 /// Connects to `bucket` of the store that the scheme of an address names.
 pub(super) fn connect(
@@ -45,7 +46,9 @@ pub(super) fn connect(
             Arc::new(builder.build().map_err(|error| refuse(error.to_string()))?)
         }
     };
-    Ok(store)
+    // Directory buckets list in no order, and Azure promises none where names are folders.
+    let orders = scheme == "gs" || (scheme == "s3" && !bucket.ends_with("--x-s3"));
+    Ok(if orders { Arc::new(Ordered(store)) } else { store })
 }
 
 fn certificates(config: &RepositoryConfig) -> Result<Vec<reqwest::Certificate>, RepositoryError> {
@@ -286,5 +289,18 @@ mod tests {
         assert!(host("http://[::1]:9000").is_err_and(|reason| reason.contains("path_style = true")));
         assert!(host("https://backups.s3.example.org").is_err_and(|reason| reason.contains("(s3.example.org)")));
         assert!(virtual_endpoint("https://s3.example.org", "Backups").is_err(), "host names know no capitals");
+    }
+
+    #[test]
+    fn only_stores_that_promise_order_are_held_to_it() {
+        let config = RepositoryConfig {
+            endpoint: Some("http://127.0.0.1:9".into()),
+            access_key_id: secret("id"),
+            secret_access_key: secret("secret"),
+            ..RepositoryConfig::default()
+        };
+        let debug = |bucket| format!("{:?}", connect("s3", bucket, &config).expect("a store"));
+        assert!(debug("backups").starts_with("Ordered"));
+        assert!(!debug("backups--use1-az4--x-s3").starts_with("Ordered"));
     }
 }

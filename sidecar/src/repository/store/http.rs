@@ -1,4 +1,4 @@
-//! The HTTP client of a store's client: proxies as for all requests, which errors name.
+//! The HTTP client of a store's client: proxies as for all requests, and answers looked at before they are believed.
 
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use object_store::client::{
 
 use crate::config::value::Period;
 use crate::outbound;
+use crate::repository::store::listing::Expected;
 
 /// Makes clients that trust `certificates` besides the machine's own authorities.
 #[derive(Debug)]
@@ -40,10 +41,12 @@ struct Checked(reqwest::Client);
 #[async_trait]
 impl HttpService for Checked {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let expected = Expected::of(&request);
         let uri = request.uri().clone();
-        HttpService::call(&self.0, request).await.map_err(|error| match outbound::proxy_for(&uri) {
+        let answer = HttpService::call(&self.0, request).await.map_err(|error| match outbound::proxy_for(&uri) {
             Some(proxy) => HttpError::new(error.kind(), outbound::ThroughProxy::new(proxy, error)),
             None => error,
-        })
+        })?;
+        expected.check(answer).await
     }
 }
