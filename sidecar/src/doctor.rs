@@ -1,5 +1,5 @@
 //! The deployment checklist: what must hold before a deployment, and what operators forget. Each check passes, warns or
-//! fails, and says what to do. Nothing is changed, but for a probe object in the repository.
+//! fails, and says what to do. Nothing is changed: scratch objects in the repository are deleted again.
 
 mod disk;
 
@@ -284,13 +284,7 @@ impl Doctor<'_> {
             }
         };
         self.pass("repository", format!("{url} is reached"));
-        let conditional = repository.conditional();
-        if conditional.create && conditional.update {
-            self.pass("conditional writes", "the store honours them");
-        } else {
-            let fix = "run one sidecar only, or use a store that honours If-None-Match and If-Match";
-            self.add("conditional writes", Verdict::Warn, "the store ignores them", fix);
-        }
+        self.conditions(&repository).await;
         if !repository.keys.seals() && !url.starts_with("file:") {
             let fix = "make a new repository with repository.recipients; see `inner-universe key generate`";
             self.add("encryption", Verdict::Warn, "backups are not encrypted before they leave this machine", fix);
@@ -334,6 +328,32 @@ impl Doctor<'_> {
                 self.add("restore drill", Verdict::Warn, "no restore drill is on record", fix);
             }
             Err(error) => self.add("restore drill", Verdict::Fail, error.to_string(), "`inner-universe verify`"),
+        }
+    }
+
+    /// Whether conditions of writes hold, asked once and in a race.
+    async fn conditions(&mut self, repository: &Repository) {
+        let name = "conditional writes";
+        let fix = "run one sidecar only, or use a store that honours If-None-Match and If-Match";
+        let conditional = repository.conditional();
+        if !conditional.create || !conditional.update {
+            return self.add(name, Verdict::Warn, "the store ignores or refuses them", fix);
+        }
+        match repository.race().await {
+            Ok(race) if race.is_decided() => {
+                self.pass(name, format!("the store honours them, also in a race of {}", race.writers));
+            }
+            Ok(race) => {
+                let most = race.created.max(race.updated);
+                let message = match most {
+                    0 | 1 => format!("in a race of {} the store kept another content than the winner's", race.writers),
+                    most => {
+                        format!("the store honours them one at a time, and lets {most} of {} win a race", race.writers)
+                    }
+                };
+                self.add(name, Verdict::Warn, message, fix);
+            }
+            Err(error) => self.add(name, Verdict::Fail, error.to_string(), "check the store"),
         }
     }
 

@@ -173,6 +173,11 @@ fn is_listing(head: &str) -> bool {
     head.starts_with("GET ") && head.contains("list-type=2")
 }
 
+fn is_conditional(head: &str) -> bool {
+    let head = head.to_ascii_lowercase();
+    head.starts_with("put ") && (head.contains("\nif-none-match:") || head.contains("\nif-match:"))
+}
+
 /// A proxy of HTTP/1.1 whose connections serve one request each, so that each can fail on its own.
 pub struct Proxy {
     pub endpoint: String,
@@ -221,6 +226,11 @@ impl Proxy {
     pub fn answer_listings(&self, page: Option<(&str, &str)>) {
         let canned = page.map(|(kind, body)| Canned::new("200 OK", kind, body, is_listing));
         *self.canned.lock().expect("the answer") = canned;
+    }
+
+    /// Answers conditional writes, and nothing else, with this status and S3 error code.
+    pub fn refuse_conditions(&self, status: &str, code: &str) {
+        *self.canned.lock().expect("the answer") = Some(Canned::error(status, code, is_conditional));
     }
 
     /// What was written so far, with the times at which the server had said so.

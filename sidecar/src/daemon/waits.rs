@@ -49,7 +49,13 @@ pub(super) async fn wait_for_repository(
     let remembered = Remembered::in_dir(options.state_dir.path());
     for delay in patience(Duration::from_millis(500)).build() {
         let error = match remembered.open(&options.url, config, options.keys.clone()).await {
-            Ok(repository) => return Ok(Some(repository)),
+            Ok(repository) => {
+                let conditional = repository.conditional();
+                if !conditional.create || !conditional.update {
+                    tracing::warn!("the store ignores or refuses conditional writes; only one sidecar may run");
+                }
+                return Ok(Some(repository));
+            }
             Err(error) if error.is_permanent() => return Err(error.into()),
             Err(error) => error,
         };

@@ -14,6 +14,11 @@ pub fn lease() -> Key {
     Key::from("lease.json")
 }
 
+/// A scratch object, by which it is tried what a store does.
+pub fn probe(id: ulid::Ulid) -> Key {
+    Key::from(format!("probe/{id}"))
+}
+
 pub fn databases() -> Key {
     Key::from("databases")
 }

@@ -7,13 +7,15 @@ mod credentials;
 mod http;
 mod listing;
 mod ordered;
+mod race;
+mod refusal;
 #[cfg(test)]
 mod tests;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -30,10 +32,12 @@ use crate::clock::Stopwatch;
 use crate::config::RepositoryConfig;
 use crate::config::value::without_user;
 use crate::observe::metrics;
-use crate::repository::RepositoryError;
 pub(crate) use crate::repository::store::cloud::virtual_endpoint;
+use crate::repository::RepositoryError;
 use crate::repository::address::{Address, Place};
 use crate::repository::directory::Directory;
+pub use crate::repository::store::race::Race;
+pub(super) use crate::repository::store::refusal::{hint, said};
 
 /// The slowest store that still counts as answering.
 const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
@@ -47,6 +51,8 @@ pub struct Store {
     timeout: Duration,
     storage_class: Option<String>,
     requests: Arc<AtomicU64>,
+    /// It has refused a condition that it does not know.
+    unconditional: Arc<AtomicBool>,
 }
 
 /// Which conditional writes a store honours.
@@ -125,18 +131,20 @@ impl Store {
                 }
             }
         };
-        Ok(Self {
-            objects: bare,
-            local,
-            timeout: config.request_timeout.0,
-            storage_class: config.storage_class.clone(),
-            requests: Arc::default(),
-        })
+        let storage_class = config.storage_class.clone();
+        Ok(Self { local, timeout: config.request_timeout.0, storage_class, ..Self::around(bare) })
     }
 
     /// Around a store that is connected already.
     pub fn around(objects: Arc<dyn ObjectStore>) -> Self {
-        Self { objects, local: None, timeout: Duration::from_secs(30), storage_class: None, requests: Arc::default() }
+        Self {
+            objects,
+            local: None,
+            timeout: Duration::from_secs(30),
+            storage_class: None,
+            requests: Arc::default(),
+            unconditional: Arc::default(),
+        }
     }
 
     /// The store itself, for what needs no deadline of its own.
@@ -191,11 +199,38 @@ impl Store {
         result
     }
 
-    /// Writes an object under `mode`.
+    /// Writes an object under `mode`. Where the store does not take conditional writes, it is looked first whether the
+    /// name of a new object is free.
     ///
     /// # Errors
     /// [`RepositoryError::Conflict`] when the mode's condition does not hold, or when the store fails.
     pub async fn put(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
+        if mode != PutMode::Create {
+            return self.put_as(key, bytes, mode).await;
+        }
+        if self.unconditional.load(Ordering::Relaxed) {
+            return self.put_where_free(key, bytes).await;
+        }
+        match self.put_as(key, bytes.clone(), mode).await {
+            Err(error) if refusal::lacks_conditions(&error) => {
+                let written = self.put_where_free(key, bytes).await?;
+                // Without the condition it was written, so the condition is what was refused.
+                self.unconditional.store(true, Ordering::Relaxed);
+                Ok(written)
+            }
+            written => written,
+        }
+    }
+
+    async fn put_where_free(&self, key: &Key, bytes: Bytes) -> Result<UpdateVersion, RepositoryError> {
+        match self.within(Operation::Head, key, 0, self.objects.head(key)).await {
+            Ok(_) => Err(RepositoryError::Conflict { key: key.to_string() }),
+            Err(RepositoryError::Missing { .. }) => self.put_as(key, bytes, PutMode::Overwrite).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn put_as(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
         let len = bytes.len() as u64;
         self.prepare(key)?;
         let options = PutOptions { mode, attributes: self.attributes(), ..PutOptions::default() };
@@ -243,23 +278,25 @@ impl Store {
     /// When `key` is missing or the store fails.
     pub async fn probe(&self, key: &Key) -> Result<Conditional, RepositoryError> {
         let (bytes, version) = self.get(key).await?;
-        let create = match self.put(key, bytes.clone(), PutMode::Create).await {
-            Ok(_) => false,
-            Err(RepositoryError::Conflict { .. }) => true,
-            Err(error) => return Err(error),
-        };
+        let create = self.is_refused(key, bytes.clone(), PutMode::Create).await?;
         if self.local.is_some() {
             // The lease lies under a lock of the file system.
             return Ok(Conditional { create, update: true });
         }
         let other =
             UpdateVersion { e_tag: Some("\"00000000000000000000000000000000\"".into()), version: version.version };
-        let update = match self.put(key, bytes, PutMode::Update(other)).await {
-            Ok(_) => false,
-            Err(RepositoryError::Conflict { .. }) => true,
-            Err(error) => return Err(error),
-        };
+        let update = self.is_refused(key, bytes, PutMode::Update(other)).await?;
         Ok(Conditional { create, update })
+    }
+
+    /// Returns true if a write whose condition does not hold is refused for that.
+    async fn is_refused(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<bool, RepositoryError> {
+        match self.put_as(key, bytes, mode).await {
+            Ok(_) => Ok(false),
+            Err(RepositoryError::Conflict { .. }) => Ok(true),
+            Err(error) if refusal::lacks_conditions(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -280,46 +317,4 @@ fn open_directory(url: &str, path: &Path, create: bool) -> Result<(Arc<dyn Objec
 fn failed(key: &impl ToString, error: impl std::error::Error + Send + Sync + 'static) -> RepositoryError {
     let source = object_store::Error::Generic { store: "file", source: Box::new(error) };
     RepositoryError::Store { key: key.to_string(), source }
-}
-
-/// The server's own words, without the layers around them.
-pub(super) fn said(error: &object_store::Error) -> String {
-    let text = error.to_string();
-    let inner = |name: &str| {
-        let (open, close) = (format!("<{name}>"), format!("</{name}>"));
-        let from = text.find(&open)? + open.len();
-        Some(text[from..].split_once(&close)?.0.to_owned())
-    };
-    match (inner("Code"), inner("Message")) {
-        (Some(code), Some(message)) => format!("{code}: {message}"),
-        (Some(code), None) => code,
-        _ => text.chars().take(300).collect(),
-    }
-}
-
-/// What an S3 server's error means to the one who has to fix it; `None` where its own text says enough.
-pub(super) fn hint(error: &object_store::Error) -> Option<&'static str> {
-    const HINTS: [(&str, &str); 13] = [
-        ("NotSignedUp", "the access key is not known to the store; check access_key_id"),
-        ("InvalidAccessKeyId", "the access key is not known to the store; check access_key_id"),
-        ("SignatureDoesNotMatch", "the secret key does not fit the access key; check secret_access_key"),
-        ("RequestTimeTooSkewed", "this machine's clock is wrong; set it (chrony, ntpd) and try again"),
-        ("ExpiredToken", "the credentials have expired; renew them"),
-        ("InvalidToken", "the session token is not valid; renew the credentials"),
-        ("AuthorizationHeaderMalformed", "the bucket is in another region; set region"),
-        ("PermanentRedirect", "the bucket is in another region or behind another endpoint; set region and endpoint"),
-        ("IllegalLocationConstraint", "the bucket is in another region; set region"),
-        ("NoSuchBucket", "there is no such bucket; create it or correct the address"),
-        ("AccessDenied", "the credentials may not do this; grant read, write and list on the prefix"),
-        ("AccountProblem", "the account is suspended; ask the provider"),
-        ("QuotaExceeded", "the store is full; make room or raise its quota"),
-    ];
-    let text = error.to_string();
-    let known = HINTS.iter().find(|(code, _)| text.contains(&format!("<Code>{code}</Code>"))).map(|(_, hint)| *hint);
-    known.or(match error {
-        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
-            Some("it does not accept the credentials; check the access keys and what they may do")
-        }
-        _ => None,
-    })
 }

@@ -166,6 +166,30 @@ async fn broken_listings_are_outages_for_every_verb() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn stores_that_refuse_conditions_hold_a_repository_with_a_warning() {
+    let Some(server) = S3::moto().await else { return };
+    for (prefix, status, code) in [
+        ("refuses-501", "501 Not Implemented", "NotImplemented"),
+        ("refuses-400", "400 Bad Request", "InvalidArgument"),
+    ] {
+        let proxy = Proxy::before(&server).await;
+        proxy.refuse_conditions(status, code);
+        let synthetic = Synthetic::new();
+        synthetic.segment(1, 0, &records(0..100));
+        let good = settings(&proxy.endpoint, harness::s3::ACCESS_KEY, harness::s3::SECRET_KEY);
+        let sidecar = Sidecar::with(&url(prefix)).configured(good);
+        let run = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(run.stderr.contains("conditional writes"), "{}", run.stderr);
+        let doctor = sidecar.run(["doctor"]).json;
+        let checks = doctor["checks"].as_array().expect("checks");
+        let check = checks.iter().find(|check| check["check"] == "conditional writes").expect("the check");
+        assert_eq!(check["verdict"], "warn", "{check}");
+        assert_eq!(sidecar.run(["verify"]).ok()["findings"].as_array().map(Vec::len), Some(0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn configured_stores_win_over_variables_of_aws() {
     let Some(server) = S3::moto().await else { return };
     let synthetic = Synthetic::new();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::TryStreamExt as _;
+use object_store::PutMode;
 use object_store::path::Path as Key;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -12,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::config::RepositoryConfig;
 use crate::config::value::{Period, Secret};
-use crate::repository::store::{Operation, Store};
+use crate::repository::store::{Conditional, Operation, Race, Store};
 use crate::repository::{RepositoryError, paths};
 
 /// A request as it came.
@@ -296,6 +297,68 @@ async fn web_pages_are_neither_objects_nor_missing_ones() {
 }
 
 #[tokio::test]
+async fn refused_conditions_count_as_ignored_ones() {
+    for (status, code) in [(501, "NotImplemented"), (400, "InvalidArgument"), (400, "NotImplemented")] {
+        let is_conditional =
+            |request: &Request| request.header("if-none-match").or(request.header("if-match")).is_some();
+        let server = Server::saying(move |request| is_conditional(request).then(|| error(status, code))).await;
+        let (store, key) = (server.store(), paths::repository());
+        store.put(&key, Bytes::from_static(b"first"), PutMode::Create).await.expect("written");
+        let again = store.put(&key, Bytes::from_static(b"second"), PutMode::Create).await;
+        assert!(matches!(again, Err(RepositoryError::Conflict { .. })), "{status} {code}: {again:?}");
+        assert_eq!(store.get(&key).await.expect("the object").0, Bytes::from_static(b"first"));
+        assert_eq!(server.count(is_conditional), 1, "{status} {code}: it is not tried again");
+        assert_eq!(store.probe(&key).await.expect("an answer"), Conditional { create: false, update: false });
+        let race = store.race().await.expect("a race");
+        assert!(!race.is_decided() && race.created == 0, "{race:?}");
+        let update = PutMode::Update(store.get(&key).await.expect("the object").1);
+        let refused = store.put(&key, Bytes::from_static(b"third"), update).await.expect_err("a refusal").to_string();
+        assert!(refused.contains("conditional writes") && refused.contains(code), "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn other_refusals_stay_what_they_are() {
+    let server = Server::saying(|request| (request.method == "PUT").then(|| error(400, "ExpiredToken"))).await;
+    let denied = server.store().put(&paths::lease(), Bytes::from_static(b"x"), PutMode::Create).await;
+    assert!(matches!(&denied, Err(RepositoryError::Denied { .. })), "{denied:?}");
+    // What refuses the content, too, is no matter of conditions.
+    let server = Server::saying(|request| (request.method == "PUT").then(|| error(400, "InvalidRequest"))).await;
+    let store = server.store();
+    let refused = store.put(&paths::lease(), Bytes::from_static(b"x"), PutMode::Create).await.expect_err("a refusal");
+    assert!(!refused.to_string().contains("conditional writes"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn races_are_decided_where_conditions_hold() {
+    let server = Server::start(false, |_| None).await;
+    let race = server.store().race().await.expect("a race");
+    assert!(race.is_decided(), "{race:?}");
+    let memory = Store::around(Arc::new(object_store::memory::InMemory::new()));
+    assert!(memory.race().await.expect("a race").is_decided());
+    let left: Vec<_> = memory.objects().list(None).try_collect().await.expect("a listing");
+    assert!(left.is_empty(), "{left:?}");
+    let dir = tempfile::tempdir().expect("a directory");
+    let url = url::Url::from_file_path(dir.path()).expect("an address");
+    let local = Store::connect(url.as_str(), &RepositoryConfig::default(), false).expect("a store");
+    assert!(local.race().await.expect("a race").is_decided());
+    assert_eq!(std::fs::read_dir(dir.path()).expect("the directory").count(), 0, "nothing is left");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn races_that_several_win_are_seen() {
+    // A look at the condition, and a write later: asked once, it honours every condition.
+    let server = Server::start(true, |_| None).await;
+    let store = server.store();
+    let key = paths::repository();
+    store.put(&key, Bytes::from_static(b"first"), PutMode::Create).await.expect("written");
+    assert_eq!(store.probe(&key).await.expect("an answer"), Conditional { create: true, update: true });
+    let race = store.race().await.expect("a race");
+    assert!(!race.is_decided() && race.created > 1 && race.updated > 1, "{race:?}");
+    assert!(server.count(|request| request.method == "POST" && request.query == "delete") > 0, "it clears up");
+}
+
+#[tokio::test]
 async fn rotated_keys_sign_the_next_request() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("id");
@@ -331,4 +394,13 @@ fn virtual_hosts_are_used_with_endpoints() {
     let by_number = RepositoryConfig { endpoint: Some("http://127.0.0.1:9000".into()), ..config };
     let refused = Store::connect("s3://backups/p", &by_number, false).map(drop).expect_err("no host name");
     assert!(refused.to_string().contains("path_style"), "{refused}");
+}
+
+#[test]
+fn a_race_is_decided_by_one_winner() {
+    let decided = Race { writers: 8, created: 1, updated: 1, mixed: false };
+    assert!(decided.is_decided());
+    for race in [Race { created: 2, ..decided }, Race { updated: 0, ..decided }, Race { mixed: true, ..decided }] {
+        assert!(!race.is_decided(), "{race:?}");
+    }
 }
