@@ -237,7 +237,7 @@ pub struct RepositoryConfig {
     pub access_key_id: Option<Secret>,
     pub secret_access_key: Option<Secret>,
     pub session_token: Option<Secret>,
-    /// `STANDARD_IA`, `GLACIER_IR` and so on; the bucket's default when left out.
+    /// `STANDARD_IA`, `GLACIER_IR` and so on, for bulk objects; the bucket's default when left out.
     pub storage_class: Option<String>,
     /// `AES256` or `aws:kms`.
     pub server_side_encryption: Option<String>,

@@ -186,6 +186,21 @@ fn store_checks(repository: &RepositoryConfig) -> Vec<(&'static str, String)> {
         let message = "session_token belongs to access_key_id and secret_access_key; give all three";
         problems.push(("repository.session_token", message.into()));
     }
+    if let Some(class) = &repository.storage_class {
+        let upper = class.to_ascii_uppercase();
+        let archives = match upper.as_str() {
+            "GLACIER" | "DEEP_ARCHIVE" | "COLD_ARCHIVE" | "DEEP_COLD_ARCHIVE" => true,
+            // Google's is read like any other.
+            "ARCHIVE" => scheme != "gs",
+            _ => false,
+        };
+        if archives {
+            let message = format!(
+                "`{class}` is an archive tier: objects there are not read before somebody restores them; take a class that                  is read at once, such as STANDARD_IA or GLACIER_IR"
+            );
+            problems.push(("repository.storage_class", message));
+        }
+    }
     problems
 }
 

@@ -19,6 +19,14 @@ pub fn probe(id: ulid::Ulid) -> Key {
     Key::from(format!("probe/{id}"))
 }
 
+/// Returns true for objects that are large and read seldom: log objects, packs, captures, programs, exported files. What
+/// names them, and what changes, is not.
+pub fn is_bulk(key: &Key) -> bool {
+    let folder = key.parts().next();
+    folder.is_some_and(|folder| matches!(folder.as_ref(), "databases" | "instance" | "programs"))
+        && !key.as_ref().ends_with(".json")
+}
+
 pub fn databases() -> Key {
     Key::from("databases")
 }

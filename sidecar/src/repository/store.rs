@@ -33,7 +33,7 @@ use crate::config::RepositoryConfig;
 use crate::config::value::without_user;
 use crate::observe::metrics;
 pub(crate) use crate::repository::store::cloud::virtual_endpoint;
-use crate::repository::RepositoryError;
+use crate::repository::{RepositoryError, paths};
 use crate::repository::address::{Address, Place};
 use crate::repository::directory::Directory;
 pub use crate::repository::store::race::Race;
@@ -49,6 +49,7 @@ pub struct Store {
     /// Where a `file://` store lies: its lease cannot be replaced conditionally through [`ObjectStore`].
     local: Option<Arc<Directory>>,
     timeout: Duration,
+    /// Of bulk objects.
     storage_class: Option<String>,
     requests: Arc<AtomicU64>,
     /// It has refused a condition that it does not know.
@@ -131,7 +132,8 @@ impl Store {
                 }
             }
         };
-        let storage_class = config.storage_class.clone();
+        // Directories know no classes.
+        let storage_class = config.storage_class.clone().filter(|_| !matches!(parsed.scheme(), "file" | "memory"));
         Ok(Self { local, timeout: config.request_timeout.0, storage_class, ..Self::around(bare) })
     }
 
@@ -233,7 +235,7 @@ impl Store {
     async fn put_as(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
         let len = bytes.len() as u64;
         self.prepare(key)?;
-        let options = PutOptions { mode, attributes: self.attributes(), ..PutOptions::default() };
+        let options = PutOptions { mode, attributes: self.attributes(key), ..PutOptions::default() };
         let written = self
             .within(Operation::Put, key, len, self.objects.put_opts(key, PutPayload::from_bytes(bytes), options))
             .await?;
@@ -248,13 +250,14 @@ impl Store {
         key: &Key,
     ) -> Result<Box<dyn object_store::MultipartUpload>, RepositoryError> {
         self.prepare(key)?;
-        let options = PutMultipartOptions { attributes: self.attributes(), ..PutMultipartOptions::default() };
+        let options = PutMultipartOptions { attributes: self.attributes(key), ..PutMultipartOptions::default() };
         self.within(Operation::Put, key, 0, self.objects.put_multipart_opts(key, options)).await
     }
 
-    fn attributes(&self) -> Attributes {
+    /// The configured class is for what is large and read seldom: the lease is written every few seconds.
+    fn attributes(&self, key: &Key) -> Attributes {
         let mut attributes = Attributes::new();
-        if let Some(class) = &self.storage_class {
+        if let Some(class) = self.storage_class.as_ref().filter(|_| paths::is_bulk(key)) {
             attributes.insert(Attribute::StorageClass, class.clone().into());
         }
         attributes

@@ -123,6 +123,11 @@ fn each_malformed_configuration_gives_one_exact_message() {
             "[repository]\nendpoint = \"https://example.org/#1\"",
             &["repository.endpoint", "neither `?` nor `#`"],
         ),
+        (
+            "a.toml",
+            "[repository]\nstorage_class = \"DEEP_ARCHIVE\"",
+            &["a.toml:2 repository.storage_class", "archive tier"],
+        ),
         ("a.toml", "[repository]\ncompression_level = 30", &["repository.compression_level", "not from 1 to 19"]),
         ("a.toml", "[repository]\nrecipients = [\"age1wrong\"]", &["repository.recipients", "not an age recipient"]),
         ("a.toml", "[repository]\nca_file = \"/nowhere/ca.pem\"", &["repository.ca_file", "/nowhere/ca.pem"]),

@@ -359,6 +359,26 @@ async fn races_that_several_win_are_seen() {
 }
 
 #[tokio::test]
+async fn only_bulk_objects_take_the_storage_class() {
+    let server = Server::saying(|_| None).await;
+    let config = RepositoryConfig { storage_class: Some("STANDARD_IA".into()), ..server.config() };
+    let store = Store::connect("s3://backups/p", &config, false).expect("a store");
+    let bulk = ["databases/d/timelines/1/log/L0/0-1.iulog", "instance/x.tar.zst", "databases/d/packs/x.pack"];
+    let small = ["lease.json", "repository.json", "restore-points/x.json", "databases/d/snapshots/1/5.json", "probe/x"];
+    for key in bulk.iter().chain(&small) {
+        store.put(&Key::from(*key), Bytes::from_static(b"x"), PutMode::Create).await.expect("written");
+        let last = server.requests.lock().last().cloned().expect("a request");
+        let expected = bulk.contains(key).then_some("STANDARD_IA");
+        assert_eq!(last.header("x-amz-storage-class"), expected, "{key}");
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let url = url::Url::from_file_path(dir.path()).expect("an address");
+    let local = Store::connect(url.as_str(), &config, false).expect("a store");
+    local.put(&Key::from(bulk[0]), Bytes::from_static(b"x"), PutMode::Create).await.expect("a class is ignored");
+    local.begin_large(&Key::from(bulk[1])).await.expect("a class is ignored");
+}
+
+#[tokio::test]
 async fn rotated_keys_sign_the_next_request() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("id");
