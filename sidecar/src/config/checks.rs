@@ -34,7 +34,6 @@ impl Config {
             && url::Url::parse(endpoint).is_ok_and(|url| url.query().is_some() || url.fragment().is_some())
         {
             refuse("repository.endpoint", "an endpoint takes neither `?` nor `#`".into());
-            }
         }
         problems.extend(store_checks(repository));
         let mut refuse = |key, message: String| problems.push((key, message));

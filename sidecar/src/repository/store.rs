@@ -32,12 +32,12 @@ use crate::clock::Stopwatch;
 use crate::config::RepositoryConfig;
 use crate::config::value::without_user;
 use crate::observe::metrics;
-pub(crate) use crate::repository::store::cloud::virtual_endpoint;
-use crate::repository::{RepositoryError, paths};
 use crate::repository::address::{Address, Place};
 use crate::repository::directory::Directory;
+pub(crate) use crate::repository::store::cloud::virtual_endpoint;
 pub use crate::repository::store::race::Race;
 pub(super) use crate::repository::store::refusal::{hint, said};
+use crate::repository::{RepositoryError, paths};
 
 /// The slowest store that still counts as answering.
 const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
@@ -116,7 +116,9 @@ impl Store {
     pub fn connect(url: &str, config: &RepositoryConfig, create: bool) -> Result<Self, RepositoryError> {
         let refuse = |reason: String| RepositoryError::BadUrl { url: without_user(url), reason };
         let mut local = None;
-        let bare: Arc<dyn ObjectStore> = match Address::parse(url).map_err(refuse)?.place() {
+        let address = Address::parse(url).map_err(refuse)?;
+        let is_bucket = matches!(address.place(), Place::Bucket { .. });
+        let bare: Arc<dyn ObjectStore> = match address.place() {
             Place::Directory(path) => {
                 let (store, directory) = open_directory(url, path, create)?;
                 local = Some(Arc::new(directory));
@@ -133,7 +135,7 @@ impl Store {
             }
         };
         // Directories know no classes.
-        let storage_class = config.storage_class.clone().filter(|_| !matches!(parsed.scheme(), "file" | "memory"));
+        let storage_class = config.storage_class.clone().filter(|_| is_bucket);
         Ok(Self { local, timeout: config.request_timeout.0, storage_class, ..Self::around(bare) })
     }
 
