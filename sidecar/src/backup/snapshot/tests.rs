@@ -8,7 +8,7 @@ use crate::datadir::log::segment_name;
 use crate::datadir::snapshot::{dir_name, manifest_name, object_path};
 use crate::datadir::{DataDir, ReplicaDir};
 use crate::ids::RestorePointId;
-use crate::progress::Silent;
+use crate::progress::{Progress, Silent};
 use crate::repository::Repository;
 use crate::repository::crypto::Keyring;
 use crate::repository::manifest::{DatabasePoint, RestorePoint};
@@ -68,10 +68,14 @@ fn commit(offset: u64, text: &str) -> Vec<u8> {
 
 pub(crate) async fn work(keys: Keyring) -> Arc<Work> {
     let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+    work_in(Repository::open_or_create_in(store, "memory://", keys, &SystemClock).await.unwrap(), Arc::new(Silent))
+}
+
+fn work_in(repository: Repository, progress: Arc<dyn Progress>) -> Arc<Work> {
     Arc::new(Work {
-        repository: Repository::open_or_create_in(store, "memory://", keys, &SystemClock).await.unwrap(),
+        repository,
         clock: Arc::new(SystemClock),
-        progress: Arc::new(Silent),
+        progress,
         tally: Arc::default(),
         level: DEFAULT_LEVEL,
         observer: Arc::new(Unobserved),
@@ -119,6 +123,23 @@ async fn a_snapshot_of_another_history_is_filed_nowhere_until_the_archive_forks(
     assert_eq!((problems, work.filed(1).await, work.filed(2).await), (vec![], vec![], vec![15]));
 }
 
+/// Exchanges the log as soon as a pack has gone up: after the first look at the log, and before the second.
+struct Exchanges {
+    live: std::path::PathBuf,
+    other: std::path::PathBuf,
+}
+
+impl Progress for Exchanges {
+    fn phase(&self, _: &str, _: Option<u64>) {}
+
+    fn advance(&self, _: u64) {
+        if self.other.exists() {
+            fs::remove_dir_all(&self.live).unwrap();
+            fs::rename(&self.other, &self.live).unwrap();
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_directory_that_is_exchanged_while_its_snapshot_is_read_files_nothing() {
     let (ours, theirs) = (Disk::new(), Disk::new());
@@ -127,18 +148,10 @@ async fn a_directory_that_is_exchanged_while_its_snapshot_is_read_files_nothing(
     ours.snapshot(15, b"rows of our history");
     let work = work(Keyring::default()).await;
     work.log(&ours).await;
-    let (live, other) = (ours.replica.log_path(), theirs.replica.log_path());
-    let archiving = archive(&work, DATABASE, TimelineId(1), Offset(19), &ours.replica);
-    let exchange = async {
-        // The pack goes up after the first look at the log and before the second.
-        while work.repository.list(&paths::packs(&DATABASE)).await.unwrap().is_empty() {
-            tokio::task::yield_now().await;
-        }
-        fs::remove_dir_all(&live).unwrap();
-        fs::rename(&other, &live).unwrap();
-    };
-    let (problems, ()) = futures::join!(archiving, exchange);
-    let problems = problems.unwrap();
+    let exchanges = Exchanges { live: ours.replica.log_path(), other: theirs.replica.log_path() };
+    let work = work_in(work.repository.clone(), Arc::new(exchanges));
+    let problems = archive(&work, DATABASE, TimelineId(1), Offset(19), &ours.replica).await.unwrap();
+    assert!(!theirs.replica.log_path().exists(), "it was exchanged");
     assert!(problems.iter().any(|problem| problem.contains("transaction 15 is not archived")), "{problems:?}");
     assert_eq!(work.filed(1).await, [0; 0]);
 }
