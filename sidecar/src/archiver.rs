@@ -72,6 +72,8 @@ pub struct Progress {
     pub stored_bytes: u64,
     /// The error that is being retried.
     pub error: Option<String>,
+    /// Why the log cannot be archived up to its end: bytes there that are not a commit, and are not being written.
+    pub damage: Option<String>,
     /// Forks, gaps and damage since the start, newest last, with their times.
     pub events: Vec<(Timestamp, LogEvent)>,
 }
@@ -159,6 +161,8 @@ pub struct Archiver {
     wake: Wake,
     requests: mpsc::Receiver<oneshot::Sender<LogArchive>>,
     waiting: Vec<oneshot::Sender<LogArchive>>,
+    /// The unfinished end that keeps `waiting` waiting.
+    undecided: Option<u64>,
     promised: Option<Position>,
     told: Option<TornHeader>,
     stop: CancellationToken,
@@ -181,8 +185,8 @@ impl Archiver {
     ) -> (Self, FlushHandle) {
         let (sender, requests) = mpsc::channel(4);
         let wake = Wake::new(&dir);
-        let (waiting, promised, told) = (Vec::new(), None, None);
-        let archiver = Self { work, followed, dir, settings, wake, requests, waiting, promised, told, stop };
+        let (waiting, undecided, promised, told) = (Vec::new(), None, None, None);
+        let archiver = Self { work, followed, dir, settings, wake, requests, waiting, undecided, promised, told, stop };
         (archiver, FlushHandle(sender))
     }
 
@@ -210,6 +214,7 @@ impl Archiver {
                     self.followed.inner.lock().error = Some(error.to_string());
                     let kind = KeyValue::new("kind", kind_of(&error));
                     metrics::ARCHIVE_ERRORS.add(1, &[self.followed.label(), kind]);
+                    self.answer_unreadable(&error);
                     tokio::select! {
                         () = self.work.clock.sleep(delay) => {}
                         // One more try is made while stopping; then the log keeps what is left for the next start.
@@ -229,7 +234,7 @@ impl Archiver {
     async fn follow(&mut self) -> Result<Ended, BackupError> {
         let database = self.followed.identity;
         let Some(from) = log::find_continuation(&self.work, database, &self.dir).await? else {
-            self.answer(None);
+            self.answer(None, None);
             return Ok(if self.wait(self.settings.poll).await { Ended::Anew } else { Ended::Stopped });
         };
         for event in from.events {
@@ -276,7 +281,10 @@ impl Archiver {
             }
             if pending.is_empty() && !read.more {
                 self.caught_up(tip);
-                self.answer(Some((timeline, has_past.then_some(tip))));
+                if stopping || self.is_decided(&stuck) {
+                    let fault = self.followed.progress().damage;
+                    self.answer(Some((timeline, has_past.then_some(tip))), fault);
+                }
                 if stopping {
                     return Ok(Ended::Stopped);
                 }
@@ -394,10 +402,12 @@ impl Archiver {
     fn follow_tail(&self, tail: &Tail, stuck: &mut Stuck, tip: ChainTip) {
         let Tail::Unfinished { at, reason } = tail else {
             *stuck = Stuck::default();
+            self.followed.inner.lock().damage = None;
             return;
         };
         if stuck.at != Some(*at) {
             *stuck = Stuck { at: Some(*at), since: Some(Instant::now()), told: false };
+            self.followed.inner.lock().damage = None;
         } else if !stuck.told && stuck.since.is_some_and(|since| since.elapsed() > STUCK_AFTER) {
             stuck.told = true;
             let text = format!(
@@ -406,6 +416,7 @@ impl Archiver {
                  nothing after transaction {} is archived",
                 tip.next.0.saturating_sub(1)
             );
+            self.followed.inner.lock().damage = Some(text.clone());
             self.followed.event(self.work.clock.now(), LogEvent { kind: LogEventKind::Damage, message: text });
         }
     }
@@ -428,11 +439,35 @@ impl Archiver {
         inner.error = None;
     }
 
-    fn answer(&mut self, end: Option<(TimelineId, Option<ChainTip>)>) {
+    /// Whether the log's end is an end. Bytes there that are not a commit are a write under way, which soon stand elsewhere,
+    /// or damage, which stays: whoever asks for a restore point learns which.
+    fn is_decided(&mut self, stuck: &Stuck) -> bool {
+        if self.waiting.is_empty() {
+            return false;
+        }
+        match stuck.at {
+            Some(at) if !stuck.told => *self.undecided.get_or_insert(at) != at,
+            _ => true,
+        }
+    }
+
+    /// Whoever asks for a restore point learns what keeps the log from being read, rather than wait until it is mended.
+    fn answer_unreadable(&mut self, error: &BackupError) {
+        if let BackupError::DataDir(error) = error {
+            while let Ok(request) = self.requests.try_recv() {
+                self.waiting.push(request);
+            }
+            self.answer(None, Some(error.to_string()));
+        }
+    }
+
+    fn answer(&mut self, end: Option<(TimelineId, Option<ChainTip>)>, fault: Option<String>) {
+        self.undecided = None;
         for request in self.waiting.drain(..) {
             let (timeline, tip) = end.map_or((TimelineId::FIRST, None), |(timeline, tip)| (timeline, tip));
             // The asking side may have given up.
-            let _ = request.send(LogArchive { timeline, tip: tip.map(Tip::from), problems: Vec::new() });
+            let tip = tip.map(Tip::from);
+            let _ = request.send(LogArchive { timeline, tip, problems: Vec::new(), fault: fault.clone() });
         }
     }
 }
@@ -480,3 +515,6 @@ struct Stuck {
     since: Option<Instant>,
     told: bool,
 }
+
+#[cfg(test)]
+mod tests;

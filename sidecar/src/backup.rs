@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::backup::log::LogArchive;
 use crate::clock::{Clock, Stopwatch};
 use crate::datadir::control_db::{ControlDbCopy, Database};
-use crate::datadir::{DataDir, DataDirError};
+use crate::datadir::{DataDir, DataDirError, ReplicaDir};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::{Progress, Tally};
 use crate::repository::instance::{Capture, InstanceError};
@@ -59,6 +59,8 @@ pub enum BackupError {
         path.display()
     )]
     LogVanished { name: String, path: PathBuf },
+    #[error("database {name} cannot be backed up: {reason}; restore it, or delete it from the server")]
+    NoLog { name: String, reason: String },
     #[error("database {name} is not archived up to now: {reason}")]
     NotFollowed { name: String, reason: String },
     #[error("a worker of the backup stopped: {0}")]
@@ -95,9 +97,17 @@ pub struct BackupReport {
     pub duration_ms: u64,
     /// What the operator should know although the backup succeeded.
     pub problems: Vec<String>,
+    /// `false` where the restore point lacks something that the server has, or should have; `problems` says what.
+    #[serde(default = "is_complete")]
+    pub complete: bool,
     /// The file that holds it all, where one was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<PathBuf>,
+}
+
+/// Daemons of earlier releases did not say.
+fn is_complete() -> bool {
+    true
 }
 
 /// Where one database stands, in a backup's or restore's report.
@@ -213,7 +223,7 @@ pub(crate) async fn create_from(
     if options.key_dir.is_some() && !work.repository.keys.seals() && !options.allow_plain_keys {
         return Err(BackupError::PlainKeys);
     }
-    let mut problems = Vec::new();
+    let mut found = Found::default();
     let mut archived: Vec<(Identity, LogArchive)> = Vec::new();
     let mut looks = 0;
     // A database that appears while we work is found in the next copy, and then archived as well.
@@ -228,19 +238,23 @@ pub(crate) async fn create_from(
         if new.is_empty() {
             let points: Vec<DatabasePoint> =
                 control.databases.iter().filter_map(|database| point_of(database, &archived)).collect();
-            if !points.is_empty() || looks == EMPTY_LOOKS || data.replicas()?.is_empty() {
+            if !points.is_empty() || found.is_incomplete || looks == EMPTY_LOOKS || data.replicas()?.is_empty() {
                 break (control, points);
             }
             // The server answers a publish a moment before its files show it.
             looks += 1;
             archived.clear();
+            found = Found::default();
             work.clock.sleep(EMPTY_PAUSE).await;
         }
         for database in new {
-            let archive = archive_database(work, source, data, &database, &mut problems).await?;
+            let archive = archive_database(work, source, data, &database, &mut found).await?;
             archived.push((database.identity, archive));
         }
     };
+    if let Some(failure) = found.failure.filter(|_| !found.has_log) {
+        return Err(failure);
+    }
     if points.is_empty() {
         return Err(BackupError::Empty(data.root().to_owned()));
     }
@@ -254,7 +268,8 @@ pub(crate) async fn create_from(
         bytes_written: work.tally.bytes_written(),
         objects_written: work.tally.objects_written(),
         duration_ms: stopwatch.elapsed_ms(),
-        problems,
+        problems: found.problems,
+        complete: !found.is_incomplete,
         bundle: None,
     })
 }
@@ -271,38 +286,123 @@ impl DatabaseReport {
     }
 }
 
+/// What a backup found to be wrong.
+#[derive(Default)]
+struct Found {
+    problems: Vec<String>,
+    /// Something is not in the restore point that the server has, or should have.
+    is_incomplete: bool,
+    /// Could any log be read? A backup without any is not a backup.
+    has_log: bool,
+    /// Why the first log could not be read that could not.
+    failure: Option<BackupError>,
+}
+
+impl Found {
+    fn lacks(&mut self, problem: String) {
+        self.problems.push(problem);
+        self.is_incomplete = true;
+    }
+}
+
 async fn archive_database(
     work: &Arc<Work>,
     source: &dyn LogSource,
     data: &DataDir,
     database: &Database,
-    problems: &mut Vec<String>,
+    found: &mut Found,
 ) -> Result<LogArchive, BackupError> {
     let name = database.display_name();
     let Some(replica) = database.replica.map(|id| data.replica(id)) else {
-        problems.push(format!("database {name} has no replica on this server and is not in the backup"));
+        found.lacks(format!("database {name} has no replica on this server and is not in the backup"));
         return Ok(LogArchive::default());
     };
     work.progress.phase(&format!("log of {name}"), None);
-    let archive = source.archive(work, database, replica.log_path()).await?;
-    problems.extend(archive.problems.iter().map(|problem| format!("database {name}: {problem}")));
+    let mut archive = archive_log(work, source, database, &replica, found).await?;
+    found.problems.extend(archive.problems.iter().map(|problem| format!("database {name}: {problem}")));
+    found.has_log |= archive.tip.is_some();
+    if let Some(fault) = archive.fault.take() {
+        if archive.tip.is_none() {
+            found.failure.get_or_insert(BackupError::NoLog { name: name.clone(), reason: fault.clone() });
+        }
+        add_archived_before(work, database, &mut archive).await?;
+        let held = match &archive.tip {
+            Some(tip) => format!("this restore point holds it up to transaction {}", tip.last),
+            None => "it is not in this restore point".to_owned(),
+        };
+        found.lacks(format!("database {name}: {fault}; {held}"));
+    } else if archive.tip.is_none() {
+        found.problems.push(format!("database {name} has no transaction yet and is not in the backup"));
+    }
     if let Some(tip) = &archive.tip {
         work.progress.phase(&format!("snapshot of {name}"), None);
-        let found = snapshot::archive(work, database.identity, archive.timeline, tip.last, &replica).await?;
-        problems.extend(found.into_iter().map(|problem| format!("database {name}: {problem}")));
+        let problems = snapshot::archive(work, database.identity, archive.timeline, tip.last, &replica).await?;
+        found.problems.extend(problems.into_iter().map(|problem| format!("database {name}: {problem}")));
         let timelines = work.repository.timelines(&database.identity).await?;
         if !work.repository.is_restorable(&database.identity, &timelines, archive.timeline).await? {
-            problems.push(format!(
+            found.lacks(format!(
                 "database {name} cannot be restored from this backup: its log no longer starts at transaction 0 and no \
                  snapshot could be archived; check the server's snapshots and back up again"
             ));
         }
-    } else if work.repository.timelines(&database.identity).await?.is_empty() {
-        problems.push(format!("database {name} has no transaction yet and is not in the backup"));
-    } else {
-        return Err(BackupError::LogVanished { name, path: replica.log_path() });
     }
     Ok(archive)
+}
+
+/// Archives a log. One that is missing or cannot be read is a fault of this database, and does not keep the others from
+/// being backed up. A server that has just answered a publish makes its files in a moment, so a missing one is looked for again.
+async fn archive_log(
+    work: &Arc<Work>,
+    source: &dyn LogSource,
+    database: &Database,
+    replica: &ReplicaDir,
+    found: &mut Found,
+) -> Result<LogArchive, BackupError> {
+    let name = database.display_name();
+    let mut looks = 0;
+    loop {
+        let mut archive = match source.archive(work, database, replica.log_path()).await {
+            Err(error @ BackupError::DataDir(_)) => {
+                let fault = Some(error.to_string());
+                found.failure.get_or_insert(error);
+                LogArchive { fault, ..LogArchive::default() }
+            }
+            archive => archive?,
+        };
+        if archive.tip.is_some() || archive.fault.is_some() {
+            return Ok(archive);
+        }
+        let looked_for = replica.clone();
+        let Some(reason) = blocking(move || looked_for.why_missing()).await? else {
+            if !work.repository.timelines(&database.identity).await?.is_empty() {
+                found.failure.get_or_insert(BackupError::LogVanished { name, path: replica.log_path() });
+                archive.fault = Some("its log holds nothing, and is in the archive".to_owned());
+            }
+            return Ok(archive);
+        };
+        if looks == EMPTY_LOOKS {
+            let is_archived = !work.repository.timelines(&database.identity).await?.is_empty();
+            found.failure.get_or_insert(match is_archived {
+                true => BackupError::LogVanished { name, path: replica.log_path() },
+                false => BackupError::NoLog { name, reason: reason.clone() },
+            });
+            archive.fault = Some(reason);
+            return Ok(archive);
+        }
+        looks += 1;
+        work.clock.sleep(EMPTY_PAUSE).await;
+    }
+}
+
+/// In the place of a log that cannot be read, what the repository holds of it.
+async fn add_archived_before(work: &Work, database: &Database, archive: &mut LogArchive) -> Result<(), BackupError> {
+    if archive.tip.is_none()
+        && let Some((timeline, tip)) = log::archived_before(&work.repository, &database.identity).await?
+    {
+        archive.timeline = timeline;
+        archive.tip = Some(tip);
+    }
+    Ok(())
 }
 
 fn point_of(database: &Database, archived: &[(Identity, LogArchive)]) -> Option<DatabasePoint> {
@@ -422,3 +522,6 @@ async fn copy_control_db(data: &DataDir) -> Result<ControlDbCopy, BackupError> {
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, BackupError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| BackupError::Worker(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -185,6 +185,18 @@ impl ReplicaDir {
         &self.root
     }
 
+    /// Why there is no log that could be archived; `None` when there is one, also when it holds nothing yet.
+    pub fn why_missing(&self) -> Option<String> {
+        if !self.root.is_dir() {
+            return Some(format!("its directory {} is missing", self.root.display()));
+        }
+        match log::segments(&self.log_path()) {
+            Ok(found) if found.is_empty() => Some(format!("its log is missing from {}", self.log_path().display())),
+            Ok(_) => None,
+            Err(error) => Some(format!("its log cannot be read: {error}")),
+        }
+    }
+
     pub fn log_path(&self) -> PathBuf {
         self.root.join("clog")
     }

@@ -35,6 +35,8 @@ pub struct LogArchive {
     /// `None` while nothing is archived.
     pub tip: Option<Tip>,
     pub problems: Vec<String>,
+    /// Why the log is not archived up to its end.
+    pub fault: Option<String>,
 }
 
 /// The end of an archive.
@@ -56,7 +58,7 @@ impl From<ChainTip> for Tip {
 
 impl Default for LogArchive {
     fn default() -> Self {
-        Self { timeline: TimelineId::FIRST, tip: None, problems: Vec::new() }
+        Self { timeline: TimelineId::FIRST, tip: None, problems: Vec::new(), fault: None }
     }
 }
 
@@ -109,10 +111,11 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
     let Uploaded { tip, tail, torn } = upload(work, database, from.timeline, from.tip, dir).await?;
     let mut problems: Vec<_> = from.events.into_iter().map(|event| event.message).collect();
     problems.extend(torn.map(|torn| torn.to_string()));
+    let mut fault = None;
     if let Tail::Unfinished { at, reason } = tail
         && is_stuck(dir, tip.next, at).await?
     {
-        problems.push(format!(
+        fault = Some(format!(
             "the log ends at byte {at} of its last segment in something that is no commit ({reason}); after a crash the \
              server drops it at its next start, but if the server runs and writes on, the segment is damaged and nothing \
              after transaction {} is archived",
@@ -121,9 +124,22 @@ pub(crate) async fn archive(work: &Arc<Work>, database: Identity, dir: &Path) ->
     }
     if tip.next.0 == 0 || (tip.next == from.tip.next && !from.has_past) {
         problems.push("the log is empty".into());
-        return Ok(LogArchive { timeline: from.timeline, tip: None, problems });
+        return Ok(LogArchive { timeline: from.timeline, tip: None, problems, fault });
     }
-    Ok(LogArchive { timeline: from.timeline, tip: Some(tip.into()), problems })
+    Ok(LogArchive { timeline: from.timeline, tip: Some(tip.into()), problems, fault })
+}
+
+/// What the repository holds of a database whose log cannot be read. `None` when it holds nothing.
+pub(crate) async fn archived_before(
+    repository: &Repository,
+    database: &Identity,
+) -> Result<Option<(TimelineId, Tip)>, RepositoryError> {
+    let timelines = repository.timelines(database).await?;
+    let Some(timeline) = repository.newest_timeline(database, &timelines).await? else { return Ok(None) };
+    let chain = repository.log_chain(database, &timelines, timeline).await?.before_loss();
+    let Some(entry) = chain.entries.last() else { return Ok(None) };
+    let tip = repository.log_header(&entry.key()).await?.tip_until(entry.last);
+    Ok((tip.next > Offset(0)).then(|| (timeline, tip.into())))
 }
 
 /// Is the broken end that was seen still there after a while? A write under way would be whole by then.

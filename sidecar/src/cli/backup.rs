@@ -195,7 +195,7 @@ fn show_report(context: &Context<'_>, report: &BackupReport) -> ExitStatus {
         context.output.warn(problem);
     }
     context.output.result(report, describe);
-    ExitStatus::Ok
+    if report.complete { ExitStatus::Ok } else { ExitStatus::Findings }
 }
 
 /// A daemon on the same data directory and repository holds the lease: it makes the restore point for us.

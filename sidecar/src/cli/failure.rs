@@ -44,7 +44,8 @@ impl ExitStatus {
   0  done
   1  failed
   2  wrong usage or configuration
-  3  findings (verify, doctor), rows refused (replay), or a server that is not ready (server status)
+  3  findings (verify, doctor), a backup that lacks something (backup create), rows refused (replay), or a server that is
+     not ready (server status)
   4  nothing to restore
   5  the repository is being written by another sidecar
   6  refused: it would overwrite something, or break what runs
@@ -101,6 +102,7 @@ impl From<BackupError> for Failure {
             BackupError::PlainKeys => ExitStatus::Usage,
             BackupError::Empty(_)
             | BackupError::LogVanished { .. }
+            | BackupError::NoLog { .. }
             | BackupError::NotFollowed { .. }
             | BackupError::Worker(_) => ExitStatus::Failed,
         };

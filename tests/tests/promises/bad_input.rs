@@ -294,7 +294,9 @@ fn damage_at_the_end_of_a_log_that_stays_is_reported() {
     bytes[late] ^= 1;
     std::fs::write(&segment, bytes).expect("write");
     let sidecar = Sidecar::at(&synthetic.dir.path().join("repository"));
-    let report = sidecar.backup(&synthetic.path());
+    let run = sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]);
+    let report = run.json;
+    assert_eq!((run.code, &report["complete"]), (3, &serde_json::json!(false)), "{report}");
     assert!(report["problems"][0].as_str().is_some_and(|problem| problem.contains("no commit")), "{report}");
     let status = sidecar.run(["status", "--data-dir", path(&synthetic.path())]).ok();
     assert!(status["problems"][0].as_str().is_some_and(|problem| problem.contains("no commit")), "{status}");
