@@ -1,16 +1,21 @@
 //! Schedules: what the daemon does at which time. A run that was missed while the daemon was down is made up once; a run
 //! never overlaps the one before; all runs of the same minute on many machines can be spread by jitter.
 
+mod times;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use jiff::Timestamp;
 use opentelemetry::KeyValue;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
 
+use crate::clock::Clock;
 use crate::config::value::Cron;
+use crate::daemon::schedule::times::Times;
 use crate::daemon::state::{ScheduleStatus, StateDir};
 use crate::daemon::{Daemon, DaemonError};
 use crate::durable::{self, FileError, OnPath};
@@ -59,18 +64,71 @@ struct Schedule {
     jitter: Duration,
     /// When it last started, kept over restarts.
     last: PathBuf,
+    next: Mutex<Option<Timestamp>>,
     daemon: Arc<Daemon>,
     /// One run at a time.
     running: tokio::sync::Mutex<()>,
 }
 
-/// Runs the schedules for ever.
+/// How often it is looked whether a run is due.
+const TICK: Duration = Duration::from_secs(1);
+/// A clock that steps back by more than this is worth a line in the log.
+const STEP: jiff::SignedDuration = jiff::SignedDuration::from_secs(60);
+
+/// Runs the schedules until the daemon ends.
 pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(), DaemonError> {
-    let config = daemon.config.schedule.clone();
-    let scheduler = JobScheduler::new().await.map_err(ScheduleError::from)?;
     let dir = state_dir.path().join("schedules");
     std::fs::create_dir_all(&dir).on("create", &dir)?;
-    let tasks = [
+    let clock = Arc::clone(&daemon.clock);
+    let mut schedules = Vec::new();
+    for (task, cron) in tasks(&daemon) {
+        let Some(cron) = cron else { continue };
+        let last = dir.join(task.name());
+        let parsed = cron.parse().map_err(|reason| ScheduleError::Unusable { name: task.name(), reason })?;
+        let config = &daemon.config.schedule;
+        let mut times = Times::new(parsed, config.time_zone.0, clock.now(), last_run_in(&last));
+        let was_missed = times.is_due(clock.now());
+        let schedule = Arc::new(Schedule {
+            task,
+            cron,
+            zone: config.time_zone.0,
+            jitter: config.jitter.0,
+            last,
+            next: Mutex::new(times.next()),
+            daemon: Arc::clone(&daemon),
+            running: tokio::sync::Mutex::new(()),
+        });
+        schedule.tell(None, None);
+        if was_missed {
+            tracing::info!(schedule = task.name(), "a run was missed and is made up for");
+            tokio::spawn(Arc::clone(&schedule).once());
+        }
+        schedules.push((schedule, times));
+    }
+    let ticks = Ticks::start().await.map_err(ScheduleError::from)?;
+    let mut before = clock.now();
+    loop {
+        ticks.next(clock.as_ref()).await;
+        let now = clock.now();
+        if before.duration_since(now) > STEP {
+            tracing::warn!(event = "clock_stepped_back", from = %before, to = %now, "next runs are computed from the new time");
+        }
+        before = now;
+        for (schedule, times) in &mut schedules {
+            if times.is_due(now) {
+                tokio::spawn(Arc::clone(schedule).once());
+            }
+            if *schedule.next.lock() != times.next() {
+                *schedule.next.lock() = times.next();
+                daemon.state.next_run(schedule.task.name(), times.next());
+            }
+        }
+    }
+}
+
+fn tasks(daemon: &Daemon) -> Vec<(Task, Option<Cron>)> {
+    let config = daemon.config.schedule.clone();
+    vec![
         (Task::RestorePoint, config.restore_point),
         (Task::Verify, config.verify),
         (Task::Prune, config.prune),
@@ -78,42 +136,42 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
         (Task::Export, config.export),
         #[cfg(feature = "client")]
         (Task::Drill, config.drill),
-    ];
-    for (task, cron) in tasks {
-        let Some(cron) = cron else { continue };
-        let schedule = Arc::new(Schedule {
-            task,
-            cron,
-            zone: config.time_zone.0,
-            jitter: config.jitter.0,
-            last: dir.join(task.name()),
-            daemon: Arc::clone(&daemon),
-            running: tokio::sync::Mutex::new(()),
+    ]
+}
+
+/// Wakes the schedules. The scheduler counts by the wall clock, and so falls silent when that steps back; the times are
+/// therefore ours, and so is a second way to wake.
+struct Ticks {
+    scheduler: JobScheduler,
+    ticked: Arc<Notify>,
+}
+
+impl Ticks {
+    async fn start() -> Result<Self, JobSchedulerError> {
+        let scheduler = JobScheduler::new().await?;
+        let ticked = Arc::new(Notify::new());
+        let tick = Arc::clone(&ticked);
+        let job = Job::new_repeated_async(TICK, move |_, _| {
+            tick.notify_one();
+            Box::pin(std::future::ready(()))
         });
-        schedule.tell(None, None);
-        if schedule.was_missed() {
-            tracing::info!(schedule = task.name(), "a run was missed and is made up for");
-            tokio::spawn(Arc::clone(&schedule).once());
-        }
-        let job = {
-            let schedule = Arc::clone(&schedule);
-            Job::new_async_tz(schedule.cron.as_str().to_owned(), schedule.zone, move |_, _| {
-                Box::pin(Arc::clone(&schedule).once())
-            })
-        };
-        scheduler.add(job.map_err(ScheduleError::from)?).await.map_err(ScheduleError::from)?;
+        scheduler.add(job?).await?;
+        scheduler.start().await?;
+        Ok(Self { scheduler, ticked })
     }
-    scheduler.start().await.map_err(ScheduleError::from)?;
-    let _running = Running(scheduler);
-    std::future::pending().await
+
+    async fn next(&self, clock: &dyn Clock) {
+        tokio::select! {
+            () = self.ticked.notified() => {}
+            () = clock.sleep(TICK) => {}
+        }
+    }
 }
 
 /// Ends the scheduler's own task with us.
-struct Running(JobScheduler);
-
-impl Drop for Running {
+impl Drop for Ticks {
     fn drop(&mut self) {
-        let mut scheduler = self.0.clone();
+        let mut scheduler = self.scheduler.clone();
         tokio::spawn(async move { scheduler.shutdown().await });
     }
 }
@@ -201,24 +259,11 @@ impl Schedule {
             name: self.task.name().to_owned(),
             cron: self.cron.as_str().to_owned(),
             time_zone: self.zone.name().to_owned(),
-            next_run: self.next_after(self.daemon.clock.now()),
+            next_run: *self.next.lock(),
             last_run: last_run.or_else(|| last_run_in(&self.last)),
             last_ok: result.as_ref().map(Result::is_ok),
             last_message: result.map(|result| result.unwrap_or_else(|error| error)),
         });
-    }
-
-    fn next_after(&self, time: Timestamp) -> Option<Timestamp> {
-        let cron = self.cron.parse().ok()?;
-        let from = to_chrono(time)?.with_timezone(&self.zone);
-        let next = cron.find_next_occurrence(&from, false).ok()?;
-        Timestamp::from_millisecond(next.timestamp_millis()).ok()
-    }
-
-    /// Did a time pass since the last run, while nobody was there to keep it?
-    fn was_missed(&self) -> bool {
-        let due = last_run_in(&self.last).and_then(|last| self.next_after(last));
-        due.is_some_and(|due| due <= self.daemon.clock.now())
     }
 }
 
@@ -227,10 +272,6 @@ fn draw_jitter(limit: Duration) -> Duration {
     // A fresh ULID's random part is random enough to spread load.
     let share = (ulid::Ulid::new().random() % 1000) as u32;
     limit * share / 1000
-}
-
-fn to_chrono(time: Timestamp) -> Option<DateTime<Utc>> {
-    DateTime::from_timestamp_millis(time.as_millisecond())
 }
 
 fn last_run_in(path: &Path) -> Option<Timestamp> {

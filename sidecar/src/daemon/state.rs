@@ -201,6 +201,11 @@ impl State {
         }
     }
 
+    pub(super) fn next_run(&self, name: &str, next: Option<Timestamp>) {
+        let mut rest = self.rest.lock();
+        rest.schedules.iter_mut().filter(|known| known.name == name).for_each(|known| known.next_run = next);
+    }
+
     pub(super) fn follow(&self, followed: Arc<Followed>) {
         self.followed.lock().push(followed);
     }
