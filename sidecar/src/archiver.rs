@@ -439,8 +439,8 @@ impl Archiver {
         inner.error = None;
     }
 
-    /// Whether the log's end is an end. Bytes there that are not a commit are a write under way, which soon stand elsewhere,
-    /// or damage, which stays: whoever asks for a restore point learns which.
+    /// Whether the log's end is known. Bytes there that are not a commit are a write under way, which soon moves the end, or
+    /// damage, which stays: the answer waits until it is clear which.
     fn is_decided(&mut self, stuck: &Stuck) -> bool {
         if self.waiting.is_empty() {
             return false;
@@ -451,7 +451,7 @@ impl Archiver {
         }
     }
 
-    /// Whoever asks for a restore point learns what keeps the log from being read, rather than wait until it is mended.
+    /// A restore point does not wait until a log that cannot be read is mended.
     fn answer_unreadable(&mut self, error: &BackupError) {
         if let BackupError::DataDir(error) = error {
             while let Ok(request) = self.requests.try_recv() {

@@ -3,6 +3,7 @@
 //! Invariants: nothing is written without the lease, and a lost lease stops everything; an outage of the store is waited
 //! out, never passed on to the server; told to stop, every log is written to its end first, within a bounded time.
 
+pub mod conditions;
 pub mod control;
 mod followers;
 mod gauges;
@@ -13,6 +14,7 @@ pub mod schedule;
 pub mod state;
 pub mod survey;
 mod waits;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backup::BackupError;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::daemon::conditions::{ConditionKind, Ends, Subject, watched};
 use crate::daemon::followers::Followers;
 use crate::daemon::schedule::ScheduleError;
 use crate::daemon::state::{Claim, State, StateDir};
@@ -106,12 +109,16 @@ pub struct DaemonOptions {
 /// A lost lease, a configuration that cannot work, or a server that is not to be started again and failed.
 pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: CancellationToken) -> Result<(), DaemonError> {
     let state_dir = &options.state_dir;
-    let state = Arc::new(State::new(Arc::clone(&clock), &options.data_dir));
+    let state = Arc::new(State::new(Arc::clone(&clock), &options.data_dir, options.config.archive.lag_alert));
     let telemetry = Arc::new(Telemetry::start(&options.config.telemetry, &state_dir.instance())?);
     let (config, telling) = (options.config.clone(), Arc::clone(&telemetry));
     let interface = (options.interface)(config, Arc::clone(&clock), Arc::clone(&state), telling);
     let stop_serving = CancellationToken::new();
-    let serving = tokio::spawn(Arc::clone(&interface).run(stop_serving.clone()));
+    let watch = |part, ends, task: BoxFuture<'static, ()>| {
+        watched(&state, (part, Subject::Sidecar), ends, stop_serving.clone(), task)
+    };
+    let serves = if options.config.http.enabled { Ends::WhenStopped } else { Ends::WhenDone };
+    let serving = watch("the HTTP interface", serves, Arc::clone(&interface).run(stop_serving.clone()));
     let (server, data_dir, signal) = (options.server.clone(), options.data_dir.clone(), options.server_stop_signal);
     let watched = Watched::new(&options.config, server, data_dir, signal);
     let telling = Arc::clone(&state);
@@ -121,22 +128,23 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     let calls = CallStreams::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
     let module_logs = ModuleLogs::new(telemetry_config, &instance, state_dir.path(), Arc::clone(&clock))?;
     #[cfg(feature = "client")]
-    let watching = tokio::spawn({
+    let watching = watch("the stream of the module's tables", Ends::WhenDone, {
         let (config, dir, instance) = (options.config.clone(), state_dir.path().to_owned(), instance.clone());
         let (clock, stop, state) = (Arc::clone(&clock), stop.clone(), Arc::clone(&state));
-        async move {
+        Box::pin(async move {
             let written = || state.log_position(config.spacetimedb_config.database.as_deref()?);
             let tell = |samples| state.module(samples);
             crate::observe::module::run(&config, &instance, &dir, clock, written, tell, stop).await;
-        }
+        })
     });
     #[cfg(feature = "client")]
-    let streaming = tokio::spawn({
+    let streaming = watch("the stream of events", Ends::WhenDone, {
         let (config, dir) = (options.config.clone(), state_dir.path().to_owned());
         let (calls, clock, stop) = (calls.since(), Arc::clone(&clock), stop.clone());
-        async move { crate::observe::events::run(&config, &instance, &dir, calls, clock, stop).await }
+        Box::pin(async move { crate::observe::events::run(&config, &instance, &dir, calls, clock, stop).await })
     });
-    let publishing = tokio::spawn(publish(Arc::clone(&state), Arc::clone(&clock)));
+    let publishing = publish(Arc::clone(&state), Arc::clone(&clock), stop_serving.clone());
+    let publishing = watch("the gauges", Ends::WhenStopped, Box::pin(publishing));
     let streams = (Arc::new(calls), Arc::new(module_logs));
     let server = (supervisor.stopped(), supervisor.switch());
     let result = follow(&options, &state, streams, Arc::clone(&clock), &stop, server, interface.as_ref()).await;
@@ -144,7 +152,6 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     let ended = supervisor.end().await;
     state.stopped();
     state.publish();
-    publishing.abort();
     stop_serving.cancel();
     #[cfg(feature = "client")]
     for task in [streaming, watching] {
@@ -152,8 +159,10 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
             tracing::error!(%error, "a stream from the bundled module ended badly");
         }
     }
-    if let Err(error) = serving.await {
-        tracing::error!(%error, "the HTTP interface ended badly");
+    for task in [serving, publishing] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a task of the daemon ended badly");
+        }
     }
     tokio::select! {
         () = telemetry.stop() => {}
@@ -197,7 +206,7 @@ async fn follow(
     };
     let Some((data, lease)) = begun else { return Ok(()) };
     tracing::info!(token = lease.token(), repository = %options.url, "archiving begins");
-    state.leased(lease.token());
+    state.leased(lease.token(), lease.fence());
     if let Some(claim) = claim.lock().as_ref() {
         claim.holds(lease.writer());
     }
@@ -207,7 +216,7 @@ async fn follow(
     let daemon = Arc::new(Daemon {
         url: options.url.clone(),
         repository: lease.fenced(),
-        data,
+        data: data.with_scratch(state_dir.scratch()),
         clock: Arc::clone(&clock),
         state: Arc::clone(state),
         config: options.config.clone(),
@@ -216,12 +225,14 @@ async fn follow(
         followers: Followers::default(),
         calls,
         module_logs,
+        verification: state_dir.path().join("verification.json"),
         restore_points: tokio::sync::Mutex::new(()),
         verifying: tokio::sync::Mutex::new(()),
         #[cfg(feature = "client")]
         exporting: tokio::sync::Mutex::new(()),
         changed: Notify::new(),
     });
+    daemon.recall_verification();
     interface.serves(Arc::clone(&daemon));
     let positions = crate::archiver::position::Positions::open(state_dir.path())?;
     let work = async {
@@ -232,6 +243,7 @@ async fn follow(
             result = control::serve(&daemon, state_dir) => result,
             () = write_status(state_dir, state, clock.as_ref(), &claim) => Ok(()),
             () = daemon.survey() => Ok(()),
+            () = daemon.watch_disk() => Ok(()),
             result = heartbeat::beat(&options.config.telemetry, clock.as_ref(), || daemon.is_healthy()) => Ok(result?),
             result = renew(&lease, clock.as_ref()) => result,
             () = stop.cancelled() => Ok(()),
@@ -270,10 +282,13 @@ async fn follow(
 }
 
 /// Keeps gauges and history up to date.
-async fn publish(state: Arc<State>, clock: Arc<dyn Clock>) {
+async fn publish(state: Arc<State>, clock: Arc<dyn Clock>, stop: CancellationToken) {
     loop {
         state.publish();
-        clock.sleep(Duration::from_secs(1)).await;
+        tokio::select! {
+            () = clock.sleep(Duration::from_secs(1)) => {}
+            () = stop.cancelled() => return,
+        }
     }
 }
 
@@ -310,8 +325,12 @@ async fn write_status(
         };
         if !claimed && state.status().lease_token.is_none() {
             tracing::debug!("another daemon tells of itself here");
-        } else if let Err(error) = state_dir.write_status(state) {
-            tracing::warn!(%error, "the status was not written");
+        } else {
+            let written = state_dir.write_status(state);
+            if let Err(error) = &written {
+                tracing::warn!(%error, "the status was not written");
+            }
+            state.check(ConditionKind::StateDirectory, Subject::Sidecar, written);
         }
         clock.sleep(Duration::from_secs(1)).await;
     }
@@ -331,6 +350,8 @@ pub struct Daemon {
     followers: Followers,
     calls: Arc<CallStreams>,
     module_logs: Arc<ModuleLogs>,
+    /// Where what the last verification found is kept.
+    verification: PathBuf,
     /// One restore point at a time.
     restore_points: tokio::sync::Mutex<()>,
     /// One verification at a time.

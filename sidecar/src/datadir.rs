@@ -72,6 +72,8 @@ impl DataDirError {
 #[derive(Debug, Clone)]
 pub struct DataDir {
     root: PathBuf,
+    /// Where copies are made when the directory for temporary files cannot hold them.
+    scratch: Option<PathBuf>,
 }
 
 /// The files of one replica of one database.
@@ -108,7 +110,13 @@ impl DataDir {
         if !root.join("control-db").is_dir() {
             return refuse("it has no control-db");
         }
-        Ok(Self { root: root.to_owned() })
+        Ok(Self { root: root.to_owned(), scratch: None })
+    }
+
+    /// With a directory of ours for copies that the directory for temporary files cannot hold.
+    #[must_use]
+    pub fn with_scratch(self, scratch: PathBuf) -> Self {
+        Self { scratch: Some(scratch), ..self }
     }
 
     pub fn root(&self) -> &Path {

@@ -395,7 +395,7 @@ fn ready(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Respons
 }
 
 fn health(server: &Server, headers: &HeaderMap) -> Health {
-    let Readiness { ready, mut reasons } = readiness(&server.state.status(), &server.config);
+    let Readiness { ready, mut reasons } = readiness(&server.state.status());
     // Reasons name databases and stores.
     if !server.guard.may_read(headers) {
         reasons.truncate(1);

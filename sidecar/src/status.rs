@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::backup::READ_SIZE;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::daemon::conditions::{Condition, ConditionKind};
 use crate::daemon::health::{self, Readiness};
 use crate::daemon::state::{self, DaemonStatus, ScheduleStatus, read_status};
 use crate::datadir::control_db::ControlDbCopy;
@@ -38,6 +39,8 @@ pub struct StatusReport {
     pub schedules: Vec<ScheduleStatus>,
     /// `None` when no daemon ever ran on this data directory from this machine.
     pub daemon: Option<DaemonSummary>,
+    /// What keeps the daemon from being ready; empty when it is, and when none runs.
+    pub conditions: Vec<Condition>,
     pub problems: Vec<String>,
 }
 
@@ -100,6 +103,7 @@ pub async fn status(
         last_drill: repository.last_drill().await?,
         schedules: Vec::new(),
         daemon: None,
+        conditions: Vec::new(),
         problems: Vec::new(),
     };
     if let Some(daemon) = &daemon {
@@ -193,7 +197,7 @@ pub fn ready(config: &Config, data_dir: &Path, clock: &dyn Clock) -> Readiness {
         true => {
             not(format!("the daemon (process {}) tells nothing of itself since {:.0}", daemon.pid, daemon.written_at))
         }
-        false => health::readiness(&daemon, config),
+        false => health::readiness(&daemon),
     }
 }
 
@@ -207,18 +211,19 @@ impl StatusReport {
                 daemon.pid
             ));
         }
-        for database in &daemon.databases {
-            let name = &database.name;
-            if let Some(error) = database.error.as_ref().filter(|_| running) {
-                self.problems.push(format!("database {name} is not being archived: {error}"));
-            }
-            let events = database.events.iter();
-            self.problems.extend(events.map(|event| format!("database {name}, {:.0}: {}", event.at, event.message)));
+        // A schedule's failure outlives the daemon. How far a database is behind is seen here, from log and archive.
+        let shown = daemon.conditions.iter().filter(|condition| match condition.kind {
+            ConditionKind::ScheduleFailed => true,
+            ConditionKind::ArchiveBehind => false,
+            _ => running,
+        });
+        self.problems.extend(shown.map(|condition| format!("{}; {}", condition.message, condition.advice)));
+        if running {
+            self.conditions = daemon.conditions.clone();
         }
-        for schedule in &daemon.schedules {
-            if let (Some(false), Some(message)) = (schedule.last_ok, &schedule.last_message) {
-                self.problems.push(format!("the last scheduled {} failed: {message}", schedule.name));
-            }
+        for database in &daemon.databases {
+            let (name, events) = (&database.name, database.events.iter());
+            self.problems.extend(events.map(|event| format!("database {name}, {:.0}: {}", event.at, event.message)));
         }
         self.schedules = daemon.schedules.clone();
         self.daemon = Some(DaemonSummary {

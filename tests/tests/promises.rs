@@ -35,6 +35,8 @@ mod exports;
 mod faults;
 #[path = "promises/fixture.rs"]
 mod fixture;
+#[path = "promises/health.rs"]
+mod health;
 #[path = "promises/instance.rs"]
 mod instance;
 #[path = "promises/module.rs"]

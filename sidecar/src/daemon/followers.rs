@@ -16,6 +16,8 @@ use crate::archiver::{Archiver, FlushHandle, Followed, Settings, compaction};
 use crate::backup::log::LogArchive;
 use crate::backup::{BackupError, LogSource, Observer, Work, blocking, snapshot};
 use crate::clock::Stopwatch;
+use crate::daemon::conditions::{ConditionKind, Ends, Streak, Subject, watched};
+use crate::daemon::state::State;
 use crate::daemon::{Daemon, DaemonError, LOOK_INTERVAL};
 use crate::datadir::control_db::{ControlDbCopy, Database};
 use crate::datadir::{self, ReplicaDir};
@@ -40,6 +42,8 @@ const INSTANCE_PAUSE: Duration = Duration::from_secs(2);
 #[derive(Default)]
 pub(super) struct Followers {
     by_database: parking_lot::Mutex<BTreeMap<Identity, Follower>>,
+    /// The databases that the server had at the last look.
+    pub(super) known: parking_lot::Mutex<Vec<Database>>,
     tasks: parking_lot::Mutex<Vec<JoinHandle<()>>>,
     /// Held while a follower uploads a snapshot, whose packs nothing names before its end, and while objects are removed. One
     /// after another: memory is the same for one database and for hundreds.
@@ -53,6 +57,11 @@ struct Follower {
 }
 
 impl Followers {
+    /// The replicas whose logs are followed.
+    pub(super) fn replicas(&self) -> HashSet<u64> {
+        self.by_database.lock().values().map(|follower| follower.replica).collect()
+    }
+
     /// Waits until all have ended, after they were told to.
     pub(super) async fn join(&self) {
         loop {
@@ -124,13 +133,20 @@ impl Daemon {
         stop: &CancellationToken,
     ) -> Result<(), DaemonError> {
         let mut seen = None;
+        let mut failures = Streak::new(&self.state, ConditionKind::DatabasesUnknown, Subject::Sidecar);
         loop {
             let now = self.fingerprint().await?;
             if seen != Some(now) {
                 match self.look(&positions, stop).await {
-                    Ok(()) => seen = Some(now),
+                    Ok(()) => {
+                        seen = Some(now);
+                        failures.succeeded();
+                    }
                     // The control database is being written; the next look finds it at rest.
-                    Err(error) => tracing::debug!(%error, "the control database is looked at again"),
+                    Err(error) => {
+                        tracing::debug!(%error, "the control database is looked at again");
+                        failures.failed(format!("databases that are new are not archived: {error}"));
+                    }
                 }
             }
             self.clock.sleep(LOOK_INTERVAL).await;
@@ -147,9 +163,14 @@ impl Daemon {
                 // Whatever made the change is likely not done yet.
                 self.clock.sleep(INSTANCE_PAUSE).await;
                 match self.capture_if_changed().await {
-                    Ok(()) => captured = Some(now),
+                    Ok(()) => {
+                        captured = Some(now);
+                        self.state.clear(ConditionKind::InstanceNotCaptured, &Subject::Sidecar);
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "no restore point was made for the changed instance; it is tried again");
+                        let message = format!("the instance changed, and no restore point holds the change: {error}");
+                        self.state.raise(ConditionKind::InstanceNotCaptured, Subject::Sidecar, message);
                         self.state.failed(error.to_string());
                     }
                 }
@@ -190,6 +211,7 @@ impl Daemon {
             tracing::info!(%identity, "the database is gone from the server; its archive stays");
             self.end(identity);
         }
+        self.followers.known.lock().clone_from(&control.databases);
         Ok(())
     }
 
@@ -229,29 +251,39 @@ impl Daemon {
         let (archiver, flush) =
             Archiver::new(Arc::clone(&work), Arc::clone(&followed), replica.log_path(), settings, stop.clone());
         let archiver = archiver.keeping(promised);
-        let mut tasks = self.followers.tasks.lock();
-        tasks.retain(|task| !task.is_finished());
-        tasks.push(tokio::spawn(archiver.run()));
-        tasks.push(tokio::spawn(write_positions(positions.clone(), database.identity, written)));
+        let part = Part { work, followed, state: Arc::clone(&self.state), stop: stop.clone() };
+        self.run_part(&part, "the archiver", Ends::WhenStopped, archiver.run());
+        let state = Arc::clone(&self.state);
+        let positions = write_positions(positions.clone(), state, Arc::clone(&part.followed), written);
+        self.run_part(&part, "the record of positions", Ends::WhenStopped, positions);
         let archive = &self.config.archive;
         if archive.compaction {
-            let (interval, grace) = (archive.compaction_interval.0, archive.compaction_grace.0);
-            tasks.push(tokio::spawn(compact(Arc::clone(&work), Arc::clone(&followed), interval, grace, stop.clone())));
+            let compacting = compact(part.clone(), archive.compaction_interval.0, archive.compaction_grace.0);
+            self.run_part(&part, "compaction", Ends::WhenStopped, compacting);
         }
         let bundled = self.config.spacetimedb_config.database.as_deref();
         let calls = calls::Database {
-            name: followed.name.clone(),
+            name: part.followed.name.clone(),
             identity: database.identity,
             is_bundled: bundled.is_some_and(|name| database.is_called(name)),
             dir: replica.log_path(),
         };
-        tasks.push(tokio::spawn(Arc::clone(&self.calls).follow(calls, stop.clone())));
-        let (name, logs) = (followed.name.clone(), replica.module_logs_path());
+        let calls = Arc::clone(&self.calls).follow(calls, stop.clone());
+        self.run_part(&part, "the stream of calls", Ends::WhenDone, calls);
+        let (name, logs) = (part.followed.name.clone(), replica.module_logs_path());
         let sending = Arc::clone(&self.module_logs).follow(name, database.identity, logs, stop.clone());
-        tasks.push(tokio::spawn(sending));
+        self.run_part(&part, "the stream of the module's log", Ends::WhenDone, sending);
         let uploads = Arc::clone(&self.followers.uploads);
-        tasks.push(tokio::spawn(follow_snapshots(work, followed, replica.clone(), uploads, stop.clone())));
+        let snapshots = follow_snapshots(part.clone(), replica.clone(), uploads);
+        self.run_part(&part, "the archive of snapshots", Ends::WhenStopped, snapshots);
         Follower { replica: replica.id, flush, stop }
+    }
+
+    fn run_part(&self, part: &Part, name: &'static str, ends: Ends, task: impl Future<Output = ()> + Send + 'static) {
+        let task = watched(&self.state, (name, part.subject()), ends, part.stop.clone(), task);
+        let mut tasks = self.followers.tasks.lock();
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task);
     }
 
     /// A new database, a new program or another configuration: the newest restore point does not know it yet.
@@ -284,26 +316,46 @@ impl Daemon {
     }
 }
 
-async fn write_positions(positions: Positions, database: Identity, mut written: watch::Receiver<Option<Position>>) {
+/// What the parts of one follower share.
+#[derive(Clone)]
+struct Part {
+    work: Arc<Work>,
+    followed: Arc<Followed>,
+    state: Arc<State>,
+    stop: CancellationToken,
+}
+
+impl Part {
+    fn subject(&self) -> Subject {
+        Subject::Database(self.followed.name.clone())
+    }
+}
+
+async fn write_positions(
+    positions: Positions,
+    state: Arc<State>,
+    followed: Arc<Followed>,
+    mut written: watch::Receiver<Option<Position>>,
+) {
     while written.changed().await.is_ok() {
         let Some(position) = written.borrow_and_update().clone() else { continue };
-        let positions = positions.clone();
-        match blocking(move || positions.write(&database, &position)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "the position was not written"),
-            Err(error) => tracing::warn!(%error, "the position was not written"),
+        let (positions, database) = (positions.clone(), followed.identity);
+        let result = match blocking(move || positions.write(&database, &position)).await {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = &result {
+            tracing::warn!(%error, "the position was not written");
         }
+        state.check(ConditionKind::StateDirectory, Subject::Database(followed.name.clone()), result);
     }
 }
 
 /// Uploads each native snapshot once it is complete and its transaction archived.
-async fn follow_snapshots(
-    work: Arc<Work>,
-    followed: Arc<Followed>,
-    replica: ReplicaDir,
-    uploads: Arc<Mutex<()>>,
-    stop: CancellationToken,
-) {
+async fn follow_snapshots(part: Part, replica: ReplicaDir, uploads: Arc<Mutex<()>>) {
+    let subject = part.subject();
+    let Part { work, followed, state, stop } = part;
+    let mut failures = Streak::new(&state, ConditionKind::SnapshotFailing, subject.clone());
     let mut told = HashSet::new();
     // What the disk held when all of it was archived, and since when: asking the store costs five requests.
     let mut settled: Option<(TimelineId, Vec<Offset>, Stopwatch)> = None;
@@ -342,6 +394,13 @@ async fn follow_snapshots(
                 // Files may have changed under the reader; what is told twice stays.
                 if problems.iter().all(|problem| told.contains(problem)) {
                     settled = Some((timeline, usable, Stopwatch::start()));
+                    match problems.first() {
+                        None => failures.succeeded(),
+                        Some(problem) => {
+                            let message = format!("database {}: {problem}", followed.name);
+                            state.raise(ConditionKind::SnapshotFailing, subject.clone(), message);
+                        }
+                    }
                 }
                 for problem in problems {
                     if told.insert(problem.clone()) {
@@ -349,73 +408,76 @@ async fn follow_snapshots(
                     }
                 }
             }
-            Err(error) => tracing::warn!(database = %followed.name, %error, "the snapshot is tried again"),
+            Err(error) => {
+                tracing::warn!(database = %followed.name, %error, "the snapshot is tried again");
+                failures.failed(format!("database {}: its snapshot is not archived: {error}", followed.name));
+            }
         }
     }
 }
 
 /// Merges small objects from time to time.
-async fn compact(
-    work: Arc<Work>,
-    followed: Arc<Followed>,
-    interval: Duration,
-    grace: Duration,
-    stop: CancellationToken,
-) {
+async fn compact(part: Part, interval: Duration, grace: Duration) {
     for counter in [
         &metrics::COMPACTION_MERGED,
         &metrics::COMPACTION_WRITTEN,
         &metrics::COMPACTION_DELETED,
         &metrics::COMPACTION_ERRORS,
     ] {
-        counter.add(0, &[followed.label()]);
+        counter.add(0, &[part.followed.label()]);
     }
+    let mut failures = Streak::new(&part.state, ConditionKind::CompactionFailing, part.subject());
     loop {
         tokio::select! {
-            () = work.clock.sleep(interval) => {}
-            () = stop.cancelled() => return,
+            () = part.work.clock.sleep(interval) => {}
+            () = part.stop.cancelled() => return,
         }
         let _merging = tokio::select! {
             merging = MERGING.acquire() => merging.ok(),
-            () = stop.cancelled() => return,
+            () = part.stop.cancelled() => return,
         };
-        let timelines = match work.repository.timelines(&followed.identity).await {
-            Ok(timelines) => timelines,
+        let result = tokio::select! {
+            result = compact_once(&part, grace) => result,
+            () = part.stop.cancelled() => return,
+        };
+        match result {
+            Ok(()) => failures.succeeded(),
             Err(error) => {
-                metrics::COMPACTION_ERRORS.add(1, &[followed.label()]);
-                tracing::warn!(database = %followed.name, %error, "compaction is tried again");
-                continue;
-            }
-        };
-        for timeline in timelines {
-            let pass = tokio::select! {
-                pass = traced(
-                    work_span!("merge log objects", database = %followed.name),
-                    compaction::pass(&work, followed.identity, timeline.timeline, grace),
-                ) => pass,
-                () = stop.cancelled() => return,
-            };
-            match pass {
-                Ok(pass) if pass == compaction::Pass::default() => {}
-                Ok(pass) => {
-                    metrics::COMPACTION_MERGED.add(pass.merged, &[followed.label()]);
-                    metrics::COMPACTION_WRITTEN.add(pass.written, &[followed.label()]);
-                    metrics::COMPACTION_DELETED.add(pass.deleted, &[followed.label()]);
-                    tracing::info!(
-                        database = %followed.name,
-                        merged = pass.merged,
-                        written = pass.written,
-                        deleted = pass.deleted,
-                        "log objects were merged"
-                    );
-                }
-                Err(error) => {
-                    metrics::COMPACTION_ERRORS.add(1, &[followed.label()]);
-                    tracing::warn!(database = %followed.name, %error, "compaction is tried again");
-                }
+                metrics::COMPACTION_ERRORS.add(1, &[part.followed.label()]);
+                tracing::warn!(database = %part.followed.name, %error, "compaction is tried again");
+                failures.failed(format!("database {}: log objects are not merged: {error}", part.followed.name));
             }
         }
     }
+}
+
+/// A pass over every timeline. A failure of one does not keep the others from theirs.
+async fn compact_once(part: &Part, grace: Duration) -> Result<(), BackupError> {
+    let Part { work, followed, .. } = part;
+    let mut result = Ok(());
+    for timeline in work.repository.timelines(&followed.identity).await? {
+        let pass = traced(
+            work_span!("merge log objects", database = %followed.name),
+            compaction::pass(work, followed.identity, timeline.timeline, grace),
+        );
+        match pass.await {
+            Ok(pass) if pass == compaction::Pass::default() => {}
+            Ok(pass) => {
+                metrics::COMPACTION_MERGED.add(pass.merged, &[followed.label()]);
+                metrics::COMPACTION_WRITTEN.add(pass.written, &[followed.label()]);
+                metrics::COMPACTION_DELETED.add(pass.deleted, &[followed.label()]);
+                tracing::info!(
+                    database = %followed.name,
+                    merged = pass.merged,
+                    written = pass.written,
+                    deleted = pass.deleted,
+                    "log objects were merged"
+                );
+            }
+            Err(error) => result = result.and(Err(error)),
+        }
+    }
+    result
 }
 
 /// Changes when a database, a program or the server's configuration may have.

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use opentelemetry::KeyValue;
 
 use crate::backup::log::LogEventKind;
+use crate::daemon::conditions::ConditionKind;
 use crate::daemon::state::DaemonStatus;
 use crate::daemon::survey::Survey;
 use crate::observe::metrics::{self, Sample};
@@ -15,8 +16,16 @@ pub(super) fn samples(status: &DaemonStatus, survey: &Survey, data_dir: &Path) -
     let mut found = vec![
         metrics::BUILD_INFO.sample(1.0, vec![KeyValue::new("version", env!("CARGO_PKG_VERSION"))]),
         metrics::START_TIME.sample(unix(status.started_at), Vec::new()),
-        metrics::LEASE_HELD.sample(f64::from(u8::from(status.lease_token.is_some())), Vec::new()),
+        metrics::LEASE_HELD.sample(f64::from(u8::from(holds_lease(status))), Vec::new()),
     ];
+    found.extend(status.conditions.iter().map(|condition| {
+        let labels = vec![
+            KeyValue::new("condition", condition.kind.name()),
+            KeyValue::new("database", condition.database.clone().unwrap_or_default()),
+            KeyValue::new("schedule", condition.schedule.clone().unwrap_or_default()),
+        ];
+        metrics::CONDITION.sample(1.0, labels)
+    }));
     let mut plain = |metric: &metrics::Metric, value: Option<f64>| {
         found.extend(value.map(|value| metric.sample(value, Vec::new())));
     };
@@ -75,10 +84,15 @@ pub(super) fn samples(status: &DaemonStatus, survey: &Survey, data_dir: &Path) -
             found.extend(value.map(|value| metric.sample(value, label)));
         };
         of(&metrics::SCHEDULE_LAST, schedule.last_run.map(unix));
+        of(&metrics::SCHEDULE_SUCCESS, schedule.last_success.map(unix));
         of(&metrics::SCHEDULE_NEXT, schedule.next_run.map(unix));
         of(&metrics::SCHEDULE_OK, schedule.last_ok.map(|ok| f64::from(u8::from(ok))));
     }
     found
+}
+
+fn holds_lease(status: &DaemonStatus) -> bool {
+    status.lease_token.is_some() && !status.conditions.iter().any(|found| found.kind == ConditionKind::LeaseExpired)
 }
 
 fn unix(time: Timestamp) -> f64 {

@@ -93,9 +93,9 @@ mod tests {
     use crate::ids::Identity;
 
     fn status(names: &[&str], lag: f64) -> DaemonStatus {
-        let mut status =
-            crate::daemon::state::State::new(std::sync::Arc::new(crate::clock::SystemClock), std::path::Path::new("/"))
-                .status();
+        let (clock, alert) =
+            (std::sync::Arc::new(crate::clock::SystemClock), crate::config::value::Period::seconds(60));
+        let mut status = crate::daemon::state::State::new(clock, std::path::Path::new("/"), alert).status();
         let database = |name: &&str| FollowedStatus {
             identity: Identity([0; 32]),
             name: (*name).to_owned(),
@@ -106,6 +106,7 @@ mod tests {
             objects_written: 0,
             bytes_written: 0,
             error: None,
+            damage: None,
             events: Vec::new(),
         };
         status.databases = names.iter().map(database).collect();

@@ -82,13 +82,7 @@ impl Daemon {
         let options = VerifyOptions::default();
         let verifying = crate::verify::verify(&self.repository, &options, Arc::new(Silent));
         let report = traced(work_span!("verify"), verifying).await?;
-        let now = self.clock.now();
-        self.state.survey(|survey| {
-            survey.findings = Some(report.findings.len() as u64);
-            if report.is_sound() {
-                survey.verified_at = Some(now);
-            }
-        });
+        self.verified(report.findings.len() as u64, report.is_sound());
         Ok(Some(report))
     }
 
@@ -209,7 +203,7 @@ impl Daemon {
     }
 
     pub(super) fn is_healthy(&self) -> Result<(), String> {
-        let found = health::readiness(&self.state.status(), &self.config);
+        let found = health::readiness(&self.state.status());
         if found.ready { Ok(()) } else { Err(found.reasons.join("; ")) }
     }
 

@@ -1,9 +1,10 @@
 //! Schedules: what the daemon does at which time. A run that was missed while the daemon was down is made up once; a run
-//! never overlaps the one before; all runs of the same minute on many machines can be spread by jitter.
+//! never overlaps the one before; all runs of the same minute on many machines can be spread by jitter. What a run came to
+//! is kept on disk, so that a restart does not end an alert.
 
+mod outcome;
 mod times;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +13,16 @@ use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::config::value::Cron;
+use crate::daemon::conditions::{ConditionKind, Ends, Subject, watched};
+use crate::daemon::schedule::outcome::{Outcome, OutcomeFile};
 use crate::daemon::schedule::times::Times;
 use crate::daemon::state::{ScheduleStatus, StateDir};
 use crate::daemon::{Daemon, DaemonError};
-use crate::durable::{self, FileError, OnPath};
+use crate::durable::{FileError, OnPath};
 use crate::observe::metrics;
 
 /// What can be wrong with schedules.
@@ -62,12 +66,19 @@ struct Schedule {
     cron: Cron,
     zone: chrono_tz::Tz,
     jitter: Duration,
-    /// When it last started, kept over restarts.
-    last: PathBuf,
-    next: Mutex<Option<Timestamp>>,
+    file: OutcomeFile,
+    progress: Mutex<Progress>,
     daemon: Arc<Daemon>,
     /// One run at a time.
     running: tokio::sync::Mutex<()>,
+}
+
+/// What changes of a schedule.
+#[derive(Debug, Clone, Default)]
+struct Progress {
+    outcome: Outcome,
+    is_running: bool,
+    next: Option<Timestamp>,
 }
 
 /// How often it is looked whether a run is due.
@@ -83,26 +94,26 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
     let mut schedules = Vec::new();
     for (task, cron) in tasks(&daemon) {
         let Some(cron) = cron else { continue };
-        let last = dir.join(task.name());
+        let file = OutcomeFile::new(&dir, task.name());
+        let outcome = file.read(daemon.repository.info.id);
         let parsed = cron.parse().map_err(|reason| ScheduleError::Unusable { name: task.name(), reason })?;
         let config = &daemon.config.schedule;
-        let mut times = Times::new(parsed, config.time_zone.0, clock.now(), last_run_in(&last));
-        let was_missed = times.is_due(clock.now());
+        let mut times = Times::new(parsed, config.time_zone.0, clock.now(), outcome.last_run);
         let schedule = Arc::new(Schedule {
             task,
             cron,
             zone: config.time_zone.0,
             jitter: config.jitter.0,
-            last,
-            next: Mutex::new(times.next()),
+            file,
+            progress: Mutex::new(Progress { outcome, ..Progress::default() }),
             daemon: Arc::clone(&daemon),
             running: tokio::sync::Mutex::new(()),
         });
-        schedule.tell(None, None);
-        if was_missed {
+        if times.is_due(clock.now()) {
             tracing::info!(schedule = task.name(), "a run was missed and is made up for");
-            tokio::spawn(Arc::clone(&schedule).once());
+            schedule.start();
         }
+        schedule.update(|progress| progress.next = times.next());
         schedules.push((schedule, times));
     }
     let ticks = Ticks::start().await.map_err(ScheduleError::from)?;
@@ -116,12 +127,9 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
         before = now;
         for (schedule, times) in &mut schedules {
             if times.is_due(now) {
-                tokio::spawn(Arc::clone(schedule).once());
+                schedule.start();
             }
-            if *schedule.next.lock() != times.next() {
-                *schedule.next.lock() = times.next();
-                daemon.state.next_run(schedule.task.name(), times.next());
-            }
+            schedule.update(|progress| progress.next = times.next());
         }
     }
 }
@@ -177,6 +185,15 @@ impl Drop for Ticks {
 }
 
 impl Schedule {
+    fn subject(&self) -> Subject {
+        Subject::Schedule(self.task.name().to_owned())
+    }
+
+    fn start(self: &Arc<Self>) {
+        let (run, part) = (Arc::clone(self).once(), ("a scheduled run", self.subject()));
+        watched(&self.daemon.state, part, Ends::WhenDone, CancellationToken::new(), run);
+    }
+
     async fn once(self: Arc<Self>) {
         let Ok(_one) = self.running.try_lock() else {
             self.count("skipped");
@@ -185,17 +202,24 @@ impl Schedule {
         };
         let clock = Arc::clone(&self.daemon.clock);
         clock.sleep(draw_jitter(self.jitter)).await;
-        let started = clock.now();
-        if let Err(error) = durable::replace(&self.last, started.to_string().as_bytes()) {
-            tracing::warn!(%error, "the time of the run was not kept");
-        }
-        self.tell(Some(started), None);
+        self.keep(|progress| {
+            progress.is_running = true;
+            progress.outcome.repository = Some(self.daemon.repository.info.id);
+            progress.outcome.last_run = Some(clock.now());
+        });
         let result = self.work().await;
         if let Err(message) = &result {
             tracing::error!(schedule = self.task.name(), error = %message, "a scheduled run failed");
         }
         self.count(if result.is_ok() { "ok" } else { "failed" });
-        self.tell(Some(started), Some(result));
+        self.keep(|progress| {
+            progress.is_running = false;
+            if result.is_ok() {
+                progress.outcome.last_success = Some(clock.now());
+            }
+            progress.outcome.last_ok = Some(result.is_ok());
+            progress.outcome.last_message = Some(result.unwrap_or_else(|error| error));
+        });
     }
 
     async fn work(&self) -> Result<String, String> {
@@ -254,16 +278,36 @@ impl Schedule {
         metrics::SCHEDULE_RUNS.add(1, &labels);
     }
 
-    fn tell(&self, last_run: Option<Timestamp>, result: Option<Result<String, String>>) {
+    /// Changes what is known, and keeps it for the next start.
+    fn keep(&self, change: impl FnOnce(&mut Progress)) {
+        let outcome = self.update(change).outcome;
+        let written = self.file.write(&outcome);
+        if let Err(error) = &written {
+            tracing::warn!(%error, "the time of the run was not kept");
+        }
+        self.daemon.state.check(ConditionKind::StateDirectory, self.subject(), written);
+    }
+
+    /// Changes what is known, and what `status` says.
+    fn update(&self, change: impl FnOnce(&mut Progress)) -> Progress {
+        let progress = {
+            let mut progress = self.progress.lock();
+            change(&mut progress);
+            progress.clone()
+        };
+        let Progress { outcome, is_running, next } = progress.clone();
         self.daemon.state.schedule(ScheduleStatus {
             name: self.task.name().to_owned(),
             cron: self.cron.as_str().to_owned(),
             time_zone: self.zone.name().to_owned(),
-            next_run: *self.next.lock(),
-            last_run: last_run.or_else(|| last_run_in(&self.last)),
-            last_ok: result.as_ref().map(Result::is_ok),
-            last_message: result.map(|result| result.unwrap_or_else(|error| error)),
+            next_run: next,
+            running: is_running,
+            last_run: outcome.last_run,
+            last_ok: outcome.last_ok,
+            last_message: outcome.last_message,
+            last_success: outcome.last_success,
         });
+        progress
     }
 }
 
@@ -272,10 +316,6 @@ fn draw_jitter(limit: Duration) -> Duration {
     // A fresh ULID's random part is random enough to spread load.
     let share = (ulid::Ulid::new().random() % 1000) as u32;
     limit * share / 1000
-}
-
-fn last_run_in(path: &Path) -> Option<Timestamp> {
-    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 impl From<FileError> for ScheduleError {

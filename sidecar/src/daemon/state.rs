@@ -12,12 +12,16 @@ use crate::backup::BackupReport;
 use crate::backup::log::LogEventKind;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::config::value::Period;
+use crate::daemon::conditions::{Condition, ConditionKind, Conditions, Finding, Source, Subject};
 use crate::daemon::gauges;
+use crate::daemon::health;
 use crate::daemon::history::{History, HistoryReport};
 use crate::daemon::survey::Survey;
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::observe::metrics::{self, Sample};
+use crate::repository::lease::Fence;
 use crate::standalone::supervisor::ServerStatus;
 
 /// `status.json` in the state directory, rewritten every second.
@@ -39,6 +43,8 @@ pub struct DaemonStatus {
     pub http: Option<String>,
     /// The latest error of the daemon itself.
     pub last_error: Option<String>,
+    /// Everything that is wrong now.
+    pub conditions: Vec<Condition>,
 }
 
 impl DaemonStatus {
@@ -63,6 +69,9 @@ pub struct FollowedStatus {
     pub objects_written: u64,
     pub bytes_written: u64,
     pub error: Option<String>,
+    /// Why the log cannot be archived up to its end, although nothing failed.
+    #[serde(default)]
+    pub damage: Option<String>,
     /// Forks, gaps and damage since the start.
     pub events: Vec<Event>,
 }
@@ -82,16 +91,27 @@ pub struct ScheduleStatus {
     pub cron: String,
     pub time_zone: String,
     pub next_run: Option<Timestamp>,
+    /// Whether a run is under way.
+    #[serde(default)]
+    pub running: bool,
+    /// When a run last began.
     pub last_run: Option<Timestamp>,
-    /// `None` while it runs, and before the first run.
+    /// Of the last run that ended, also before a restart; `None` before the first.
     pub last_ok: Option<bool>,
     pub last_message: Option<String>,
+    /// When a run last succeeded.
+    #[serde(default)]
+    pub last_success: Option<Timestamp>,
 }
 
 /// The daemon's knowledge of itself.
 pub struct State {
     clock: Arc<dyn Clock>,
     data_dir: PathBuf,
+    lag_alert: Period,
+    /// Of the lease that is held; `None` while there is none.
+    fence: Mutex<Option<Arc<Fence>>>,
+    conditions: Conditions,
     followed: Mutex<Vec<Arc<Followed>>>,
     rest: Mutex<DaemonStatus>,
     survey: Mutex<Survey>,
@@ -100,7 +120,7 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(clock: Arc<dyn Clock>, data_dir: &Path) -> Self {
+    pub fn new(clock: Arc<dyn Clock>, data_dir: &Path, lag_alert: Period) -> Self {
         let now = clock.now();
         let rest = DaemonStatus {
             pid: std::process::id(),
@@ -114,10 +134,14 @@ impl State {
             last_restore_point: None,
             http: None,
             last_error: None,
+            conditions: Vec::new(),
         };
         Self {
             clock,
             data_dir: data_dir.to_owned(),
+            lag_alert,
+            fence: Mutex::default(),
+            conditions: Conditions::default(),
             followed: Mutex::default(),
             rest: Mutex::new(rest),
             survey: Mutex::default(),
@@ -126,7 +150,9 @@ impl State {
         }
     }
 
-    pub fn leased(&self, token: u64) {
+    /// The lease is held, for as long as `fence` lets pass.
+    pub fn leased(&self, token: u64, fence: Arc<Fence>) {
+        *self.fence.lock() = Some(fence);
         let mut rest = self.rest.lock();
         rest.lease_token = Some(token);
         rest.last_error = None;
@@ -176,7 +202,32 @@ impl State {
     }
 
     pub fn stopped(&self) {
+        // A lease that was released is not one that was lost.
+        *self.fence.lock() = None;
         self.rest.lock().running = false;
+    }
+
+    /// Something is wrong until it is cleared.
+    pub(super) fn raise(&self, kind: ConditionKind, subject: Subject, message: impl Into<String>) {
+        let finding = Finding { kind, subject, message: message.into() };
+        self.conditions.raise(finding, Source::Task, self.clock.now());
+    }
+
+    pub(super) fn clear(&self, kind: ConditionKind, subject: &Subject) {
+        self.conditions.clear(kind, subject);
+    }
+
+    /// Raises a condition for an error, and clears it where there is none.
+    pub(super) fn check<E: std::fmt::Display>(&self, kind: ConditionKind, subject: Subject, result: Result<(), E>) {
+        match result {
+            Ok(()) => self.clear(kind, &subject),
+            Err(error) => self.raise(kind, subject, error.to_string()),
+        }
+    }
+
+    /// Puts what a look at the disk found in the place of what the look before found.
+    pub(super) fn looked_at_disk(&self, found: Vec<Finding>) {
+        self.conditions.replace(Source::Disk, found, self.clock.now());
     }
 
     pub fn failed(&self, error: String) {
@@ -201,17 +252,15 @@ impl State {
         }
     }
 
-    pub(super) fn next_run(&self, name: &str, next: Option<Timestamp>) {
-        let mut rest = self.rest.lock();
-        rest.schedules.iter_mut().filter(|known| known.name == name).for_each(|known| known.next_run = next);
-    }
-
     pub(super) fn follow(&self, followed: Arc<Followed>) {
         self.followed.lock().push(followed);
     }
 
     pub(super) fn forget(&self, identity: &Identity) {
-        self.followed.lock().retain(|followed| followed.identity != *identity);
+        let mut followed = self.followed.lock();
+        for gone in followed.extract_if(.., |followed| followed.identity == *identity) {
+            self.conditions.forget(&gone.name);
+        }
     }
 
     /// All of it, now.
@@ -221,6 +270,9 @@ impl State {
         status.written_at = now;
         status.databases =
             self.followed.lock().iter().map(|followed| describe(followed, status.started_at, now)).collect();
+        let lease_is_over = self.fence.lock().as_ref().is_some_and(|fence| fence.check().is_err());
+        self.conditions.replace(Source::Status, health::conditions(&status, self.lag_alert, lease_is_over), now);
+        status.conditions = self.conditions.list();
         status
     }
 }
@@ -238,6 +290,7 @@ fn describe(followed: &Followed, started_at: Timestamp, now: Timestamp) -> Follo
         objects_written: progress.objects,
         bytes_written: progress.stored_bytes,
         error: progress.error,
+        damage: progress.damage,
         events: progress
             .events
             .into_iter()
@@ -300,6 +353,16 @@ impl StateDir {
 
     pub fn socket(&self) -> PathBuf {
         self.0.join("control.sock")
+    }
+
+    /// A directory for copies that the one for temporary files cannot hold, without what a killed daemon left in it.
+    pub(super) fn scratch(&self) -> PathBuf {
+        let path = self.0.join("scratch");
+        let _ = std::fs::remove_dir_all(&path);
+        if let Err(error) = std::fs::create_dir_all(&path) {
+            tracing::warn!(%error, "the state directory has no place for copies");
+        }
+        path
     }
 
     /// Claims this directory for as long as what is returned lives, or this process does; `None` where another process has it.

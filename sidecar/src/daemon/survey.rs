@@ -5,11 +5,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use crate::backup::{BackupError, blocking};
 use crate::daemon::Daemon;
+use crate::daemon::conditions::{ConditionKind, Streak, Subject};
 use crate::daemon::history::TimelineView;
 use crate::datadir::control_db::ControlDbCopy;
+use crate::durable;
+use crate::ids::RestorePointId;
 use crate::repository::manifest::LastDrill;
 use crate::restore::RestoreError;
 use crate::restore::plan::{RestorePlan, RestoreRequest, plan};
@@ -54,13 +58,56 @@ pub struct Usage {
     pub bytes: u64,
 }
 
+/// What the last verification found, kept so that a restart does not end an alert.
+#[derive(Debug, Serialize, Deserialize)]
+struct Verification {
+    repository: RestorePointId,
+    findings: u64,
+    verified_at: Option<Timestamp>,
+}
+
 impl Daemon {
-    /// Surveys for ever.
+    /// A verification of the whole repository ended.
+    pub(super) fn verified(&self, findings: u64, is_sound: bool) {
+        let now = self.clock.now();
+        let mut verified_at = None;
+        self.state.survey(|survey| {
+            survey.findings = Some(findings);
+            if is_sound {
+                survey.verified_at = Some(now);
+            }
+            verified_at = survey.verified_at;
+        });
+        let kept = Verification { repository: self.repository.info.id, findings, verified_at };
+        let written = durable::replace(&self.verification, &serde_json::to_vec_pretty(&kept).unwrap_or_default());
+        if let Err(error) = &written {
+            tracing::warn!(%error, "what the verification found was not kept");
+        }
+        self.state.check(ConditionKind::StateDirectory, Subject::Schedule("verify".to_owned()), written);
+    }
+
+    /// What the last verification found before this start.
+    pub(super) fn recall_verification(&self) {
+        let found = std::fs::read(&self.verification).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let Some(Verification { repository, findings, verified_at }) = found else { return };
+        if repository == self.repository.info.id {
+            self.state.survey(|survey| {
+                survey.findings = Some(findings);
+                survey.verified_at = verified_at;
+            });
+        }
+    }
+
+    /// Surveys until the daemon ends.
     pub(super) async fn survey(&self) {
+        let mut failures = Streak::new(&self.state, ConditionKind::SurveyFailing, Subject::Sidecar);
         loop {
             match self.look_at_repository().await {
-                Ok(()) => {}
-                Err(error) => tracing::debug!(%error, "the repository is surveyed again later"),
+                Ok(()) => failures.succeeded(),
+                Err(error) => {
+                    tracing::debug!(%error, "the repository is surveyed again later");
+                    failures.failed(format!("the repository is not surveyed: {error}"));
+                }
             }
             tokio::select! {
                 () = self.clock.sleep(INTERVAL) => {}

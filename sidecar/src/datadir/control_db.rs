@@ -58,17 +58,36 @@ impl ControlDbCopy {
     /// # Errors
     /// When no copy of several could be opened and read.
     pub fn take(data: &DataDir) -> Result<Self, DataDirError> {
+        Self::take_in(data, &std::env::temp_dir())
+    }
+
+    /// As [`Self::take`], in a directory in `temporary`, or where that cannot be made or filled in `data`'s own.
+    fn take_in(data: &DataDir, temporary: &Path) -> Result<Self, DataDirError> {
         let source = data.control_db_path();
         let mut reason = String::new();
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 std::thread::sleep(Duration::from_millis(50 << attempt.min(5)));
             }
-            let dir = tempfile::tempdir().on("create a temporary directory in", &std::env::temp_dir())?;
-            let copied = copy_tree(&source, &dir.path().join("control-db")).map_err(|error| error.to_string());
-            match copied.and_then(|()| read(&dir.path().join("control-db"))) {
-                Ok((databases, trees)) => return Ok(Self { dir, databases, trees }),
-                Err(error) => reason = error,
+            let mut unusable = None;
+            for place in std::iter::once(temporary).chain(data.scratch.as_deref()) {
+                let dir = match make_dir_in(place) {
+                    Ok(dir) => dir,
+                    Err(error) => {
+                        // The first one's error says what to mend.
+                        unusable.get_or_insert(error);
+                        continue;
+                    }
+                };
+                let copied = copy_tree(&source, &dir.path().join("control-db")).map_err(|error| error.to_string());
+                match copied.and_then(|()| read(&dir.path().join("control-db"))) {
+                    Ok((databases, trees)) => return Ok(Self { dir, databases, trees }),
+                    // Torn by a write, or the disk is full: then the other place may do.
+                    Err(error) => reason = error,
+                }
+            }
+            if let Some(error) = unusable.filter(|_| reason.is_empty()) {
+                return Err(error.into());
             }
         }
         Err(DataDirError::ControlDb { path: source, attempts: ATTEMPTS, reason })
@@ -78,6 +97,10 @@ impl ControlDbCopy {
     pub fn path(&self) -> PathBuf {
         self.dir.path().join("control-db")
     }
+}
+
+fn make_dir_in(place: &Path) -> Result<tempfile::TempDir, FileError> {
+    tempfile::tempdir_in(place).on("create a temporary directory in", place)
 }
 
 /// Removes every database but those in `keep` from the control database at `path`, which no server may have open.
@@ -257,4 +280,35 @@ pub fn copy_tree(from: &Path, to: &Path) -> Result<(), FileError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data_dir() -> (tempfile::TempDir, DataDir) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let db = open(&dir.path().join("control-db")).expect("a control database");
+        db.open_tree("database").expect("a tree");
+        db.flush().expect("flush");
+        drop(db);
+        let data = DataDir::open(dir.path()).expect("a data directory");
+        (dir, data)
+    }
+
+    #[test]
+    fn a_copy_needs_no_usable_tmpdir() {
+        let (dir, data) = data_dir();
+        let (missing, scratch) = (dir.path().join("missing"), dir.path().join("state"));
+        let refused = ControlDbCopy::take_in(&data, &missing).err().expect("neither place does").to_string();
+        assert!(refused.contains("create a temporary directory in") && refused.contains("missing"), "{refused}");
+        std::fs::create_dir(&scratch).expect("create");
+        let data = data.with_scratch(scratch.clone());
+        let copy = ControlDbCopy::take_in(&data, &missing).expect("the other place does");
+        assert!(copy.path().starts_with(&scratch), "{:?}", copy.path());
+        drop(copy);
+        assert_eq!(std::fs::read_dir(&scratch).expect("list").count(), 0, "and nothing stays");
+        let copy = ControlDbCopy::take_in(&data, dir.path()).expect("where both do");
+        assert!(!copy.path().starts_with(&scratch), "the usual place comes first");
+    }
 }

@@ -87,6 +87,8 @@ metrics! {
     ARCHIVED_BYTES: Kind::Counter, "inner_universe.archive.written", "By", ["database"];
     /// Tries to archive that failed and were made again. Kinds: `store`, `lease`, `log`, `other`.
     ARCHIVE_ERRORS: Kind::Counter, "inner_universe.archive.errors", "{error}", ["database", "kind"];
+    /// 1 for each condition that keeps the sidecar from being ready, absent once it is over. A condition is of a database, of a schedule, or of neither; the other label is empty.
+    CONDITION: Kind::Gauge, "inner_universe.condition", "{condition}", ["condition", "database", "schedule"];
     /// What happened to logs: `fork`, `gap` (log lost before it was archived), `damage` (of a log or of the repository).
     ARCHIVE_EVENTS: Kind::Counter, "inner_universe.archive.events", "{event}", ["database", "kind"];
     /// When such an event last happened since this process started, Unix time. For alerts: it needs no sample from before.
@@ -125,9 +127,11 @@ metrics! {
     SCHEDULE_RUNS: Kind::Counter, "inner_universe.schedule.runs", "{run}", ["schedule", "outcome"];
     /// When the schedule last ran, Unix time.
     SCHEDULE_LAST: Kind::Gauge, "inner_universe.schedule.last.time", "s", ["schedule"];
+    /// When a run of the schedule last ended well, Unix time.
+    SCHEDULE_SUCCESS: Kind::Gauge, "inner_universe.schedule.last.success.time", "s", ["schedule"];
     /// When the schedule runs next, Unix time.
     SCHEDULE_NEXT: Kind::Gauge, "inner_universe.schedule.next.time", "s", ["schedule"];
-    /// 1 when the schedule's last run succeeded, else 0.
+    /// 1 when the last run of the schedule that ended succeeded, else 0. It outlives restarts.
     SCHEDULE_OK: Kind::Gauge, "inner_universe.schedule.last.ok", "{run}", ["schedule"];
     /// Exports. Outcomes: `ok`, `failed`.
     EXPORTS: Kind::Counter, "inner_universe.exports", "{export}", ["outcome"];
@@ -137,9 +141,9 @@ metrics! {
     PRUNED_OBJECTS: Kind::Counter, "inner_universe.prune.objects", "{object}", [];
     /// Their stored bytes.
     PRUNED_BYTES: Kind::Counter, "inner_universe.prune.size", "By", [];
-    /// Findings of the last verification that this process made.
+    /// Findings of the last verification that the daemon made, also before a restart.
     VERIFY_FINDINGS: Kind::Gauge, "inner_universe.verify.findings", "{finding}", [];
-    /// When a verification last ended without findings in this process, Unix time.
+    /// When a verification of the daemon last ended without findings, Unix time.
     VERIFY_TIME: Kind::Gauge, "inner_universe.verify.last.time", "s", [];
     /// When the newest drill began, Unix time.
     DRILL_TIME: Kind::Gauge, "inner_universe.drill.last.time", "s", [];

@@ -136,6 +136,11 @@ impl Lease {
         self.repository.clone().fenced(Arc::clone(&self.fence))
     }
 
+    /// What says whether this lease still allows writing.
+    pub fn fence(&self) -> Arc<Fence> {
+        Arc::clone(&self.fence)
+    }
+
     /// Who holds it: unlike any other writer, of this repository or another.
     pub fn writer(&self) -> String {
         self.document.lock().0.writer.clone()

@@ -119,6 +119,7 @@ async fn every_metric_that_is_told_is_declared_with_its_type_and_labels_and_says
     }
     // What needs another set-up to be told at all.
     let elsewhere = [
+        "inner_universe_condition",
         "inner_universe_server_up",
         "inner_universe_server_starts",
         "inner_universe_heartbeat_calls_total",
