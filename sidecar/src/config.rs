@@ -389,6 +389,11 @@ impl Format {
         }
     }
 
+    /// The format of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Ndjson, Self::Parquet].into_iter().find(|format| format.name() == name)
+    }
+
     /// How names of files end.
     pub fn suffix(self) -> &'static str {
         match self {

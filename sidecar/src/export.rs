@@ -1,7 +1,7 @@
 //! Exports: rows of a live table as files that query engines read as they are, every row once.
 //!
 //! A table that only grows is exported in steps, each of the rows that came since the step before; any other is captured
-//! whole when it changed. What a step writes is planned first and counts once its manifest is written: a step that was
+//! whole when it changed. Each format has its own position: rows that a step left out of a format are copied into it. What a step writes is planned first and counts once its manifest is written: a step that was
 //! broken off is done again under the same names, and rows are never in two files. FORMAT.md describes the objects.
 //!
 //! Invariants: a manifest names only what is durable; files of one series read as one table; when histories part (a
@@ -10,7 +10,10 @@
 pub mod archive;
 mod capture;
 pub mod columnar;
+mod copies;
 pub mod files;
+#[cfg(test)]
+mod fixture;
 pub mod history;
 pub mod manifest;
 pub mod ndjson;
@@ -35,7 +38,7 @@ use crate::database::shape::{self, Field, Shape};
 use crate::export::archive::ArchiveError;
 use crate::export::manifest::{Content, ExportFile, ExportManifest, ExportPlan, Parent, Series};
 use crate::export::rows::Rows;
-use crate::export::spool::{Finished, Layout, Spool, SpoolError, line_of};
+use crate::export::spool::{FILE_BYTES, Finished, Layout, Spool, SpoolError, line_of};
 use crate::ids::{ContentHash, Identity};
 use crate::observe::server::SourceError;
 use crate::repository::{Repository, RepositoryError, paths};
@@ -82,6 +85,12 @@ pub enum ExportError {
     NotFirst { table: String, exported: u64 },
     #[error("{object} is not what was written ({reason}); nothing was trimmed; run the export again")]
     ReadBack { object: String, reason: String },
+    #[error(
+        "rows {first} to {last} of `{table}` were exported without {format}, the repository is encrypted, and the database no longer \
+         has these rows as they were; name the repository's key in repository.identity_files for one export, or leave {format} out",
+        format = .format.name()
+    )]
+    NotToBeCopied { table: String, first: u64, last: u64, format: Format },
     #[error("trim the event log: {0}")]
     Trim(String),
     #[error(transparent)]
@@ -141,6 +150,16 @@ pub struct TableReport {
     pub through: Option<u64>,
 }
 
+impl TableReport {
+    /// Counts files of the same rows; a row counts once, whatever the number of formats.
+    fn add(&mut self, files: &[ExportFile]) {
+        let Some(format) = files.first().map(|file| file.format) else { return };
+        self.rows += files.iter().filter(|file| file.format == format).map(|file| file.rows).sum::<u64>();
+        self.objects += files.len() as u64;
+        self.bytes += files.iter().map(|file| file.bytes).sum::<u64>();
+    }
+}
+
 /// An export that is going on.
 pub struct Exporter<'a> {
     repository: &'a Repository,
@@ -182,6 +201,10 @@ impl Exporter<'_> {
             let table = self.find(&schema, &name)?.clone();
             let append_only = self.config.export.append_only.contains(&name);
             let exported = if append_only { self.append(&table).await } else { self.capture(&table).await };
+            let exported = match exported {
+                Ok(report) if append_only => self.complete(&table, report).await,
+                exported => exported,
+            };
             reports.push(match exported {
                 Err(ExportError::Link(LinkError::Query { .. })) if table.private => {
                     return Err(ExportError::Private { table: name });
@@ -243,10 +266,7 @@ impl Exporter<'_> {
                 let redone = plan.is_some();
                 let files = self.commit(&series, table, &cursor, content, step, plan.take()).await?;
                 if let Some(files) = files {
-                    report.rows +=
-                        files.iter().filter(|file| file.format == files[0].format).map(|f| f.rows).sum::<u64>();
-                    report.objects += files.len() as u64;
-                    report.bytes += files.iter().map(|file| file.bytes).sum::<u64>();
+                    report.add(&files);
                     cursor.last = files.iter().map(|file| file.last).max().or(cursor.last);
                     cursor.parent = None;
                 }
@@ -407,7 +427,7 @@ impl Exporter<'_> {
         let mut files = Vec::new();
         for part in &step.finished {
             for (format, _) in &part.files {
-                files.push(self.file(series, &content, part, *format));
+                files.push(file(self.repository, series, &content, part, *format));
             }
         }
         let objects: Vec<String> = files.iter().map(|file| file.object.clone()).collect();
@@ -421,11 +441,7 @@ impl Exporter<'_> {
         self.repository.put_document(&series.plan_key(), &ExportPlan { last, objects }).await?;
         let paths: Vec<_> = step.finished.iter().flat_map(|part| &part.files).map(|(_, path)| path.clone()).collect();
         for (file, path) in files.iter_mut().zip(&paths) {
-            let bytes = tokio::fs::read(path).await;
-            let bytes = bytes.map_err(|source| SpoolError::File { path: path.display().to_string(), source })?;
-            let bytes = Bytes::from(self.repository.keys.seal(bytes).map_err(RepositoryError::from)?);
-            (file.bytes, file.hash) = (bytes.len() as u64, ContentHash::of(&bytes));
-            self.put(file, bytes).await?;
+            upload(self.repository, file, path).await?;
         }
         let manifest = ExportManifest {
             format: manifest::FORMAT,
@@ -438,41 +454,9 @@ impl Exporter<'_> {
             parent: cursor.parent.clone(),
             content,
         };
-        self.repository.put_document(&series.manifest_key(&manifest.content), &manifest).await?;
+        self.repository.put_document(&series.step_key(manifest.content.numbers()), &manifest).await?;
         self.repository.delete(&series.plan_key()).await?;
         Ok(Some(manifest.files))
-    }
-
-    /// Writes a file, over what a broken export may have left under its name.
-    async fn put(&self, file: &ExportFile, bytes: Bytes) -> Result<(), ExportError> {
-        let key = file.object.as_str().into();
-        match self.repository.put(&key, bytes.clone()).await {
-            Err(RepositoryError::Conflict { .. }) => {
-                self.repository.delete(&key).await?;
-                Ok(self.repository.put(&key, bytes).await?)
-            }
-            result => Ok(result?),
-        }
-    }
-
-    fn file(&self, series: &Series<'_>, content: &Content, part: &Finished, format: Format) -> ExportFile {
-        let mut folders = format!("date={}", part.date);
-        if let Content::Capture { captured, .. } = content {
-            folders += &format!("/captured={captured:020}");
-        }
-        let sealed = if self.repository.keys.seals() { ".age" } else { "" };
-        let name = format!("{:020}-{:020}.{}{sealed}", part.first, part.last, format.suffix());
-        let key = paths::export_file(&self.database, format.name(), &series.name(), &folders, &name);
-        ExportFile {
-            object: key.to_string(),
-            format,
-            date: part.date,
-            first: part.first,
-            last: part.last,
-            rows: part.rows,
-            bytes: 0,
-            hash: ContentHash::of(&[]),
-        }
     }
 
     fn layout(&self, columns: &[Field]) -> Layout {
@@ -480,8 +464,52 @@ impl Exporter<'_> {
             columns: columns.to_vec(),
             formats: self.options.formats.clone(),
             rows_per_file: self.config.export.rows_per_file,
+            bytes_per_file: FILE_BYTES,
             level: self.config.repository.compression_level,
         }
+    }
+}
+
+/// The file of a part in one format, before its bytes are known.
+fn file(
+    repository: &Repository,
+    series: &Series<'_>,
+    content: &Content,
+    part: &Finished,
+    format: Format,
+) -> ExportFile {
+    let mut folders = format!("date={}", part.date);
+    if let Content::Capture { captured, .. } = content {
+        folders += &format!("/captured={captured:020}");
+    }
+    let sealed = if repository.keys.seals() { ".age" } else { "" };
+    let name = format!("{:020}-{:020}.{}{sealed}", part.first, part.last, format.suffix());
+    let key = paths::export_file(&series.database, format.name(), &series.name(), &folders, &name);
+    ExportFile {
+        object: key.to_string(),
+        format,
+        date: part.date,
+        first: part.first,
+        last: part.last,
+        rows: part.rows,
+        bytes: 0,
+        hash: ContentHash::of(&[]),
+    }
+}
+
+/// Writes a finished file, over what a broken export may have left under its name, and notes its bytes.
+async fn upload(repository: &Repository, file: &mut ExportFile, path: &Path) -> Result<(), ExportError> {
+    let bytes = tokio::fs::read(path).await;
+    let bytes = bytes.map_err(|source| SpoolError::File { path: path.display().to_string(), source })?;
+    let bytes = Bytes::from(repository.keys.seal(bytes).map_err(RepositoryError::from)?);
+    (file.bytes, file.hash) = (bytes.len() as u64, ContentHash::of(&bytes));
+    let key = file.object.as_str().into();
+    match repository.put(&key, bytes.clone()).await {
+        Err(RepositoryError::Conflict { .. }) => {
+            repository.delete(&key).await?;
+            Ok(repository.put(&key, bytes).await?)
+        }
+        result => Ok(result?),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::config::Format;
 use crate::database::cell::Cell;
 use crate::database::shape::Field;
 use crate::export::files;
-use crate::export::manifest::{Content, ExportFile, Series, parse_series};
+use crate::export::manifest::{Content, ExportFile, Names, Series, parse_series};
 use crate::ids::Identity;
 use crate::repository::{Repository, RepositoryError, paths};
 
@@ -49,6 +49,8 @@ pub struct Part {
     table: String,
     /// Rows behind it belong to another history.
     pub(super) through: u64,
+    /// The formats in which copies hold its rows too.
+    pub(super) copies: Vec<Format>,
 }
 
 impl Part {
@@ -113,12 +115,22 @@ impl Archive {
         let mut series = Series::newest(&self.repository, self.database, table).await?;
         let (mut parts, mut through) = (Vec::new(), u64::MAX);
         loop {
-            let keys = series.manifests(&self.repository).await?;
+            let Names { steps: keys, copies } = series.names(&self.repository).await?;
             let (Some(first_key), Some(last_key)) = (keys.first(), keys.last()) else { break };
-            let part = |key: &Key| Part { key: key.clone(), series: series.number, table: table.to_owned(), through };
+            let copies_of = |key: &Key| {
+                let numbers = paths::parse_export_manifest(key);
+                copies.iter().filter(|(of, _)| Some(*of) == numbers).map(|(_, format)| *format).collect()
+            };
+            let part = |key: &Key| Part {
+                key: key.clone(),
+                series: series.number,
+                table: table.to_owned(),
+                through,
+                copies: copies_of(key),
+            };
             let last = series.read(&self.repository, last_key).await?;
             if matches!(last.content, Content::Capture { .. }) {
-                return Ok(vec![part(last_key)]);
+                return Ok(vec![part(self.newest_capture(&series, &keys).await?.unwrap_or(last_key))]);
             }
             let begins = |key: &Key| paths::parse_export_manifest(key).map_or(0, |(first, _)| first);
             let mut of_series: Vec<_> = keys.iter().filter(|key| begins(key) <= through).map(part).collect();
@@ -134,13 +146,28 @@ impl Archive {
         Ok(parts)
     }
 
+    /// The newest capture in the format that is to be read.
+    async fn newest_capture<'k>(&self, series: &Series<'_>, keys: &'k [Key]) -> Result<Option<&'k Key>, ArchiveError> {
+        let Some(format) = self.format else { return Ok(keys.last()) };
+        for key in keys.iter().rev() {
+            if series.read(&self.repository, key).await?.holds(format) {
+                return Ok(Some(key));
+            }
+        }
+        Ok(None)
+    }
+
     /// Begins to read a part.
     ///
     /// # Errors
     /// When its manifest is damaged or the store fails.
     pub async fn read(&self, part: &Part) -> Result<Pieces, ArchiveError> {
         let series = Series { database: self.database, table: &part.table, number: part.series };
-        let manifest = series.read(&self.repository, &part.key).await?;
+        let mut manifest = series.read(&self.repository, &part.key).await?;
+        for format in &part.copies {
+            let copy = series.copy_key(manifest.content.numbers(), *format);
+            manifest.files.extend(series.read(&self.repository, &copy).await?.files);
+        }
         let key = match &manifest.content {
             Content::Range { key, .. } => Some(key.clone()),
             Content::Capture { .. } => None,

@@ -1,4 +1,5 @@
-//! Captures: a table as it is, written whole when it changed; configuration files as a table of their own.
+//! Captures: a table as it is, written whole when it changed; configuration files as a table of their own. A format whose
+//! newest capture is of other rows gets one of its own.
 //!
 //! Invariant: a capture is the whole table of one schema, or it is not written.
 
@@ -7,6 +8,7 @@ use std::sync::Arc;
 
 use jiff::civil::Date;
 
+use crate::config::Format;
 use crate::database::cell::Cell;
 use crate::database::schema::Table;
 use crate::database::shape::{self, Field, Shape};
@@ -70,6 +72,7 @@ impl Exporter<'_> {
         let hash = ContentHash(*hasher.finalize().as_bytes());
         let mut series = newest;
         let mut cursor = Cursor::first(None, None);
+        let mut formats = self.options.formats.clone();
         if let Some(last) = &last {
             let grew = matches!(last.content, Content::Range { .. });
             if grew || shape::extends(&last.columns, &table.columns).is_err() {
@@ -77,8 +80,8 @@ impl Exporter<'_> {
                 let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
                 (series, cursor) = self.begin_series(newest, table, reason, None).await?;
             } else {
-                let same = matches!(&last.content, Content::Capture { rows, .. } if *rows == hash);
-                if same && last.columns == table.columns {
+                formats = self.changed(&newest, table, hash).await?;
+                if formats.is_empty() {
                     let series = series.name();
                     let report =
                         TableReport { table: table.name.clone(), series, rows: 0, objects: 0, bytes: 0, through: None };
@@ -87,13 +90,35 @@ impl Exporter<'_> {
                 cursor.schema_version = last.schema_version + u32::from(last.columns != table.columns);
             }
         }
-        let step = Step::of(spool, captured, captured, hash).await?;
+        let mut step = Step::of(spool, captured, captured, hash).await?;
+        for part in &mut step.finished {
+            part.files.retain(|(format, _)| formats.contains(format));
+        }
         let rows = step.rows;
         let content = Content::Capture { captured, rows: hash };
         let files = self.commit(&series, table, &cursor, content, step, None).await?.unwrap_or_default();
         let bytes = files.iter().map(|file| file.bytes).sum();
         let objects = files.len() as u64;
         Ok(TableReport { table: table.name.clone(), series: series.name(), rows, objects, bytes, through: None })
+    }
+
+    /// The formats of this export whose newest capture is not these rows.
+    async fn changed(&self, series: &Series<'_>, table: &Table, hash: ContentHash) -> Result<Vec<Format>, ExportError> {
+        let (mut changed, mut open) = (Vec::new(), self.options.formats.clone());
+        for key in series.manifests(self.repository).await?.iter().rev() {
+            if open.is_empty() {
+                break;
+            }
+            let capture = series.read(self.repository, key).await?;
+            let same = matches!(&capture.content, Content::Capture { rows, .. } if *rows == hash);
+            let (held, others) = open.into_iter().partition::<Vec<_>, _>(|format| capture.holds(*format));
+            if !same || capture.columns != table.columns {
+                changed.extend(held);
+            }
+            open = others;
+        }
+        changed.extend(open);
+        Ok(changed)
     }
 
     /// The sidecar's own configuration, without secrets, and the server's.
@@ -140,5 +165,46 @@ impl Captured {
             Ok::<_, SpoolError>(self)
         });
         Ok(writing.await.map_err(|error| ExportError::Worker(error.to_string()))??)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::export::fixture::{exporter, repository, row, rows_by_archive, table};
+    use crate::repository::Repository;
+    use crate::repository::crypto::Keyring;
+
+    async fn captured(repository: &Repository, formats: &[Format], rows: &[u64]) -> TableReport {
+        let config = Config::default();
+        let mut exporter = exporter(repository, &config, formats);
+        let rows = rows.iter().map(|number| row(*number, "a")).collect();
+        let capture = exporter.begin_capture(&table(&[])).await.expect("a capture");
+        let capture = capture.with(rows).await.expect("rows");
+        exporter.end_capture(&table(&[]), capture).await.expect("a capture")
+    }
+
+    #[tokio::test]
+    async fn each_format_is_captured_when_it_differs() {
+        let repository = repository(Keyring::default()).await;
+        let both = [Format::Ndjson, Format::Parquet];
+        for (formats, rows, objects) in [
+            (&both[..1], &[1, 2][..], 1),
+            (&both[..1], &[1, 2], 0),
+            (&both[1..], &[1, 2], 1),
+            (&both, &[1, 2], 0),
+            (&both[..1], &[1, 2, 3], 1),
+            (&both, &[1, 2, 3], 1),
+            (&both, &[1, 2, 3, 4], 2),
+            (&both, &[1, 2, 3, 4], 0),
+        ] {
+            let report = captured(&repository, formats, rows).await;
+            assert_eq!(report.objects, objects, "{formats:?} {rows:?}");
+            let rows: Vec<_> = rows.iter().map(|number| row(*number, "a")).collect();
+            for format in formats {
+                assert_eq!(rows_by_archive(&repository, Some(*format)).await, rows, "{formats:?}");
+            }
+        }
     }
 }

@@ -1,4 +1,10 @@
-//! What is kept beside exported rows: manifests, by which files count, and plans, by which a broken export is mended.
+//! What is kept beside exported rows: manifests, by which files count, plans, by which a broken export is mended, and how
+//! far each format reaches.
+//!
+//! Invariant: the manifests of steps hold every row of a series once, in one format at least; a copy holds the rows of one
+//! step in a format that the step lacks.
+
+use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use jiff::civil::Date;
@@ -28,6 +34,13 @@ pub struct ExportManifest {
     /// The series that this one goes on from, in the first manifest of a series only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Parent>,
+}
+
+impl ExportManifest {
+    /// Returns true if its rows are in files of `format`.
+    pub fn holds(&self, format: Format) -> bool {
+        self.rows == 0 || self.files.iter().any(|file| file.format == format)
+    }
 }
 
 /// Which rows a manifest stands for.
@@ -72,6 +85,29 @@ pub struct ExportPlan {
     pub objects: Vec<String>,
 }
 
+/// How far each format of a series reaches, so that not every manifest is read again. It follows from the manifests.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Positions {
+    /// By a format's name, the last number up to which its files hold all that was exported.
+    pub through: BTreeMap<String, u64>,
+}
+
+impl Positions {
+    /// Is every row up to `last` noted as held in `format`?
+    pub fn reach(&self, format: Format, last: u64) -> bool {
+        self.through.get(format.name()).is_some_and(|through| *through >= last)
+    }
+}
+
+/// The manifests of a series by name.
+#[derive(Debug, Default)]
+pub struct Names {
+    /// In the order of their rows.
+    pub steps: Vec<Key>,
+    /// The numbers of the step whose rows a copy holds, and the copy's format.
+    pub copies: Vec<((u64, u64), Format)>,
+}
+
 /// The files of one table that can be read as one; another series begins when histories part or columns change their
 /// type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,8 +137,7 @@ impl<'a> Series<'a> {
         if self.number == 1 { self.table.to_owned() } else { format!("{}.{}", self.table, self.number) }
     }
 
-    pub fn manifest_key(&self, content: &Content) -> Key {
-        let (first, last) = content.numbers();
+    pub fn step_key(&self, (first, last): (u64, u64)) -> Key {
         paths::export_manifest(&self.database, &self.name(), first, last)
     }
 
@@ -110,13 +145,55 @@ impl<'a> Series<'a> {
         paths::export_plan(&self.database, &self.name())
     }
 
-    /// Every manifest's name, in the order of their rows.
+    /// Every step's manifest by name, in the order of their rows.
     ///
     /// # Errors
     /// When the store fails.
     pub async fn manifests(&self, repository: &Repository) -> Result<Vec<Key>, RepositoryError> {
-        let objects = repository.list(&paths::export_series(&self.database, &self.name())).await?;
-        Ok(objects.into_iter().map(|(key, _)| key).filter(|key| paths::parse_export_manifest(key).is_some()).collect())
+        Ok(self.names(repository).await?.steps)
+    }
+
+    /// Every manifest by name.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn names(&self, repository: &Repository) -> Result<Names, RepositoryError> {
+        let mut names = Names::default();
+        for (key, _) in repository.list(&paths::export_series(&self.database, &self.name())).await? {
+            if paths::parse_export_manifest(&key).is_some() {
+                names.steps.push(key);
+            } else if let Some((numbers, format)) = paths::parse_export_copy(&key)
+                && let Some(format) = Format::named(format)
+            {
+                names.copies.push((numbers, format));
+            }
+        }
+        Ok(names)
+    }
+
+    pub fn copy_key(&self, numbers: (u64, u64), format: Format) -> Key {
+        paths::export_copy(&self.database, &self.name(), numbers, format.name())
+    }
+
+    /// How far each format reaches, as far as that was noted.
+    ///
+    /// # Errors
+    /// When the note is damaged, or the store fails.
+    pub async fn positions(&self, repository: &Repository) -> Result<Positions, RepositoryError> {
+        match repository.get_document(&paths::export_positions(&self.database, &self.name())).await {
+            Err(RepositoryError::Missing { .. }) => Ok(Positions::default()),
+            found => found,
+        }
+    }
+
+    /// Puts a new note in place of the old one.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn note_positions(&self, repository: &Repository, positions: &Positions) -> Result<(), RepositoryError> {
+        let key = paths::export_positions(&self.database, &self.name());
+        repository.delete(&key).await?;
+        repository.put_document(&key, positions).await.map(drop)
     }
 
     /// # Errors

@@ -19,7 +19,7 @@ use crate::database::shape::Field;
 use crate::export::{columnar, ndjson};
 
 /// A file ends when its rows as text are longer.
-const FILE_BYTES: u64 = 32 << 20;
+pub const FILE_BYTES: u64 = 32 << 20;
 /// A group of rows within a Parquet file: what is in memory while it is made.
 const GROUP_BYTES: usize = 4 << 20;
 /// Rows that become columns at once, for the same reason.
@@ -42,6 +42,8 @@ pub struct Layout {
     pub columns: Vec<Field>,
     pub formats: Vec<Format>,
     pub rows_per_file: u64,
+    /// Of the rows as text.
+    pub bytes_per_file: u64,
     /// zstd, of both formats.
     pub level: i32,
 }
@@ -106,7 +108,8 @@ impl Spool {
     /// # Errors
     /// When it cannot be written.
     pub fn push(&mut self, date: Date, number: u64, row: Vec<Cell>, line: &[u8]) -> Result<(), SpoolError> {
-        let full = |open: &Open| open.rows >= self.layout.rows_per_file || open.text_bytes >= FILE_BYTES;
+        let full =
+            |open: &Open| open.rows >= self.layout.rows_per_file || open.text_bytes >= self.layout.bytes_per_file;
         if self.open.as_ref().is_some_and(|open| open.date != date || full(open)) {
             self.cut()?;
         }

@@ -177,6 +177,23 @@ pub fn parse_export_manifest(key: &Key) -> Option<(u64, u64)> {
     Some((Offset::from_padded(first).ok()?.0, Offset::from_padded(last).ok()?.0))
 }
 
+/// The manifest of a step's rows in another format than its own.
+pub fn export_copy(database: &Identity, series: &str, (first, last): (u64, u64), format: &str) -> Key {
+    Key::from(format!("databases/{database}/exports/manifests/{series}/{first:020}-{last:020}.{format}.json"))
+}
+
+/// The numbers and the format in the name of such a manifest.
+pub fn parse_export_copy(key: &Key) -> Option<((u64, u64), &str)> {
+    let (numbers, format) = key.filename()?.strip_suffix(".json")?.split_once('.')?;
+    let (first, last) = numbers.split_once('-')?;
+    Some(((Offset::from_padded(first).ok()?.0, Offset::from_padded(last).ok()?.0), format))
+}
+
+/// How far each format of a series reaches.
+pub fn export_positions(database: &Identity, series: &str) -> Key {
+    Key::from(format!("databases/{database}/exports/positions/{series}.json"))
+}
+
 /// What an export is about to write.
 pub fn export_plan(database: &Identity, series: &str) -> Key {
     Key::from(format!("databases/{database}/exports/plans/{series}.json"))
@@ -193,5 +210,9 @@ mod tests {
         assert_eq!(parse_log(&key), Some((Offset(5), Offset(99))));
         assert_eq!(parse_snapshot(&snapshot(&database, TimelineId(1), Offset(8))), Some(Offset(8)));
         assert_eq!(parse_log(&Key::from("x/L0/9-1.iulog")), None);
+        let step = export_manifest(&database, "event_log.2", 1, 9);
+        let copy = export_copy(&database, "event_log.2", (1, 9), "parquet");
+        assert_eq!((parse_export_manifest(&step), parse_export_copy(&step)), (Some((1, 9)), None));
+        assert_eq!((parse_export_manifest(&copy), parse_export_copy(&copy)), (None, Some(((1, 9), "parquet"))));
     }
 }

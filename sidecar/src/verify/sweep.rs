@@ -31,7 +31,7 @@ impl Walk<'_> {
             match parts.as_slice() {
                 ["repository.json" | "lease.json" | "lease.lock"] => {}
                 ["pins" | "retention" | "drills" | "deployments", _] => self.note(&key).await?,
-                ["databases", _, "exports", "plans", _] => self.note(&key).await?,
+                ["databases", _, "exports", "plans" | "positions", _] => self.note(&key).await?,
                 #[cfg(feature = "client")]
                 ["programs", _] => self.program(&key).await?,
                 #[cfg(feature = "client")]
