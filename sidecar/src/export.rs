@@ -39,6 +39,7 @@ use crate::export::archive::ArchiveError;
 use crate::export::manifest::{Content, ExportFile, ExportManifest, ExportPlan, Parent, Series};
 use crate::export::rows::Rows;
 use crate::export::spool::{FILE_BYTES, Finished, Layout, Spool, SpoolError, line_of};
+use crate::export::trim::Trimmed;
 use crate::ids::{ContentHash, Identity};
 use crate::observe::server::SourceError;
 use crate::repository::{Repository, RepositoryError, paths};
@@ -125,6 +126,15 @@ pub struct ExportOptions {
     pub since: Option<u64>,
 }
 
+/// Where files of the server and of the daemon are, as far as that is known.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Places<'a> {
+    /// The server's data directory.
+    pub data_dir: Option<&'a Path>,
+    /// The daemon's own directory, which says how far events were streamed.
+    pub state_dir: Option<&'a Path>,
+}
+
 /// What was exported.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExportReport {
@@ -133,6 +143,9 @@ pub struct ExportReport {
     /// The last event that was removed from the database, when any was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trimmed_through: Option<u64>,
+    /// Why events that are old enough to be removed were kept, when any were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_trimmed: Option<String>,
     pub duration_ms: u64,
 }
 
@@ -178,7 +191,7 @@ pub async fn export(
     repository: &Repository,
     config: &Config,
     options: ExportOptions,
-    data_dir: Option<&Path>,
+    places: Places<'_>,
     clock: Arc<dyn Clock>,
 ) -> Result<ExportReport, ExportError> {
     let took = Stopwatch::start();
@@ -186,15 +199,15 @@ pub async fn export(
     let link = Link::new(&config.spacetimedb_config, &config.server_config, name)?;
     let database = link.database().identity().await.map_err(LinkError::from)?;
     let mut exporter = Exporter { repository, config, options, clock, link, database };
-    let result = exporter.run(data_dir).await;
+    let result = exporter.run(places).await;
     exporter.link.close().await;
-    let (tables, trimmed_through) = result?;
+    let (tables, Trimmed { through: trimmed_through, kept: not_trimmed }) = result?;
     let duration_ms = (took.elapsed_seconds() * 1000.0) as u64;
-    Ok(ExportReport { database, tables, trimmed_through, duration_ms })
+    Ok(ExportReport { database, tables, trimmed_through, not_trimmed, duration_ms })
 }
 
 impl Exporter<'_> {
-    async fn run(&mut self, data_dir: Option<&Path>) -> Result<(Vec<TableReport>, Option<u64>), ExportError> {
+    async fn run(&mut self, places: Places<'_>) -> Result<(Vec<TableReport>, Trimmed), ExportError> {
         let schema = self.link.schema().await?;
         let mut reports = Vec::new();
         for name in self.chosen(&schema) {
@@ -213,11 +226,13 @@ impl Exporter<'_> {
             });
         }
         if self.options.configuration {
-            reports.push(self.configuration(data_dir).await?);
+            reports.push(self.configuration(places.data_dir).await?);
         }
         let trimmed = match self.config.export.trim_after {
-            Some(age) if reports.iter().any(|report| report.table == "event_log") => self.trim(age.0).await?,
-            _ => None,
+            Some(age) if reports.iter().any(|report| report.table == "event_log") => {
+                self.trim(age.0, places.state_dir).await?
+            }
+            _ => Trimmed::default(),
         };
         Ok((reports, trimmed))
     }

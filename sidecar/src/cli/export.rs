@@ -12,7 +12,7 @@ use crate::config::{Config, Format};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::export::history::{History, Subject, history};
-use crate::export::{self, ExportOptions, ExportReport};
+use crate::export::{self, ExportOptions, ExportReport, Places};
 use crate::ids::Identity;
 use crate::repository::lease::Lease;
 
@@ -104,7 +104,9 @@ pub async fn run(context: &Context<'_>, args: ExportArgs) -> Result<ExitStatus, 
     let held = config.repository.lease_duration.0;
     let lease = Lease::acquire(&repository, held, Arc::clone(&context.clock), args.force).await?;
     let fenced = lease.fenced();
-    let work = export::export(&fenced, &config, options, data_dir.as_deref(), Arc::clone(&context.clock));
+    let state_dir = data_dir.as_ref().map(|data_dir| StateDir::locate(&config, data_dir));
+    let places = Places { data_dir: data_dir.as_deref(), state_dir: state_dir.as_deref() };
+    let work = export::export(&fenced, &config, options, places, Arc::clone(&context.clock));
     let report = while_held(&lease, context.clock.as_ref(), work).await;
     lease.release().await;
     Ok(show(context, &report?))
@@ -191,6 +193,9 @@ fn show(context: &Context<'_>, report: &ExportReport) -> ExitStatus {
         }
         if let Some(through) = report.trimmed_through {
             text += &format!("  events up to {through} were removed from the database\n");
+        }
+        if let Some(reason) = &report.not_trimmed {
+            text += &format!("  events that are old enough stay in the database: {reason}\n");
         }
         text += &format!("in {}", duration(report.duration_ms));
         text

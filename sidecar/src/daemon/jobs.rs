@@ -10,6 +10,7 @@ use opentelemetry::KeyValue;
 
 use crate::backup::{self, BackupError, BackupOptions, BackupReport};
 use crate::clock::Stopwatch;
+use crate::daemon::state::StateDir;
 use crate::daemon::{Daemon, health};
 #[cfg(feature = "client")]
 use crate::deploy::{DeployError, record::DeploymentRecord};
@@ -18,7 +19,7 @@ use crate::drill::promise::LiveServer;
 #[cfg(feature = "client")]
 use crate::drill::{DrillError, DrillOptions, DrillResult};
 #[cfg(feature = "client")]
-use crate::export::{ExportError, ExportOptions, ExportReport};
+use crate::export::{ExportError, ExportOptions, ExportReport, Places};
 use crate::ids::RestorePointId;
 use crate::observe::metrics;
 use crate::observe::own::{traced, work_span};
@@ -133,7 +134,9 @@ impl Daemon {
     pub async fn export(&self, options: ExportOptions) -> Result<ExportReport, ExportError> {
         let _one = self.exporting.lock().await;
         let (data_dir, clock) = (self.data.root(), Arc::clone(&self.clock));
-        let exporting = crate::export::export(&self.repository, &self.config, options, Some(data_dir), clock).boxed();
+        let state_dir = StateDir::locate(&self.config, data_dir);
+        let places = Places { data_dir: Some(data_dir), state_dir: Some(&state_dir) };
+        let exporting = crate::export::export(&self.repository, &self.config, options, places, clock).boxed();
         let result = traced(work_span!("export"), exporting).await;
         let labels = [KeyValue::new("outcome", if result.is_ok() { "ok" } else { "failed" })];
         metrics::EXPORTS.add(1, &labels);

@@ -85,11 +85,14 @@ pub struct ExportPlan {
     pub objects: Vec<String>,
 }
 
-/// How far each format of a series reaches, so that not every manifest is read again. It follows from the manifests.
+/// How far each format of a series reaches, so that not every manifest is read again; and what was trimmed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Positions {
     /// By a format's name, the last number up to which its files hold all that was exported.
     pub through: BTreeMap<String, u64>,
+    /// The last number that was trimmed from the database.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trimmed: Option<u64>,
 }
 
 impl Positions {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use harness::client::none;
 use harness::daemon::Daemon;
-use harness::scene::{Scene, duckdb, first_file, load_events};
+use harness::scene::{Scene, duckdb, events, first_file, load_events};
 use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
 use harness::tools;
@@ -446,4 +446,38 @@ async fn a_format_that_was_left_out_is_exported_later_and_every_row_once() {
         scene.replay(&["--table", "event_log", "--format", format, "--from", &scene.identity]);
         assert_eq!(scene.owner.rows("iu", &["event_log"]).await, before, "{format}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn imported_events_that_no_export_held_are_never_trimmed() {
+    let scene = Scene::new("iu", "inner_universe_module").await;
+    load_events(&scene.owner, 2, 6_000).await;
+    let trimming = |more: &[(&str, &str)]| {
+        let settings = [&[("EXPORT__TRIM_AFTER", "0s")], more].concat();
+        scene.sidecar_with("iu", &settings)
+    };
+    // Nothing goes that is in no configured format, or that the collector lacks.
+    let parquet = trimming(&[("EXPORT__FORMATS", "parquet")]);
+    let report = parquet.run(["export", "event-log", "--format", "ndjson"]).ok();
+    assert_eq!(report["trimmed_through"], Value::Null, "{report}");
+    assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("parquet")), "{report}");
+    let streamed = trimming(&[("TELEMETRY__OTLP_ENDPOINT", "http://127.0.0.1:9")]);
+    let report = streamed.run(["export", "event-log"]).ok();
+    assert_eq!(report["trimmed_through"], Value::Null, "{report}");
+    assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("collector")), "{report}");
+    let report = trimming(&[]).run(["export", "event-log"]).ok();
+    assert_eq!((&report["trimmed_through"], &report["not_trimmed"]), (&json!(6_001), &Value::Null), "{report}");
+
+    // Others take the free numbers, and what is exported comes after them.
+    let mut imported = events(1_000, 500);
+    for event in &mut imported {
+        event[1] = json!(event[1].as_str().expect("an id").replace("00000000-0000", "00000000-1111"));
+    }
+    scene.call("import_events", json!([imported])).await;
+    scene.call("create_entity", json!(["late", "star", "{}"])).await;
+    let before = scene.owner.rows("iu", &["event_log"]).await;
+    let report = trimming(&[]).run(["export", "event-log"]).ok();
+    assert_eq!((&report["tables"][0]["rows"], &report["trimmed_through"]), (&json!(1), &Value::Null), "{report}");
+    assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("event 1000 ")), "{report}");
+    assert_eq!(scene.owner.rows("iu", &["event_log"]).await, before);
 }
