@@ -16,6 +16,7 @@ pub mod files;
 mod fixture;
 pub mod history;
 pub mod manifest;
+pub mod names;
 pub mod ndjson;
 pub(crate) mod rows;
 pub mod spool;
@@ -37,6 +38,7 @@ use crate::database::schema::{Schema, Table};
 use crate::database::shape::{self, Field, Shape};
 use crate::export::archive::ArchiveError;
 use crate::export::manifest::{Content, ExportFile, ExportManifest, ExportPlan, Parent, Series};
+use crate::export::names::Folders;
 use crate::export::rows::Rows;
 use crate::export::spool::{FILE_BYTES, Finished, Layout, Spool, SpoolError, line_of};
 use crate::export::trim::Trimmed;
@@ -302,7 +304,8 @@ impl Exporter<'_> {
     async fn place<'t>(&mut self, newest: Series<'t>, table: &Table) -> Result<(Series<'t>, Cursor), ExportError> {
         let keys = newest.manifests(self.repository).await?;
         let Some(last_key) = keys.last() else {
-            return Ok((newest, Cursor::first(self.options.since, None)));
+            check_names(table)?;
+            return Ok((newest, Cursor::first(table, self.options.since, None)));
         };
         let last = newest.read(self.repository, last_key).await?;
         let (_, exported) = last.content.numbers();
@@ -331,10 +334,32 @@ impl Exporter<'_> {
                 newest.abandon(self.repository, &plan).await?;
             }
             let parent = Parent { series: newest.number, through: parted };
-            return Ok((newest.next(), Cursor::first(parted, Some(parent))));
+            return Ok((newest.next(), Cursor::first(table, parted, Some(parent))));
+        }
+        if let Some(reason) = self.hidden_column(&last, table) {
+            return self.begin_series(newest, table, reason, Some(exported)).await;
         }
         let schema_version = last.schema_version + u32::from(last.columns != table.columns);
-        Ok((newest, Cursor { last: Some(exported), schema_version, parent: None }))
+        Ok((newest, Cursor { last: Some(exported), schema_version, folders: last.folders, parent: None }))
+    }
+
+    /// Why a new series is needed where a folder has the name of a column. A series that always was so goes on with a
+    /// warning, until a new one is asked for.
+    fn hidden_column(&self, last: &ExportManifest, table: &Table) -> Option<String> {
+        let captured = matches!(last.content, Content::Capture { .. });
+        let column = &last.folders.hidden(&table.columns, captured)?.name;
+        let reason = format!("query engines read the folder `{column}=` in place of its column `{column}`");
+        let is_new = !last.columns.iter().any(|known| known.name == *column);
+        if is_new || self.options.new_series {
+            return Some(reason);
+        }
+        tracing::warn!(
+            event = "export_column_hidden",
+            table = table.name,
+            column,
+            "query engines read a folder's value in place of this column; a new series (--new-series) has another folder"
+        );
+        None
     }
 
     /// The series after `newest`, if one was asked for; `through` is the last row that both share.
@@ -351,8 +376,9 @@ impl Exporter<'_> {
         if let Some(plan) = newest.plan(self.repository).await? {
             newest.abandon(self.repository, &plan).await?;
         }
+        check_names(table)?;
         let parent = through.map(|_| Parent { series: newest.number, through });
-        Ok((newest.next(), Cursor::first(through, parent)))
+        Ok((newest.next(), Cursor::first(table, through, parent)))
     }
 
     /// Did the table's history part from what was exported? If so, the last exported row that both have, if any.
@@ -442,7 +468,7 @@ impl Exporter<'_> {
         let mut files = Vec::new();
         for part in &step.finished {
             for (format, _) in &part.files {
-                files.push(file(self.repository, series, &content, part, *format));
+                files.push(file(self.repository, series, (&content, &cursor.folders), part, *format));
             }
         }
         let objects: Vec<String> = files.iter().map(|file| file.object.clone()).collect();
@@ -466,6 +492,7 @@ impl Exporter<'_> {
             schema_version: cursor.schema_version,
             columns: table.columns.clone(),
             files,
+            folders: cursor.folders.clone(),
             parent: cursor.parent.clone(),
             content,
         };
@@ -485,17 +512,25 @@ impl Exporter<'_> {
     }
 }
 
+/// Refuses a new series whose columns query engines would take for one another.
+fn check_names(table: &Table) -> Result<(), ExportError> {
+    let Some((one, other)) = names::differ_by_case(&table.columns) else { return Ok(()) };
+    let reason =
+        format!("`{one}` and `{other}` differ by case alone, and query engines take them for one; rename one of them");
+    Err(ExportError::NotExportable { table: table.name.clone(), reason })
+}
+
 /// The file of a part in one format, before its bytes are known.
 fn file(
     repository: &Repository,
     series: &Series<'_>,
-    content: &Content,
+    (content, names): (&Content, &Folders),
     part: &Finished,
     format: Format,
 ) -> ExportFile {
-    let mut folders = format!("date={}", part.date);
+    let mut folders = format!("{}={}", names.date, part.date);
     if let Content::Capture { captured, .. } = content {
-        folders += &format!("/captured={captured:020}");
+        folders += &format!("/{}={captured:020}", names.captured);
     }
     let sealed = if repository.keys.seals() { ".age" } else { "" };
     let name = format!("{:020}-{:020}.{}{sealed}", part.first, part.last, format.suffix());
@@ -533,13 +568,14 @@ struct Cursor {
     /// The last row that was exported.
     last: Option<u64>,
     schema_version: u32,
+    folders: Folders,
     parent: Option<Parent>,
 }
 
 impl Cursor {
     /// At the start of a series.
-    fn first(last: Option<u64>, parent: Option<Parent>) -> Self {
-        Self { last, schema_version: 1, parent }
+    fn first(table: &Table, last: Option<u64>, parent: Option<Parent>) -> Self {
+        Self { last, schema_version: 1, folders: Folders::beside(&table.columns), parent }
     }
 
     /// The rows behind it, up to `until`.

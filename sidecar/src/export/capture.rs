@@ -15,7 +15,7 @@ use crate::database::shape::{self, Field, Shape};
 use crate::export::manifest::{Content, ExportManifest, Series};
 use crate::export::rows::Whole;
 use crate::export::spool::{Spool, SpoolError, line_of};
-use crate::export::{Cursor, ExportError, Exporter, Step, TableReport, date_of_micros};
+use crate::export::{Cursor, ExportError, Exporter, Step, TableReport, check_names, date_of_micros};
 use crate::ids::ContentHash;
 
 /// The configuration as a table.
@@ -71,13 +71,15 @@ impl Exporter<'_> {
         let newest = Series::newest(self.repository, self.database, &table.name).await?;
         let hash = ContentHash(*hasher.finalize().as_bytes());
         let mut series = newest;
-        let mut cursor = Cursor::first(None, None);
+        let mut cursor = Cursor::first(table, None, None);
         let mut formats = self.options.formats.clone();
         if let Some(last) = &last {
             let grew = matches!(last.content, Content::Range { .. });
             if grew || shape::extends(&last.columns, &table.columns).is_err() {
                 let differs = shape::extends(&last.columns, &table.columns).err();
                 let reason = differs.unwrap_or_else(|| "it was in export.append_only before".into());
+                (series, cursor) = self.begin_series(newest, table, reason, None).await?;
+            } else if let Some(reason) = self.hidden_column(last, table) {
                 (series, cursor) = self.begin_series(newest, table, reason, None).await?;
             } else {
                 formats = self.changed(&newest, table, hash).await?;
@@ -88,7 +90,10 @@ impl Exporter<'_> {
                     return Ok(report);
                 }
                 cursor.schema_version = last.schema_version + u32::from(last.columns != table.columns);
+                cursor.folders = last.folders.clone();
             }
+        } else {
+            check_names(table)?;
         }
         let mut step = Step::of(spool, captured, captured, hash).await?;
         for part in &mut step.finished {
@@ -172,7 +177,8 @@ impl Captured {
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::export::fixture::{exporter, repository, row, rows_by_archive, table};
+    use crate::export::fixture::{DATABASE, exporter, repository, row, rows_by_archive, table};
+    use crate::export::names::Folders;
     use crate::repository::Repository;
     use crate::repository::crypto::Keyring;
 
@@ -183,6 +189,62 @@ mod tests {
         let capture = exporter.begin_capture(&table(&[])).await.expect("a capture");
         let capture = capture.with(rows).await.expect("rows");
         exporter.end_capture(&table(&[]), capture).await.expect("a capture")
+    }
+
+    /// The folders of all captures of a table with a column `Captured`, in a repository whose first capture has `first` as
+    /// its columns and is from before folders could have other names.
+    async fn folders(first: &[&str], new_series: bool) -> Result<Vec<String>, ExportError> {
+        let (repository, config) = (repository(Keyring::default()).await, Config::default());
+        let exporting = async |names: &[&str], new_series: bool| {
+            let mut exporter = exporter(&repository, &config, &[Format::Ndjson]);
+            exporter.options.new_series = new_series;
+            let table = table(names);
+            let capture = exporter.begin_capture(&table).await?;
+            let mut cells = row(1, "a");
+            cells.extend(names.iter().map(|name| Cell::Text((*name).into())));
+            let capture = capture.with(vec![cells]).await?;
+            exporter.end_capture(&table, capture).await
+        };
+        if !first.is_empty() {
+            exporting(first, false).await?;
+            let series = Series { database: DATABASE, table: "event_log", number: 1 };
+            let key = series.manifests(&repository).await?.remove(0);
+            let manifest = ExportManifest { folders: Folders::default(), ..series.read(&repository, &key).await? };
+            repository.delete(&key).await?;
+            repository.put_document(&key, &manifest).await?;
+        }
+        exporting(&["Captured", "other"], new_series).await?;
+        let folder = format!("databases/{DATABASE}/exports/ndjson");
+        let keys = repository.list(&folder.as_str().into()).await?;
+        let part = |key: &str, at: usize| {
+            key.split('/').nth(at).unwrap_or_default().split('=').next().unwrap_or_default().to_owned()
+        };
+        let mut found: Vec<_> =
+            keys.iter().map(|(key, _)| format!("{} {}", part(key.as_ref(), 4), part(key.as_ref(), 6))).collect();
+        found.sort();
+        Ok(found)
+    }
+
+    #[tokio::test]
+    async fn a_column_is_never_hidden_by_a_new_series_folder() {
+        assert_eq!(folders(&[], false).await.expect("files"), ["event_log export_captured"]);
+        // A series that is there keeps its folders where it always had the column, and refuses one that comes in.
+        let kept = folders(&["Captured"], false).await.expect("files");
+        assert_eq!(kept, ["event_log captured", "event_log export_captured"]);
+        let refused = folders(&["other"], false).await.expect_err("a refusal").to_string();
+        assert!(refused.contains("`Captured`") && refused.contains("--new-series"), "{refused}");
+        let begun = folders(&["other"], true).await.expect("files");
+        assert_eq!(begun, ["event_log captured", "event_log.2 export_captured"]);
+    }
+
+    #[tokio::test]
+    async fn columns_that_differ_by_case_are_refused() {
+        let (repository, config) = (repository(Keyring::default()).await, Config::default());
+        let mut exporter = exporter(&repository, &config, &[Format::Parquet]);
+        let table = table(&["Event_Id"]);
+        let capture = exporter.begin_capture(&table).await.expect("a capture");
+        let refused = exporter.end_capture(&table, capture).await.expect_err("a refusal").to_string();
+        assert!(refused.contains("`event_id`") && refused.contains("`Event_Id`"), "{refused}");
     }
 
     #[tokio::test]

@@ -68,7 +68,7 @@ impl Exporter<'_> {
             };
             let finished = Step::of(spool, source.first, source.last, ContentHash::of(&[])).await?;
             for part in &finished.finished {
-                let mut file = file(self.repository, series, &step.content, part, format);
+                let mut file = file(self.repository, series, (&step.content, &step.folders), part, format);
                 for (_, path) in &part.files {
                     upload(self.repository, &mut file, path).await?;
                 }

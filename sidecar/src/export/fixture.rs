@@ -66,7 +66,7 @@ impl Exporter<'_> {
         let (first, last) = (rows[0].0, rows[rows.len() - 1].0);
         let step = Step::of(spool, first, last, last_row).await.expect("a step");
         let content = Content::Range { key: "sequence".into(), first, last, last_row };
-        let cursor = Cursor::first(None, None);
+        let cursor = Cursor::first(&table, None, None);
         self.commit(&series, &table, &cursor, content, step, None).await.expect("a manifest");
     }
 }

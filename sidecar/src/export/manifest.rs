@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Format;
 use crate::database::shape::Field;
+use crate::export::names::Folders;
 use crate::ids::{ContentHash, Identity};
 use crate::repository::{Repository, RepositoryError, paths};
 
@@ -31,6 +32,8 @@ pub struct ExportManifest {
     pub schema_version: u32,
     pub columns: Vec<Field>,
     pub files: Vec<ExportFile>,
+    #[serde(default, skip_serializing_if = "Folders::are_usual")]
+    pub folders: Folders,
     /// The series that this one goes on from, in the first manifest of a series only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Parent>,
