@@ -417,9 +417,9 @@ pub struct TelemetryConfig {
     pub otlp_headers: Vec<Secret>,
     /// OTEL_EXPORTER_OTLP_COMPRESSION when left out.
     pub otlp_compression: Option<OtlpCompression>,
-    /// The longest a request to the collector may take.
-    pub otlp_timeout: Period,
-    /// A PEM file of further certificate authorities for the collector.
+    /// The longest a request to the collector may take; OTEL_EXPORTER_OTLP_TIMEOUT when left out, and 10 s without that.
+    pub otlp_timeout: Option<Period>,
+    /// A PEM file of further certificate authorities for the collector; OTEL_EXPORTER_OTLP_CERTIFICATE when left out.
     pub otlp_ca_file: Option<PathBuf>,
     /// Stream the bundled module's events as traces and log records, and its measurements and versions of state as log
     /// records; needs a collector and spacetimedb_config.database.
@@ -433,8 +433,8 @@ pub struct TelemetryConfig {
     /// The share of traces that is sent, 0.0 to 1.0; OTEL_TRACES_SAMPLER when left out, and all without that. Log records
     /// and counts are always of all events.
     pub trace_ratio: Option<f64>,
-    /// How often metrics are pushed.
-    pub metrics_interval: Period,
+    /// How often metrics are pushed; OTEL_METRIC_EXPORT_INTERVAL when left out, and every 60 s without that.
+    pub metrics_interval: Option<Period>,
     /// The name of this service in telemetry; OTEL_SERVICE_NAME, then `inner-universe`, when left out.
     pub service_name: Option<String>,
     /// An address that is called while all is well, and raises an alarm elsewhere when it hears nothing.
@@ -450,14 +450,14 @@ impl Default for TelemetryConfig {
             otlp_protocol: None,
             otlp_headers: Vec::new(),
             otlp_compression: None,
-            otlp_timeout: Period::seconds(10),
+            otlp_timeout: None,
             otlp_ca_file: None,
             events: true,
             calls: true,
             module_logs: true,
             status_interval: Period::seconds(60),
             trace_ratio: None,
-            metrics_interval: Period::seconds(60),
+            metrics_interval: None,
             service_name: None,
             heartbeat_url: None,
             heartbeat_interval: Period::seconds(60),

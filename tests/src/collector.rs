@@ -65,6 +65,8 @@ struct Shared {
     refused: AtomicU64,
     /// Names of headers that came along.
     headers: Mutex<BTreeSet<String>>,
+    /// A request with this log record or span is refused for good.
+    poison: Mutex<Option<String>>,
 }
 
 #[derive(Clone)]
@@ -190,6 +192,11 @@ impl Collector {
         self.shared.down.store(down, Ordering::SeqCst);
     }
 
+    /// Refuses requests with a log record of this text, or a span of this name, as requests that can never be taken.
+    pub fn refuse_record(&self, text: &str) {
+        *self.shared.poison.lock().expect("the poison") = Some(text.to_owned());
+    }
+
     /// Requests that were refused.
     pub fn refused(&self) -> u64 {
         self.shared.refused.load(Ordering::SeqCst)
@@ -238,6 +245,26 @@ impl Service {
 
     fn note<'a>(&self, names: impl Iterator<Item = &'a str>) {
         self.0.headers.lock().expect("the headers").extend(names.map(str::to_owned));
+    }
+
+    /// Is this among what can never be taken?
+    fn is_poison(&self, text: &str) -> bool {
+        self.0.poison.lock().expect("the poison").as_deref() == Some(text)
+    }
+
+    fn holds_poison(&self, request: &ExportTraceServiceRequest) -> bool {
+        let scopes = request.resource_spans.iter().flat_map(|resource| &resource.scope_spans);
+        scopes.flat_map(|scope| &scope.spans).any(|span| self.is_poison(&span.name))
+    }
+
+    fn holds_poisoned_logs(&self, request: &ExportLogsServiceRequest) -> bool {
+        let scopes = request.resource_logs.iter().flat_map(|resource| &resource.scope_logs);
+        let text = |value: &Option<any_value::Value>| match value {
+            Some(any_value::Value::StringValue(text)) => self.is_poison(text),
+            _ => false,
+        };
+        let mut records = scopes.flat_map(|scope| &scope.log_records);
+        records.any(|record| record.body.as_ref().is_some_and(|body| text(&body.value)))
     }
 
     fn take_spans(&self, request: ExportTraceServiceRequest) {
@@ -300,12 +327,20 @@ fn gunzip(bytes: &[u8]) -> Vec<u8> {
 type State = axum::extract::State<Service>;
 
 async fn traces(service: State, headers: HeaderMap, body: Bytes) -> Result<Vec<u8>, StatusCode> {
-    service.take_spans(service.unpack(&headers, &body)?);
+    let request = service.unpack(&headers, &body)?;
+    if service.holds_poison(&request) {
+        return Err(StatusCode::BAD_REQUEST);
+    }
+    service.take_spans(request);
     Ok(ExportTraceServiceResponse::default().encode_to_vec())
 }
 
 async fn logs(service: State, headers: HeaderMap, body: Bytes) -> Result<Vec<u8>, StatusCode> {
-    service.take_logs(service.unpack(&headers, &body)?);
+    let request = service.unpack(&headers, &body)?;
+    if service.holds_poisoned_logs(&request) {
+        return Err(StatusCode::BAD_REQUEST);
+    }
+    service.take_logs(request);
     Ok(ExportLogsServiceResponse::default().encode_to_vec())
 }
 
@@ -331,6 +366,9 @@ impl TraceService for Service {
             return Err(Status::unavailable("down"));
         }
         self.note(names(request.metadata()));
+        if self.holds_poison(request.get_ref()) {
+            return Err(Status::invalid_argument("a span that is not understood"));
+        }
         self.take_spans(request.into_inner());
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
@@ -344,6 +382,9 @@ impl LogsService for Service {
     ) -> Result<Response<ExportLogsServiceResponse>, Status> {
         if self.refuses() {
             return Err(Status::unavailable("down"));
+        }
+        if self.holds_poisoned_logs(request.get_ref()) {
+            return Err(Status::invalid_argument("a log record that is not understood"));
         }
         self.take_logs(request.into_inner());
         Ok(Response::new(ExportLogsServiceResponse::default()))

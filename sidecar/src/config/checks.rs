@@ -114,8 +114,10 @@ impl Config {
                 at_least("repository.request_timeout", repository.request_timeout, Period::seconds(1)),
                 at_least("repository.lease_duration", repository.lease_duration, Period::seconds(3)),
                 at_least("archive.flush_interval", self.archive.flush_interval, Period::millis(10)),
-                at_least("telemetry.otlp_timeout", telemetry.otlp_timeout, Period::millis(100)),
-                at_least("telemetry.metrics_interval", telemetry.metrics_interval, Period::millis(100)),
+                telemetry.otlp_timeout.and_then(|it| at_least("telemetry.otlp_timeout", it, Period::millis(100))),
+                telemetry
+                    .metrics_interval
+                    .and_then(|it| at_least("telemetry.metrics_interval", it, Period::millis(100))),
                 at_least("telemetry.heartbeat_interval", telemetry.heartbeat_interval, Period::seconds(1)),
                 at_least("archive.compaction_interval", self.archive.compaction_interval, Period::seconds(1)),
             ]

@@ -13,9 +13,7 @@ use std::time::Duration;
 
 use backon::BackoffBuilder;
 use opentelemetry::KeyValue;
-use opentelemetry_otlp::SpanExporter;
-use opentelemetry_sdk::error::OTelSdkError;
-use opentelemetry_sdk::trace::{Sampler, SpanExporter as _};
+use opentelemetry_sdk::trace::Sampler;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -27,7 +25,7 @@ use crate::durable::FileError;
 use crate::observe::calls::log::{CallReader, Calls};
 use crate::observe::composed::Composer;
 use crate::observe::cursor::{Cursor, CursorFile};
-use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::otlp::{self, OtlpError, SendError, SpanSender, less_rejected};
 use crate::observe::{metrics, provider};
 
 /// How often a log is looked at that has nothing new.
@@ -55,8 +53,8 @@ enum CallError {
     Log(#[from] DataDirError),
     #[error(transparent)]
     Work(#[from] BackupError),
-    #[error("the collector did not take the spans: {0}; check that it runs, and telemetry.otlp_endpoint")]
-    Export(OTelSdkError),
+    #[error(transparent)]
+    Export(#[from] SendError),
     #[error(transparent)]
     Cursor(#[from] FileError),
 }
@@ -73,7 +71,7 @@ impl CallError {
 
 /// What the call streams of all databases share.
 pub struct CallStreams {
-    exporter: Option<SpanExporter>,
+    exporter: Option<SpanSender>,
     sampler: Sampler,
     state_dir: PathBuf,
     clock: Arc<dyn Clock>,
@@ -100,12 +98,9 @@ impl CallStreams {
         state_dir: &Path,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, OtlpError> {
-        let wanted = config.calls && otlp::is_wanted(config, Signal::Traces);
-        let mut exporter = wanted.then(|| otlp::spans(config)).transpose()?;
-        if let Some(exporter) = &mut exporter {
-            exporter.set_resource(&provider::resource(config, instance));
-        }
-        let since = watch::Sender::new(if wanted { Since::Unknown } else { Since::Time(i64::MAX) });
+        let resource = provider::resource(config, instance);
+        let exporter = if config.calls { otlp::spans(config, &resource)? } else { None };
+        let since = watch::Sender::new(if exporter.is_some() { Since::Unknown } else { Since::Time(i64::MAX) });
         Ok(Self { exporter, sampler: config.sampler(), state_dir: state_dir.to_owned(), clock, since })
     }
 
@@ -163,7 +158,7 @@ impl CallStreams {
     /// Sends calls until told to stop, until something fails, or until the log is to be opened anew.
     async fn send(
         &self,
-        exporter: &SpanExporter,
+        exporter: &SpanSender,
         database: &Database,
         file: &CursorFile,
         counted: &mut Counted,
@@ -189,7 +184,7 @@ impl CallStreams {
         &self,
         mut reader: CallReader,
         cursor: &mut Cursor,
-        exporter: &SpanExporter,
+        exporter: &SpanSender,
         database: &Database,
         file: &CursorFile,
         counted: &mut Counted,
@@ -211,7 +206,7 @@ impl CallStreams {
                     }
                     self.clock.sleep(POLL).await;
                 }
-                Calls::Some(batch) => {
+                Calls::Some(mut batch) => {
                     if cursor.since.is_none() {
                         cursor.since = batch.first_micros;
                         if let Some(micros) = cursor.since.filter(|_| database.is_bundled) {
@@ -219,7 +214,8 @@ impl CallStreams {
                         }
                     }
                     if !batch.spans.is_empty() {
-                        exporter.export(batch.spans).await.map_err(CallError::Export)?;
+                        let sent = exporter.send(batch.spans).await?;
+                        less_rejected(&mut batch.reducers, sent.rejected);
                     }
                     counted.count(batch.reducers);
                     cursor.advance(batch.next, &batch.last_commit);

@@ -195,6 +195,8 @@ metrics! {
     MODULE_LOGS: Kind::Counter, "inner_universe.module.log.sent", "{line}", ["database", "level"];
     /// What stopped the stream of a module's log for a while.
     MODULE_LOG_ERRORS: Kind::Counter, "inner_universe.module.log.errors", "{error}", ["database"];
+    /// Records of all streams and of the sidecar's own telemetry that the collector rejected, and that were dropped. Reasons: `refused`, `too_large`, `partial_success`.
+    REJECTED: Kind::Counter, "inner_universe.telemetry.rejected", "{record}", ["signal", "reason"];
     /// Calls of the heartbeat address. Outcomes: `ok`, `failed`, `withheld` (not healthy, so not called).
     HEARTBEATS: Kind::Counter, "inner_universe.heartbeat.calls", "{call}", ["outcome"];
     /// Requests to the sidecar's own HTTP interface.

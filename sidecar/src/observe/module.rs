@@ -11,7 +11,6 @@ use std::time::Duration;
 use backon::BackoffBuilder;
 use opentelemetry::KeyValue;
 use opentelemetry::logs::Severity;
-use opentelemetry_sdk::error::OTelSdkError;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, patience};
@@ -22,7 +21,7 @@ use crate::module_bindings::{Metric, StateVersion, SubjectKind, SystemState, Sys
 use crate::observe::composed::{CallIds, Composer, correlation_of_call, cut, int};
 use crate::observe::cursor::{Cursor, CursorFile, continue_from};
 use crate::observe::metrics::{self, Sample};
-use crate::observe::otlp::OtlpError;
+use crate::observe::otlp::{OtlpError, SendError};
 use crate::observe::records::{Record, Records};
 use crate::observe::rows::{StatusJson, system_status};
 use crate::observe::server::{Database, Sequenced, SourceError};
@@ -43,8 +42,8 @@ const MAX_LABEL: usize = 128;
 enum ModuleError {
     #[error(transparent)]
     Source(#[from] SourceError),
-    #[error("the collector did not take the log records: {0}; check that it runs, and telemetry.otlp_endpoint")]
-    Export(#[from] OTelSdkError),
+    #[error(transparent)]
+    Export(#[from] SendError),
     #[error(transparent)]
     Otlp(#[from] OtlpError),
     #[error(transparent)]

@@ -14,7 +14,6 @@ use std::time::Duration;
 use backon::BackoffBuilder;
 use opentelemetry::KeyValue;
 use opentelemetry::logs::Severity;
-use opentelemetry_sdk::error::OTelSdkError;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -25,7 +24,7 @@ use crate::durable::{self, FileError, OnPath};
 use crate::ids::Identity;
 use crate::observe::composed::{Composer, cut, int};
 use crate::observe::metrics;
-use crate::observe::otlp::OtlpError;
+use crate::observe::otlp::{OtlpError, SendError, less_rejected};
 use crate::observe::records::{Record, Records};
 
 /// How often the files are looked at.
@@ -40,8 +39,8 @@ enum LogError {
     File(#[from] FileError),
     #[error(transparent)]
     Work(#[from] BackupError),
-    #[error("the collector did not take the log records: {0}; check that it runs, and telemetry.otlp_endpoint")]
-    Export(#[from] OTelSdkError),
+    #[error(transparent)]
+    Export(#[from] SendError),
 }
 
 /// What the streams of all databases share.
@@ -126,7 +125,9 @@ impl ModuleLogs {
                 *levels.entry(level).or_default() += 1;
                 record
             });
-            records.send(composer, parsed).await?;
+            let sent = records.send(composer, parsed).await?;
+            let mut levels: Vec<_> = levels.into_iter().collect();
+            less_rejected(&mut levels, sent.rejected);
             for (level, n) in levels {
                 let labels = [KeyValue::new("database", composer.database().to_owned()), KeyValue::new("level", level)];
                 metrics::MODULE_LOGS.add(n, &labels);

@@ -20,7 +20,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::config::TelemetryConfig;
 use crate::observe::metrics::SCOPE;
-use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::otlp::{self, OtlpError};
 use crate::observe::provider;
 
 /// Carries spans and log records out, where a collector is named. One for the process.
@@ -36,16 +36,16 @@ impl OwnTelemetry {
     pub fn start(config: &TelemetryConfig, instance: &str) -> Result<Self, OtlpError> {
         let resource = provider::resource(config, instance);
         let mut own = Self::default();
-        if otlp::is_wanted(config, Signal::Traces) {
+        if let Some(sender) = otlp::spans(config, &resource)? {
             let builder = SdkTracerProvider::builder().with_resource(resource.clone());
             let sampler = Sampler::ParentBased(Box::new(config.sampler()));
-            let traces = builder.with_sampler(sampler).with_batch_exporter(otlp::spans(config)?).build();
+            let traces = builder.with_sampler(sampler).with_batch_exporter(sender).build();
             global::set_tracer_provider(traces.clone());
             own.traces = Some(traces);
         }
-        if otlp::is_wanted(config, Signal::Logs) {
+        if let Some(sender) = otlp::logs(config, &resource)? {
             let builder = SdkLoggerProvider::builder().with_resource(resource);
-            own.logs = Some(builder.with_batch_exporter(otlp::logs(config)?).build());
+            own.logs = Some(builder.with_batch_exporter(sender).build());
         }
         Ok(own)
     }

@@ -7,7 +7,7 @@ use prometheus::{Registry, TextEncoder};
 
 use crate::config::TelemetryConfig;
 use crate::observe::metrics;
-use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::otlp::{self, Environment, OtlpError};
 
 /// What can go wrong at the start.
 #[derive(Debug, thiserror::Error)]
@@ -59,8 +59,9 @@ impl Telemetry {
             .build()
             .map_err(|error| refuse(&error))?;
         let mut builder = SdkMeterProvider::builder().with_reader(scraped).with_resource(resource(config, instance));
-        if otlp::is_wanted(config, Signal::Metrics) {
-            let reader = PeriodicReader::builder(otlp::metrics(config)?).with_interval(config.metrics_interval.0);
+        otlp::warn_of_unused_variables(config);
+        if let Some(sender) = otlp::metrics(config)? {
+            let reader = PeriodicReader::builder(sender).with_interval(Environment::read().metrics_interval(config));
             builder = builder.with_reader(reader.build());
         }
         let provider = builder.build();

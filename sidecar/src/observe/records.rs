@@ -3,13 +3,11 @@
 use opentelemetry::logs::{AnyValue, LogRecord as _, Logger as _, LoggerProvider as _, Severity};
 use opentelemetry::trace::{SpanId, TraceFlags, TraceId};
 use opentelemetry::{KeyValue, Value};
-use opentelemetry_otlp::LogExporter;
-use opentelemetry_sdk::error::OTelSdkError;
-use opentelemetry_sdk::logs::{LogBatch, LogExporter as _, SdkLogRecord, SdkLogger, SdkLoggerProvider};
+use opentelemetry_sdk::logs::{LogBatch, SdkLogRecord, SdkLogger, SdkLoggerProvider};
 
 use crate::config::TelemetryConfig;
 use crate::observe::composed::{Composer, time_of};
-use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::otlp::{self, LogSender, OtlpError, SendError, Sent};
 use crate::observe::{metrics, provider};
 
 /// About so much goes into one request: collectors take 4 MiB by default.
@@ -30,7 +28,7 @@ pub fn size_of_value(value: &Value) -> usize {
 
 /// The way to a collector of log records.
 pub struct Records {
-    exporter: LogExporter,
+    exporter: LogSender,
     /// Makes empty log records; it exports nothing.
     blank: SdkLogger,
 }
@@ -51,11 +49,7 @@ impl Records {
     /// # Errors
     /// When the configuration cannot be used.
     pub fn new(config: &TelemetryConfig, instance: &str) -> Result<Option<Self>, OtlpError> {
-        if !otlp::is_wanted(config, Signal::Logs) {
-            return Ok(None);
-        }
-        let mut exporter = otlp::logs(config)?;
-        exporter.set_resource(&provider::resource(config, instance));
+        let Some(exporter) = otlp::logs(config, &provider::resource(config, instance))? else { return Ok(None) };
         let blank = SdkLoggerProvider::builder().build().logger(metrics::SCOPE);
         Ok(Some(Self { exporter, blank }))
     }
@@ -64,22 +58,25 @@ impl Records {
     ///
     /// # Errors
     /// When the collector does not take them all; then all are to be sent again.
-    pub async fn send(&self, composer: &Composer, records: impl Iterator<Item = Record>) -> Result<(), OTelSdkError> {
-        let (mut batch, mut size) = (Vec::new(), 0);
+    pub async fn send(&self, composer: &Composer, records: impl Iterator<Item = Record>) -> Result<Sent, SendError> {
+        let (mut batch, mut size, mut sent) = (Vec::new(), 0, Sent::default());
         for record in records {
             size += record.size();
             batch.push(self.compose(composer, record));
             if size >= REQUEST_BYTES {
-                self.export(composer, &batch).await?;
+                sent.rejected += self.export(composer, &batch).await?.rejected;
                 (batch, size) = (Vec::new(), 0);
             }
         }
-        if batch.is_empty() { Ok(()) } else { self.export(composer, &batch).await }
+        if !batch.is_empty() {
+            sent.rejected += self.export(composer, &batch).await?.rejected;
+        }
+        Ok(sent)
     }
 
-    async fn export(&self, composer: &Composer, records: &[SdkLogRecord]) -> Result<(), OTelSdkError> {
+    async fn export(&self, composer: &Composer, records: &[SdkLogRecord]) -> Result<Sent, SendError> {
         let batch: Vec<_> = records.iter().map(|record| (record, composer.scope())).collect();
-        self.exporter.export(LogBatch::new(&batch)).await
+        self.exporter.send(&LogBatch::new(&batch)).await
     }
 
     fn compose(&self, composer: &Composer, from: Record) -> SdkLogRecord {

@@ -11,6 +11,10 @@ use harness::server::Server;
 use harness::sidecar::{Sidecar, path};
 use harness::tools;
 use harness::workload::{Random, TABLES, next_call};
+use inner_universe::clock::SystemClock;
+use inner_universe::config::{OtlpProtocol, TelemetryConfig};
+use inner_universe::ids::Identity;
+use inner_universe::observe::module_logs::ModuleLogs;
 use serde_json::json;
 
 /// Waits until what was taken is as it should be.
@@ -372,4 +376,42 @@ async fn under_tls_only_a_collector_that_is_trusted_gets_anything_and_sampling_t
         assert_eq!(daemon.stop(), 0);
     }
     server.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_line_that_is_refused_costs_no_other() {
+    let certified = Certified::new().expect("a certificate");
+    let scratch = tempfile::tempdir().expect("a directory");
+    let (logs, ca) = (scratch.path().join("logs"), scratch.path().join("ca.pem"));
+    std::fs::create_dir(&logs).expect("a directory");
+    std::fs::write(&ca, &certified.certificate).expect("write the certificate");
+    let lines: String = (0..600).map(|n| format!("line {n}\n")).collect();
+    std::fs::write(logs.join("2026-05-01.log"), lines).expect("write a log");
+    for protocol in [OtlpProtocol::Grpc, OtlpProtocol::Http] {
+        let collector = Collector::start_tls(&certified).await;
+        collector.refuse_record("line 417");
+        let endpoint = if protocol == OtlpProtocol::Grpc { &collector.grpc } else { &collector.http };
+        let config = TelemetryConfig {
+            otlp_endpoint: Some(endpoint.clone()),
+            otlp_protocol: Some(protocol),
+            otlp_ca_file: Some(ca.clone()),
+            ..TelemetryConfig::default()
+        };
+        let state = scratch.path().join(format!("{protocol:?}"));
+        std::fs::create_dir(&state).expect("a directory");
+        let streams = std::sync::Arc::new(
+            ModuleLogs::new(&config, "test", &state, std::sync::Arc::new(SystemClock)).expect("a stream"),
+        );
+        let following = streams.follow("iu".into(), Identity([7; 32]), logs.clone(), Default::default());
+        let following = tokio::spawn(following);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while collector.taken().logs.len() < 599 {
+            assert!(Instant::now() < deadline, "{} lines came over {protocol:?}", collector.taken().logs.len());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let expected: Vec<_> = (0..600).filter(|n| *n != 417).map(|n| format!("line {n}")).collect();
+        let found: Vec<_> = collector.taken().logs.into_iter().map(|(body, ..)| body).collect();
+        assert_eq!(found, expected, "{protocol:?}: each once and in order");
+        following.abort();
+    }
 }

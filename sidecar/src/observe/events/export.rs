@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use opentelemetry::KeyValue;
 use opentelemetry::logs::Severity;
-use opentelemetry_otlp::SpanExporter;
-use opentelemetry_sdk::error::OTelSdkError;
-use opentelemetry_sdk::trace::{SamplingDecision, ShouldSample as _, SpanExporter as _};
+use opentelemetry_sdk::trace::{SamplingDecision, ShouldSample as _};
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
@@ -15,7 +13,7 @@ use crate::config::TelemetryConfig;
 use crate::module_bindings::{EventData, EventLog};
 use crate::observe::composed::cut;
 use crate::observe::events::span::{EVENT_TEXT, EventIds, Spans, describe};
-use crate::observe::otlp::{self, OtlpError, Signal};
+use crate::observe::otlp::{self, OtlpError, SendError, Signal, SpanSender, less_rejected};
 use crate::observe::records::{Record, Records};
 use crate::observe::{metrics, provider};
 
@@ -24,15 +22,15 @@ const TYPES: usize = 50;
 
 /// A collector that did not take what was sent.
 #[derive(Debug, thiserror::Error)]
-#[error("the collector did not take the {signal}: {source}; check that it runs, and telemetry.otlp_endpoint")]
+#[error("the {signal} were not sent: {source}")]
 pub struct ExportError {
     signal: &'static str,
-    source: OTelSdkError,
+    source: SendError,
 }
 
 /// The way to the collector.
 pub struct Exporter {
-    spans: Option<Arc<SpanExporter>>,
+    spans: Option<Arc<SpanSender>>,
     logs: Option<Arc<Records>>,
     sampler: opentelemetry_sdk::trace::Sampler,
 }
@@ -49,10 +47,7 @@ impl Exporter {
     /// When the configuration cannot be used.
     pub fn new(config: &TelemetryConfig, instance: &str) -> Result<Self, OtlpError> {
         let resource = provider::resource(config, instance);
-        let mut spans = otlp::is_wanted(config, Signal::Traces).then(|| otlp::spans(config)).transpose()?;
-        if let Some(spans) = &mut spans {
-            spans.set_resource(&resource);
-        }
+        let spans = otlp::spans(config, &resource)?;
         let logs = Records::new(config, instance)?.map(Arc::new);
         Ok(Self { spans: spans.map(Arc::new), logs, sampler: config.sampler() })
     }
@@ -75,18 +70,19 @@ impl Exporter {
         // Each on a task of its own: writing down a thousand of them takes a while. Dropped, the set ends them.
         let mut sending = JoinSet::new();
         if let Some(exporter) = self.spans.clone().filter(|_| !batch.is_empty()) {
-            sending.spawn(async move { ("spans", exporter.export(batch).await) });
+            sending.spawn(async move { ("spans", exporter.send(batch).await) });
         }
         if let Some(exporter) = self.logs.clone() {
             let composer = spans.composer().clone();
             sending.spawn(async move { ("log records", exporter.send(&composer, records.into_iter()).await) });
         }
+        // An event that either signal lacks was not sent.
+        let mut rejected = 0;
         while let Some(sent) = sending.join_next().await {
-            let (signal, result) =
-                sent.unwrap_or_else(|error| ("events", Err(OTelSdkError::InternalFailure(error.to_string()))));
-            result.map_err(|source| ExportError { signal, source })?;
+            let (signal, result) = sent.unwrap_or_else(|error| ("events", Err(SendError::Worker(error.to_string()))));
+            rejected = rejected.max(result.map_err(|source| ExportError { signal, source })?.rejected);
         }
-        count(events);
+        count(events, rejected);
         Ok(())
     }
 
@@ -122,7 +118,7 @@ fn body(event: &EventLog) -> String {
     }
 }
 
-fn count(events: &[EventLog]) {
+fn count(events: &[EventLog], rejected: u64) {
     let mut by_type: std::collections::BTreeMap<&str, u64> = std::collections::BTreeMap::new();
     let mut seen = TYPES_SEEN.lock();
     let seen = seen.get_or_insert_default();
@@ -130,6 +126,8 @@ fn count(events: &[EventLog]) {
         let known = seen.contains(&event.event_type) || seen.len() < TYPES && seen.insert(event.event_type.clone());
         *by_type.entry(if known { &event.event_type } else { "other" }).or_default() += 1;
     }
+    let mut by_type: Vec<_> = by_type.into_iter().collect();
+    less_rejected(&mut by_type, rejected);
     for (event_type, n) in by_type {
         metrics::EVENTS.add(n, &[KeyValue::new("event_type", event_type.to_owned())]);
     }
