@@ -25,7 +25,6 @@ mod trim;
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
@@ -37,14 +36,15 @@ use crate::database::link::{LARGEST_ANSWER, Link, LinkError};
 use crate::database::schema::{Schema, Table};
 use crate::database::shape::{self, Field, Shape};
 use crate::export::archive::ArchiveError;
+use crate::export::files::{file, upload};
 use crate::export::manifest::{Content, ExportFile, ExportManifest, ExportPlan, Parent, Series};
-use crate::export::names::Folders;
+use crate::export::names::{Folders, check_names};
 use crate::export::rows::Rows;
 use crate::export::spool::{FILE_BYTES, Finished, Layout, Spool, SpoolError, line_of};
 use crate::export::trim::Trimmed;
 use crate::ids::{ContentHash, Identity};
 use crate::observe::server::SourceError;
-use crate::repository::{Repository, RepositoryError, paths};
+use crate::repository::{Repository, RepositoryError};
 
 /// A step ends when its rows as text are longer.
 const STEP_BYTES: u64 = 64 << 20;
@@ -343,25 +343,6 @@ impl Exporter<'_> {
         Ok((newest, Cursor { last: Some(exported), schema_version, folders: last.folders, parent: None }))
     }
 
-    /// Why a new series is needed where a folder has the name of a column. A series that always was so goes on with a
-    /// warning, until a new one is asked for.
-    fn hidden_column(&self, last: &ExportManifest, table: &Table) -> Option<String> {
-        let captured = matches!(last.content, Content::Capture { .. });
-        let column = &last.folders.hidden(&table.columns, captured)?.name;
-        let reason = format!("query engines read the folder `{column}=` in place of its column `{column}`");
-        let is_new = !last.columns.iter().any(|known| known.name == *column);
-        if is_new || self.options.new_series {
-            return Some(reason);
-        }
-        tracing::warn!(
-            event = "export_column_hidden",
-            table = table.name,
-            column,
-            "query engines read a folder's value in place of this column; a new series (--new-series) has another folder"
-        );
-        None
-    }
-
     /// The series after `newest`, if one was asked for; `through` is the last row that both share.
     async fn begin_series<'t>(
         &self,
@@ -509,57 +490,6 @@ impl Exporter<'_> {
             bytes_per_file: FILE_BYTES,
             level: self.config.repository.compression_level,
         }
-    }
-}
-
-/// Refuses a new series whose columns query engines would take for one another.
-fn check_names(table: &Table) -> Result<(), ExportError> {
-    let Some((one, other)) = names::differ_by_case(&table.columns) else { return Ok(()) };
-    let reason =
-        format!("`{one}` and `{other}` differ by case alone, and query engines take them for one; rename one of them");
-    Err(ExportError::NotExportable { table: table.name.clone(), reason })
-}
-
-/// The file of a part in one format, before its bytes are known.
-fn file(
-    repository: &Repository,
-    series: &Series<'_>,
-    (content, names): (&Content, &Folders),
-    part: &Finished,
-    format: Format,
-) -> ExportFile {
-    let mut folders = format!("{}={}", names.date, part.date);
-    if let Content::Capture { captured, .. } = content {
-        folders += &format!("/{}={captured:020}", names.captured);
-    }
-    let sealed = if repository.keys.seals() { ".age" } else { "" };
-    let name = format!("{:020}-{:020}.{}{sealed}", part.first, part.last, format.suffix());
-    let key = paths::export_file(&series.database, format.name(), &series.name(), &folders, &name);
-    ExportFile {
-        object: key.to_string(),
-        format,
-        date: part.date,
-        first: part.first,
-        last: part.last,
-        rows: part.rows,
-        bytes: 0,
-        hash: ContentHash::of(&[]),
-    }
-}
-
-/// Writes a finished file, over what a broken export may have left under its name, and notes its bytes.
-async fn upload(repository: &Repository, file: &mut ExportFile, path: &Path) -> Result<(), ExportError> {
-    let bytes = tokio::fs::read(path).await;
-    let bytes = bytes.map_err(|source| SpoolError::File { path: path.display().to_string(), source })?;
-    let bytes = Bytes::from(repository.keys.seal(bytes).map_err(RepositoryError::from)?);
-    (file.bytes, file.hash) = (bytes.len() as u64, ContentHash::of(&bytes));
-    let key = file.object.as_str().into();
-    match repository.put(&key, bytes.clone()).await {
-        Err(RepositoryError::Conflict { .. }) => {
-            repository.delete(&key).await?;
-            Ok(repository.put(&key, bytes).await?)
-        }
-        result => Ok(result?),
     }
 }
 

@@ -13,9 +13,10 @@ use crate::database::cell::Cell;
 use crate::database::schema::Table;
 use crate::database::shape::{self, Field, Shape};
 use crate::export::manifest::{Content, ExportManifest, Series};
+use crate::export::names::check_names;
 use crate::export::rows::Whole;
 use crate::export::spool::{Spool, SpoolError, line_of};
-use crate::export::{Cursor, ExportError, Exporter, Step, TableReport, check_names, date_of_micros};
+use crate::export::{Cursor, ExportError, Exporter, Step, TableReport, date_of_micros};
 use crate::ids::ContentHash;
 
 /// The configuration as a table.

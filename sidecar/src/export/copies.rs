@@ -1,7 +1,7 @@
 //! Copies: the rows of earlier steps in a format that those steps lack, so that each format holds every row.
 //!
 //! Invariants: a copy holds the rows of one step, cut at the same places, in one format; its names follow from the step's
-//! manifest alone. So a copy that was broken off is written again under the same names and needs no plan, and a glob over
+//! manifest alone. So an interrupted copy is written again under the same names and needs no plan, and a glob over
 //! the files of a format finds every row once.
 
 use crate::config::Format;
@@ -9,10 +9,11 @@ use crate::database::cell::{Cell, convert_row};
 use crate::database::schema::Table;
 use crate::database::shape::Field;
 use crate::export::archive::ArchiveError;
+use crate::export::files::{file, upload};
 use crate::export::manifest::{Content, ExportFile, ExportManifest, Names, Series};
 use crate::export::rows::Rows;
 use crate::export::spool::{Layout, Spool, SpoolError, line_of};
-use crate::export::{ExportError, Exporter, Step, TableReport, file, files, upload};
+use crate::export::{ExportError, Exporter, Step, TableReport, files};
 use crate::ids::ContentHash;
 use crate::repository::{Repository, paths};
 

@@ -1,6 +1,7 @@
-//! Exported files, read back: checked against their manifest, and row by row.
+//! Exported files: named and written; and read back, checked against their manifest, and row by row.
 
 use std::io::{BufRead as _, BufReader, Cursor};
+use std::path::Path;
 
 use bytes::Bytes;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -8,13 +9,58 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use crate::config::Format;
 use crate::database::cell::Cell;
 use crate::database::shape::Field;
-use crate::export::manifest::ExportFile;
+use crate::export::manifest::{Content, ExportFile, Series};
+use crate::export::names::Folders;
+use crate::export::spool::{Finished, SpoolError};
 use crate::export::{ExportError, columnar, ndjson};
 use crate::ids::ContentHash;
-use crate::repository::{Repository, RepositoryError};
+use crate::repository::{Repository, RepositoryError, paths};
 
 /// Rows that are read at once.
 const PIECE: usize = 1_000;
+
+/// The file of a part in one format, before its bytes are known.
+pub(super) fn file(
+    repository: &Repository,
+    series: &Series<'_>,
+    (content, names): (&Content, &Folders),
+    part: &Finished,
+    format: Format,
+) -> ExportFile {
+    let mut folders = format!("{}={}", names.date, part.date);
+    if let Content::Capture { captured, .. } = content {
+        folders += &format!("/{}={captured:020}", names.captured);
+    }
+    let sealed = if repository.keys.seals() { ".age" } else { "" };
+    let name = format!("{:020}-{:020}.{}{sealed}", part.first, part.last, format.suffix());
+    let key = paths::export_file(&series.database, format.name(), &series.name(), &folders, &name);
+    ExportFile {
+        object: key.to_string(),
+        format,
+        date: part.date,
+        first: part.first,
+        last: part.last,
+        rows: part.rows,
+        bytes: 0,
+        hash: ContentHash::of(&[]),
+    }
+}
+
+/// Writes a finished file, over what a broken export may have left under its name, and notes its bytes.
+pub(super) async fn upload(repository: &Repository, file: &mut ExportFile, path: &Path) -> Result<(), ExportError> {
+    let bytes = tokio::fs::read(path).await;
+    let bytes = bytes.map_err(|source| SpoolError::File { path: path.display().to_string(), source })?;
+    let bytes = Bytes::from(repository.keys.seal(bytes).map_err(RepositoryError::from)?);
+    (file.bytes, file.hash) = (bytes.len() as u64, ContentHash::of(&bytes));
+    let key = file.object.as_str().into();
+    match repository.put(&key, bytes.clone()).await {
+        Err(RepositoryError::Conflict { .. }) => {
+            repository.delete(&key).await?;
+            Ok(repository.put(&key, bytes).await?)
+        }
+        result => Ok(result?),
+    }
+}
 
 /// Fetches a file's object and checks it.
 ///

@@ -7,7 +7,10 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::database::schema::Table;
 use crate::database::shape::{Field, Shape, tag_of};
+use crate::export::manifest::{Content, ExportManifest};
+use crate::export::{ExportError, Exporter};
 
 /// The names of the folders that files are in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,8 +56,37 @@ fn alike(one: &str, other: &str) -> bool {
     one.to_lowercase() == other.to_lowercase()
 }
 
+impl Exporter<'_> {
+    /// Why a new series is needed where a folder has the name of a column. A series that always was so continues with a
+    /// warning, until a new one is asked for.
+    pub(super) fn hidden_column(&self, last: &ExportManifest, table: &Table) -> Option<String> {
+        let captured = matches!(last.content, Content::Capture { .. });
+        let column = &last.folders.hidden(&table.columns, captured)?.name;
+        let reason = format!("query engines read the folder `{column}=` in place of its column `{column}`");
+        let is_new = !last.columns.iter().any(|known| known.name == *column);
+        if is_new || self.options.new_series {
+            return Some(reason);
+        }
+        tracing::warn!(
+            event = "export_column_hidden",
+            table = table.name,
+            column,
+            "query engines read a folder's value in place of this column; a new series (--new-series) has another folder"
+        );
+        None
+    }
+}
+
+/// Refuses a new series whose columns query engines would take for one another.
+pub(super) fn check_names(table: &Table) -> Result<(), ExportError> {
+    let Some((one, other)) = differ_by_case(&table.columns) else { return Ok(()) };
+    let reason =
+        format!("`{one}` and `{other}` differ by case alone, and query engines take them for one; rename one of them");
+    Err(ExportError::NotExportable { table: table.name.clone(), reason })
+}
+
 /// Two columns, or members of one, that differ by case alone.
-pub fn differ_by_case(columns: &[Field]) -> Option<(String, String)> {
+fn differ_by_case(columns: &[Field]) -> Option<(String, String)> {
     let names = columns.iter().map(|column| column.name.as_str());
     pair(names).or_else(|| columns.iter().find_map(|column| within(&column.shape)))
 }
