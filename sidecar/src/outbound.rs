@@ -96,14 +96,6 @@ pub(crate) fn reason(error: &reqwest::Error) -> String {
     }
 }
 
-/// The error, with the proxy through which the request went.
-pub(crate) fn with_proxy(error: reqwest::Error) -> Box<dyn std::error::Error + Send + Sync> {
-    match proxy_of(&error) {
-        Some(proxy) => Box::new(ThroughProxy::new(proxy, error)),
-        None => Box::new(error),
-    }
-}
-
 pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {

@@ -269,7 +269,7 @@ fn gzipped(body: &[u8]) -> std::io::Result<Vec<u8>> {
 
 fn channel(settings: &Settings) -> Result<Channel, OtlpError> {
     let refuse = |error: &dyn std::error::Error| {
-        OtlpError::Client(format!("{}: {}", settings.endpoint, crate::observe::server::root_cause(error)))
+        OtlpError::Client(format!("{}: {}", settings.endpoint, crate::outbound::root_cause(error)))
     };
     let read = |path: &std::path::Path| {
         std::fs::read(path).map_err(|error| OtlpError::Certificate(format!("read {}: {error}", path.display())))

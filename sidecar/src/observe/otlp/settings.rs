@@ -11,7 +11,7 @@ use opentelemetry_sdk::metrics::Temporality;
 use crate::config::{OtlpCompression, OtlpProtocol, TelemetryConfig};
 use crate::observe::otlp::{OtlpError, Signal};
 
-const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = opentelemetry_otlp::OTEL_EXPORTER_OTLP_TIMEOUT_DEFAULT;
 const METRICS_INTERVAL: Duration = Duration::from_secs(60);
 /// What a variable OTEL_EXPORTER_OTLP_WHAT or OTEL_EXPORTER_OTLP_SIGNAL_WHAT can set.
 const WHAT: [&str; 9] = [
@@ -147,7 +147,16 @@ fn own(signal: Signal, what: &str) -> String {
 }
 
 fn general(what: &str) -> String {
-    format!("OTEL_EXPORTER_OTLP_{what}")
+    let known = match what {
+        "ENDPOINT" => opentelemetry_otlp::OTEL_EXPORTER_OTLP_ENDPOINT,
+        "PROTOCOL" => opentelemetry_otlp::OTEL_EXPORTER_OTLP_PROTOCOL,
+        "HEADERS" => opentelemetry_otlp::OTEL_EXPORTER_OTLP_HEADERS,
+        "COMPRESSION" => opentelemetry_otlp::OTEL_EXPORTER_OTLP_COMPRESSION,
+        "TIMEOUT" => opentelemetry_otlp::OTEL_EXPORTER_OTLP_TIMEOUT,
+        // The exporter crate has no name for the others.
+        _ => return format!("OTEL_EXPORTER_OTLP_{what}"),
+    };
+    known.to_owned()
 }
 
 fn invalid(is_valid: bool, expected: &str) -> Option<String> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::StatusCode;
 use tonic::{Code, Status};
 
-use crate::observe::server::root_cause;
+use crate::outbound;
 
 /// A collector may ask for a rest; a longer one is not kept.
 const REST_MAX: Duration = Duration::from_secs(60);
@@ -38,7 +38,7 @@ impl Verdict {
 }
 
 pub fn of_connection(error: &reqwest::Error) -> Verdict {
-    let reason = if error.is_timeout() { "it gave no answer in time".to_owned() } else { root_cause(error) };
+    let reason = if error.is_timeout() { "it gave no answer in time".to_owned() } else { outbound::reason(error) };
     Verdict::Unreachable { reason, is_connection: error.is_connect() }
 }
 
@@ -58,7 +58,7 @@ pub fn of_grpc(status: &Status) -> Verdict {
     // A status that the collector sent has no cause here.
     if let Some(cause) = status.source() {
         let is_connection = cause.is::<tonic::transport::Error>();
-        return Verdict::Unreachable { reason: root_cause(cause), is_connection };
+        return Verdict::Unreachable { reason: outbound::root_cause(cause), is_connection };
     }
     let text: String = status.message().chars().filter(|c| !c.is_control()).take(ANSWER_CHARS).collect();
     let answer = format!("{:?} {text}", status.code()).trim_end().to_owned();
