@@ -31,6 +31,7 @@ pub mod ids;
 pub mod module_bindings;
 pub mod observe;
 mod outbound;
+pub mod process;
 pub mod progress;
 #[cfg(feature = "client")]
 pub mod replay;
