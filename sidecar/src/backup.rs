@@ -101,7 +101,7 @@ pub struct BackupReport {
     #[serde(default = "is_complete")]
     pub complete: bool,
     /// The file that holds it all, where one was asked for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "crate::lossy::option")]
     pub bundle: Option<PathBuf>,
 }
 

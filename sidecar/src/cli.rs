@@ -180,13 +180,11 @@ pub fn main(cli: Cli) -> ExitCode {
         Ok(runtime) => runtime.block_on(run(cli, &output, logging)),
         Err(error) => Err(Failure::new(ExitStatus::Failed, format!("start the async runtime: {error}"))),
     };
-    match result {
-        Ok(status) => status.into(),
-        Err(failure) => {
-            output.failure(&failure);
-            failure.status.into()
-        }
-    }
+    let status = result.unwrap_or_else(|failure| {
+        output.failure(&failure);
+        failure.status
+    });
+    output.ending(status).into()
 }
 
 async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, Failure> {

@@ -23,6 +23,7 @@ pub enum KeyCommand {
 
 #[derive(Serialize)]
 struct Generated {
+    #[serde(serialize_with = "crate::lossy::path")]
     identity_file: PathBuf,
     recipient: String,
 }

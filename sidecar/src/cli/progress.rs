@@ -1,10 +1,10 @@
 //! Progress on stderr.
-#![expect(clippy::disallowed_macros, reason = "this is the room that prints")]
 
 use std::sync::Mutex;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::cli::output;
 use crate::progress::Progress;
 
 /// A bar for terminals.
@@ -57,8 +57,8 @@ impl Progress for Lines {
             return;
         }
         match total {
-            Some(total) => eprintln!("{name} ({})", indicatif::BinaryBytes(total)),
-            None => eprintln!("{name}"),
+            Some(total) => output::line(format_args!("{name} ({})", indicatif::BinaryBytes(total))),
+            None => output::line(format_args!("{name}")),
         }
         *last = Some(name.to_owned());
     }

@@ -158,8 +158,9 @@ pub struct RestoreArgs {
 #[derive(Serialize)]
 struct PlanReport {
     dry_run: bool,
+    #[serde(serialize_with = "crate::lossy::path")]
     data_dir: PathBuf,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "crate::lossy::option", skip_serializing_if = "Option::is_none")]
     link_target: Option<PathBuf>,
     instance_from: RestorePointId,
     databases: Vec<PlannedDatabase>,

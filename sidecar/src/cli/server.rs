@@ -91,6 +91,7 @@ fn parse_period(text: &str) -> Result<Period, String> {
 
 #[derive(Serialize)]
 struct StopReport {
+    #[serde(serialize_with = "crate::lossy::path")]
     data_dir: PathBuf,
     /// `false` when no server ran there.
     stopped: bool,

@@ -20,6 +20,7 @@ use crate::standalone::command::Binary;
 pub struct DeployPlan {
     pub name: String,
     pub mode: Mode,
+    #[serde(serialize_with = "crate::lossy::option")]
     pub module_path: Option<PathBuf>,
     /// `None` where the module is to be built first.
     pub module: Option<ContentHash>,

@@ -42,19 +42,24 @@ impl ApplyOptions {
 /// What a restore did. Field names are stable.
 #[derive(Debug, Clone, Serialize)]
 pub struct RestoreReport {
+    #[serde(serialize_with = "crate::lossy::path")]
     pub data_dir: PathBuf,
     /// What `data_dir` leads to, if it is a link.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "crate::lossy::option", skip_serializing_if = "Option::is_none")]
     pub link_target: Option<PathBuf>,
     /// Where the directory that was there is now.
+    #[serde(serialize_with = "crate::lossy::option")]
     pub moved_aside: Option<PathBuf>,
     /// Where the token keys are, if the restore point holds any.
+    #[serde(serialize_with = "crate::lossy::option")]
     pub keys: Option<PathBuf>,
     /// Where other keys that were there are now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "crate::lossy::option")]
     pub keys_moved_aside: Option<PathBuf>,
     /// The sidecar's own token, signed anew with new keys.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "crate::lossy::option")]
     pub token: Option<PathBuf>,
     pub databases: Vec<DatabaseReport>,
     pub left_out: Vec<String>,

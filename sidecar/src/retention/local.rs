@@ -125,6 +125,7 @@ impl FileState {
 /// A segment that the server no longer needs.
 #[derive(Debug, Clone, Serialize)]
 pub struct LocalSegment {
+    #[serde(serialize_with = "crate::lossy::path")]
     pub path: PathBuf,
     pub first: Offset,
     pub last: Offset,

@@ -41,6 +41,7 @@ pub struct Note {
     pub started_at: Timestamp,
     pub address: String,
     pub log: PathBuf,
+    #[serde(serialize_with = "crate::lossy::path")]
 }
 
 /// What `server status` tells. Field names are stable.
@@ -51,6 +52,7 @@ pub struct ServerReport {
     /// Does it answer, and the configured database with it?
     pub ready: bool,
     pub data_dir: PathBuf,
+    #[serde(serialize_with = "crate::lossy::path")]
     pub url: String,
     pub version: Option<String>,
     /// `None` where no database is configured, or the server does not know it.
@@ -62,8 +64,10 @@ pub struct ServerReport {
     pub starts: Option<u64>,
     pub last_exit: Option<String>,
     pub log: Option<PathBuf>,
+    #[serde(serialize_with = "crate::lossy::option")]
     /// Where the token is that opens the database; never the token itself.
     pub token_file: Option<PathBuf>,
+    #[serde(serialize_with = "crate::lossy::option")]
     /// A lock file that a crash left; it does no harm.
     pub stale_lock: bool,
 }
