@@ -51,17 +51,18 @@ pub async fn write(repository: &Repository, path: &Path) -> Result<u64, BundleEr
     if path.exists() {
         return Err(BundleError::Exists(path.to_owned()));
     }
-    let partial = durable::beside(path, ".partial");
-    let written = fill(repository, &partial).await;
-    match written {
-        Ok(bytes) => {
-            durable::rename(&partial, path)?;
-            Ok(bytes)
-        }
-        Err(error) => {
-            let _ = fs::remove_file(&partial);
-            Err(error)
-        }
+    let partial = Partial(durable::beside(path, ".partial"));
+    let bytes = fill(repository, &partial.0).await?;
+    durable::rename(&partial.0, path)?;
+    Ok(bytes)
+}
+
+/// A file that is being written: gone, unless it was renamed, however the writing ends.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
     }
 }
 

@@ -25,6 +25,7 @@ mod repository;
 mod restore;
 mod run;
 mod server;
+mod signals;
 mod status;
 mod verify;
 
@@ -32,11 +33,13 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{LogFormat, Logging, Output};
+use crate::cli::signals::{ALL, Endings};
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
 use crate::config::load::{self, Loaded};
@@ -46,7 +49,7 @@ use crate::observe::own::OwnTelemetry;
 use crate::repository::Repository;
 use crate::repository::address::Address;
 use crate::repository::crypto::Keyring;
-use crate::repository::lease::Lease;
+use crate::repository::lease::{Lease, LeaseDocument};
 use crate::repository::remembered::Remembered;
 
 /// Backup, recovery and observability sidecar for SpacetimeDB.
@@ -177,7 +180,12 @@ pub fn main(cli: Cli) -> ExitCode {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(6).enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli, &output, logging)),
+        Ok(runtime) => {
+            let result = runtime.block_on(run(cli, &output, logging));
+            // What was left in the middle by a signal may not end by itself.
+            runtime.shutdown_timeout(ABANDON_LIMIT);
+            result
+        }
         Err(error) => Err(Failure::new(ExitStatus::Failed, format!("start the async runtime: {error}"))),
     };
     let status = result.unwrap_or_else(|failure| {
@@ -203,29 +211,64 @@ async fn run(cli: Cli, output: &Output, logging: Logging) -> Result<ExitStatus, 
     let mut loaded = loaded.map_err(|error| Failure::usage(format!("the configuration is wrong: {error}")))?;
     #[cfg(feature = "client")]
     know_deployment(&mut loaded.config);
-    let context = Context { loaded, output, clock: Arc::new(SystemClock), globals: words };
-    match cli.command {
-        Command::Run(args) => run::run(&context, args, logging).await,
-        Command::Backup { command } => backup::run(&context, command).await,
-        Command::Restore(args) => restore::run(&context, args).await,
-        Command::Verify(args) => verify::run(&context, args).await,
+    let context =
+        Context { loaded, output, clock: Arc::new(SystemClock), globals: words, leases: parking_lot::Mutex::default() };
+    if cli.command.ends_by_itself() {
+        return verb(&context, cli.command, logging).await;
+    }
+    let mut endings = Endings::listen(&ALL)?;
+    let ending = tokio::select! {
+        result = verb(&context, cli.command, logging) => return result,
+        ending = endings.next() => ending,
+    };
+    // The verb is gone by now, and with it its servers and temporary directories.
+    tokio::select! {
+        () = context.release_leases() => {}
+        () = context.clock.sleep(ABANDON_LIMIT) => {}
+        _ = endings.next() => {}
+    }
+    Err(Failure::new(ending.status, format!("ended by {}", ending.name)))
+}
+
+/// After a signal, from the end of the verb to the end of the process.
+const ABANDON_LIMIT: Duration = Duration::from_secs(2);
+
+impl Command {
+    /// Returns true for verbs that a signal must not cut off: they bring what they do to an end themselves.
+    fn ends_by_itself(&self) -> bool {
+        match self {
+            Self::Run(_) | Self::Server { command: server::ServerCommand::Watch(_) } => true,
+            Self::Status(args) => args.watches(),
+            #[cfg(feature = "client")]
+            Self::Deploy(_) => true,
+            _ => false,
+        }
+    }
+}
+
+async fn verb(context: &Context<'_>, command: Command, logging: Logging) -> Result<ExitStatus, Failure> {
+    match command {
+        Command::Run(args) => run::run(context, args, logging).await,
+        Command::Backup { command } => backup::run(context, command).await,
+        Command::Restore(args) => restore::run(context, args).await,
+        Command::Verify(args) => verify::run(context, args).await,
         #[cfg(feature = "client")]
-        Command::Drill(args) => drill::run(&context, args).await,
-        Command::Prune(args) => prune::run(&context, args).await,
-        Command::PruneLocal(args) => prune_local::run(&context, args).await,
-        Command::Status(args) => status::run(&context, args).await,
+        Command::Drill(args) => drill::run(context, args).await,
+        Command::Prune(args) => prune::run(context, args).await,
+        Command::PruneLocal(args) => prune_local::run(context, args).await,
+        Command::Status(args) => status::run(context, args).await,
         #[cfg(feature = "client")]
-        Command::Export(args) => export::run(&context, args).await,
+        Command::Export(args) => export::run(context, args).await,
         #[cfg(feature = "client")]
-        Command::Replay(args) => replay::run(&context, args).await,
+        Command::Replay(args) => replay::run(context, args).await,
         #[cfg(feature = "client")]
-        Command::Deploy(args) => deploy::run(&context, args).await,
-        Command::Server { command } => server::run(&context, command).await,
+        Command::Deploy(args) => deploy::run(context, args).await,
+        Command::Server { command } => server::run(context, command).await,
         #[cfg(feature = "client")]
-        Command::Doctor(args) => doctor::run(&context, args).await,
+        Command::Doctor(args) => doctor::run(context, args).await,
         Command::Config { .. } | Command::Completions { .. } => Ok(ExitStatus::Ok),
-        Command::Key { command } => key::run(&context, command),
-        Command::Repository { command } => repository::run(&context, command).await,
+        Command::Key { command } => key::run(context, command),
+        Command::Repository { command } => repository::run(context, command).await,
     }
 }
 
@@ -289,9 +332,34 @@ struct Context<'a> {
     clock: Arc<dyn Clock>,
     /// The flags that lead another run of this program to the same configuration.
     globals: Vec<OsString>,
+    /// What is released when a signal ends the verb.
+    leases: parking_lot::Mutex<Vec<Arc<Lease>>>,
 }
 
 impl Context<'_> {
+    /// The lease of a repository, for the length of a verb.
+    async fn lease(&self, repository: &Repository, force: bool) -> Result<Arc<Lease>, Failure> {
+        let length = self.config().repository.lease_duration.0;
+        let watching = |held: &LeaseDocument, patience: Duration| {
+            self.output.note(&format!(
+                "the lease of {} seems to be over; it is watched for {} s, in case its holder is alive",
+                held.writer,
+                patience.as_secs()
+            ));
+        };
+        let lease = Lease::acquire_or_watch(repository, length, Arc::clone(&self.clock), force, watching).await?;
+        let lease = Arc::new(lease);
+        self.leases.lock().push(Arc::clone(&lease));
+        Ok(lease)
+    }
+
+    async fn release_leases(&self) {
+        let leases = std::mem::take(&mut *self.leases.lock());
+        for lease in leases {
+            lease.release().await;
+        }
+    }
+
     fn words_of_globals(&self) -> Vec<OsString> {
         self.globals.clone()
     }

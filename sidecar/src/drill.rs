@@ -28,6 +28,7 @@ use crate::restore::RestoreError;
 use crate::restore::apply::{ApplyOptions, apply};
 use crate::restore::plan::{RestoreRequest, plan};
 use crate::restore::target::Target;
+use crate::scratch::Scratch;
 use crate::standalone::StandaloneError;
 use crate::standalone::command::Binary;
 use crate::standalone::keys;
@@ -149,7 +150,7 @@ pub async fn drill(
     }
     let binary = Binary::find(&config)?;
     let base = config.drill.scratch_dir.clone().unwrap_or_else(std::env::temp_dir);
-    let scratch = tempfile::Builder::new().prefix("inner-universe-drill-").tempdir_in(&base);
+    let scratch = Scratch::create_in(&base, "inner-universe-drill-");
     let scratch = scratch.map_err(|source| DrillError::Scratch { path: base, source })?;
     let started_at = clock.now();
     let kept = repository.list(&paths::drills()).await?;

@@ -39,6 +39,7 @@ pub mod replay;
 pub mod repository;
 pub mod restore;
 pub mod retention;
+pub mod scratch;
 pub mod standalone;
 pub mod status;
 pub mod verify;

@@ -5,6 +5,7 @@
 //! limit; what differs between releases of the server's command line is known in `command` alone.
 
 pub mod background;
+mod bound;
 pub mod command;
 #[cfg(feature = "client")]
 pub mod keys;

@@ -18,11 +18,11 @@ use crate::datadir::DataDir;
 use crate::durable::{self, OnPath as _};
 use crate::ids::RestorePointId;
 use crate::repository::address::Address;
-use crate::repository::lease::Lease;
 use crate::repository::manifest::RestorePoint;
 use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError};
 use crate::retention;
+use crate::scratch::Scratch;
 
 #[derive(Debug, Subcommand)]
 pub enum BackupCommand {
@@ -119,8 +119,7 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
         level: Some(args.compression_level.unwrap_or(context.config().repository.compression_level)),
     };
     let progress = context.output.progress();
-    let held = context.config().repository.lease_duration.0;
-    let lease = Lease::acquire(&repository, held, Arc::clone(&context.clock), args.force).await?;
+    let lease = context.lease(&repository, args.force).await?;
     let fenced = lease.fenced();
     #[cfg(feature = "client")]
     let witness = crate::drill::promise::LiveServer::witness(context.config());
@@ -145,8 +144,7 @@ async fn create_bundle(
         return Err(BundleError::Exists(output).into());
     }
     let parent = durable::parent(&output);
-    let scratch =
-        tempfile::Builder::new().prefix(".inner-universe-bundle-").tempdir_in(&parent).on("write to", &parent)?;
+    let scratch = Scratch::create_in(&parent, ".inner-universe-bundle-").on("write to", &parent)?;
     let address = Address::directory(&scratch.path().join("repository")).map_err(Failure::usage)?;
     let keys = context.keyring(&args.recipient)?;
     let configured = context.config().spacetimedb_config.key_dir.clone().filter(|dir| keys.seals() && dir.exists());

@@ -9,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::duration;
-use crate::cli::run::cancel_when_told;
 use crate::cli::server::ListenArgs;
+use crate::cli::signals::{ALL, cancel_when_told};
 use crate::cli::{Context, while_held};
 use crate::config::Config;
 use crate::daemon::state::StateDir;
@@ -19,7 +19,6 @@ use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keepe
 use crate::durable;
 use crate::repository::Repository;
 use crate::repository::address::Address;
-use crate::repository::lease::Lease;
 use crate::repository::remembered::Remembered;
 
 #[derive(Debug, Args)]
@@ -223,7 +222,7 @@ async fn with_keeper<T>(
     work: impl AsyncFnOnce(&Setup) -> Result<T, deploy::DeployError>,
 ) -> Result<T, Failure> {
     let stop = CancellationToken::new();
-    cancel_when_told(stop.clone())?;
+    cancel_when_told(stop.clone(), &ALL)?;
     let Some(url) = setup.config.repository.url.clone() else {
         return Ok(until_told(setup, work(setup), &stop).await??);
     };
@@ -239,7 +238,7 @@ async fn with_keeper<T>(
         true => remembered.open_or_create(&url, config, context.keyring(&[])?, clock.as_ref()).await?,
         false => remembered.open(&url, config, context.keyring(&[])?).await?,
     };
-    let lease = Lease::acquire(&repository, config.lease_duration.0, Arc::clone(&clock), force).await?;
+    let lease = context.lease(&repository, force).await?;
     setup.keeper = Keeper::Own(lease.fenced());
     let result = while_held(&lease, clock.as_ref(), until_told(setup, work(setup), &stop)).await;
     lease.release().await;

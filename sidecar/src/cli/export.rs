@@ -14,7 +14,6 @@ use crate::daemon::state::StateDir;
 use crate::export::history::{History, Subject, history};
 use crate::export::{self, ExportOptions, ExportReport, Places};
 use crate::ids::Identity;
-use crate::repository::lease::Lease;
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -101,8 +100,7 @@ pub async fn run(context: &Context<'_>, args: ExportArgs) -> Result<ExitStatus, 
         return Ok(show(context, &report));
     }
     let repository = context.writable(context.keyring(&[])?).await?;
-    let held = config.repository.lease_duration.0;
-    let lease = Lease::acquire(&repository, held, Arc::clone(&context.clock), args.force).await?;
+    let lease = context.lease(&repository, args.force).await?;
     let fenced = lease.fenced();
     let state_dir = data_dir.as_ref().map(|data_dir| StateDir::locate(&config, data_dir));
     let places = Places { data_dir: data_dir.as_deref(), state_dir: state_dir.as_deref() };

@@ -37,6 +37,11 @@ pub enum ExitStatus {
     Locked = 5,
     Refused = 6,
     StoreUnreachable = 7,
+    NotArchived = 8,
+    HungUp = 129,
+    Interrupted = 130,
+    Quit = 131,
+    Terminated = 143,
 }
 
 impl ExitStatus {
@@ -49,7 +54,9 @@ impl ExitStatus {
   4  nothing to restore
   5  the repository is being written by another sidecar
   6  refused: it would overwrite something, or break what runs
-  7  the store cannot be reached";
+  7  the store cannot be reached
+  8  stopped before everything was archived (run); the next start archives what is left
+  128 and the number of the signal that ended it";
 }
 
 impl From<ExitStatus> for ExitCode {

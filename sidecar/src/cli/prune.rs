@@ -1,7 +1,5 @@
 //! `prune`
 
-use std::sync::Arc;
-
 use clap::Args;
 
 use crate::cli::failure::{ExitStatus, Failure};
@@ -9,7 +7,6 @@ use crate::cli::output::bytes;
 use crate::cli::{Context, while_held};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
-use crate::repository::lease::Lease;
 use crate::retention::policy::Policy;
 use crate::retention::{self, PruneReport};
 
@@ -42,8 +39,7 @@ pub async fn run(context: &Context<'_>, args: PruneArgs) -> Result<ExitStatus, F
         return Ok(show(context, &plan.report()));
     }
     let repository = context.writable(context.keyring(&[])?).await?;
-    let held = config.repository.lease_duration.0;
-    let lease = Lease::acquire(&repository, held, Arc::clone(&context.clock), args.force).await?;
+    let lease = context.lease(&repository, args.force).await?;
     let fenced = lease.fenced();
     let work = async {
         let plan = retention::plan(&fenced, &policy, grace, context.clock.now()).await?;

@@ -21,6 +21,7 @@ use crate::restore::apply::ApplyOptions;
 use crate::restore::place::Place;
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
 use crate::restore::target::Target;
+use crate::scratch::Scratch;
 
 /// What `--to` names: a moment, or the deployment right before which it is.
 #[derive(Debug, Clone)]
@@ -201,7 +202,7 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         Some(input) => {
             let parent = durable::parent(&place.target);
             make_dirs(&parent, 0o755)?;
-            let dir = tempfile::Builder::new().prefix(".inner-universe-bundle-").tempdir_in(&parent);
+            let dir = Scratch::create_in(&parent, ".inner-universe-bundle-");
             let dir = unpacked.insert(dir.on("write to", &parent)?);
             context.output.progress().phase("unpack the bundle", None);
             bundle::unpack(input, dir.path())?;

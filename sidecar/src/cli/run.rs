@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use clap::Args;
 use rustix::process::Signal;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{self, Logging};
 use crate::cli::server::ListenArgs;
+use crate::cli::signals::{ALL, BUT_HANG_UP, cancel_when_told};
 use crate::cli::{Context, DataDirArg};
 use crate::config::Config;
 use crate::daemon::state::StateDir;
@@ -78,7 +78,7 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
         interface: Server::interface,
     };
     let stop = CancellationToken::new();
-    cancel_when_told(stop.clone())?;
+    cancel_when_told(stop.clone(), if options.server.is_empty() { &ALL } else { &BUT_HANG_UP })?;
     let result = daemon::run(options, Arc::clone(&context.clock), stop).await;
     if let Err(error) = &result {
         tracing::error!(%error, "ended");
@@ -101,19 +101,4 @@ fn server_of(config: &Config, data_dir: &Path) -> Result<Vec<OsString>, Failure>
     }
     settings::set_log_level(data_dir, config.spacetimedb_config.log_level)?;
     Ok(binary.serve(config, data_dir, &listen_address(config)))
-}
-
-/// Cancels `stop` on a signal that asks this process to end.
-pub fn cancel_when_told(stop: CancellationToken) -> Result<(), Failure> {
-    let listening = |kind| signal(kind).map_err(|error| Failure::new(ExitStatus::Failed, error));
-    let (mut terminate, mut interrupt) = (listening(SignalKind::terminate())?, listening(SignalKind::interrupt())?);
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("told to stop");
-        stop.cancel();
-    });
-    Ok(())
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::failure::{ExitStatus, Failure};
-use crate::cli::run::cancel_when_told;
+use crate::cli::signals::{BUT_HANG_UP, cancel_when_told};
 use crate::cli::{Context, DataDirArg};
 use crate::config::value::Period;
 use crate::config::{Config, LogLevel};
@@ -142,7 +142,7 @@ pub async fn run(context: &Context<'_>, command: ServerCommand) -> Result<ExitSt
             let data_dir = args.data.path(context)?;
             let config = args.listen.apply(context.config());
             let stop = CancellationToken::new();
-            cancel_when_told(stop.clone())?;
+            cancel_when_told(stop.clone(), &BUT_HANG_UP)?;
             background::watch(&config, &data_dir, Arc::clone(&context.clock), stop).await.map_err(failure)?;
             Ok(ExitStatus::Ok)
         }

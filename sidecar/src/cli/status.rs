@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::bytes;
+use crate::cli::signals::{ALL, Endings};
 use crate::cli::{Context, DataDirArg};
 use crate::daemon::health::Readiness;
 use crate::ids::Offset;
@@ -24,6 +25,13 @@ pub struct StatusArgs {
     ready: bool,
 }
 
+impl StatusArgs {
+    /// Returns true if it looks again and again.
+    pub fn watches(&self) -> bool {
+        self.watch
+    }
+}
+
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, Failure> {
@@ -34,15 +42,22 @@ pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, 
     }
     let data = args.data.open(context)?;
     let repository = context.repository().await?;
+    if !args.watch {
+        let report = status::status(&repository, &data, context.config(), context.clock.as_ref()).await?;
+        context.output.result(&report, describe);
+        return Ok(ExitStatus::Ok);
+    }
+    let mut endings = Endings::listen(&ALL)?;
     loop {
         let report = status::status(&repository, &data, context.config(), context.clock.as_ref()).await?;
         context.output.result(&report, describe);
-        if !args.watch {
+        // Whoever read this has gone.
+        if context.output.is_broken() {
             return Ok(ExitStatus::Ok);
         }
         tokio::select! {
             () = context.clock.sleep(WATCH_INTERVAL) => {}
-            _ = tokio::signal::ctrl_c() => return Ok(ExitStatus::Ok),
+            _ = endings.next() => return Ok(ExitStatus::Ok),
         }
     }
 }

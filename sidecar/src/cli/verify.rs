@@ -1,14 +1,11 @@
 //! `verify`
 
-use std::sync::Arc;
-
 use clap::Args;
 
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::bytes;
 use crate::cli::{Context, while_held};
 use crate::ids::RestorePointId;
-use crate::repository::lease::Lease;
 use crate::verify::repair::repair;
 use crate::verify::{VerifyOptions, VerifyReport, verify};
 
@@ -36,8 +33,7 @@ pub async fn run(context: &Context<'_>, args: VerifyArgs) -> Result<ExitStatus, 
 
 async fn mend(context: &Context<'_>) -> Result<Vec<String>, Failure> {
     let repository = context.writable(context.keyring(&[])?).await?;
-    let duration = context.config().repository.lease_duration.0;
-    let lease = Lease::acquire(&repository, duration, Arc::clone(&context.clock), false).await?;
+    let lease = context.lease(&repository, false).await?;
     let fenced = lease.fenced();
     let written = while_held(&lease, context.clock.as_ref(), repair(&fenced, context.clock.as_ref())).await;
     lease.release().await;

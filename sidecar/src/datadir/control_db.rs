@@ -13,6 +13,7 @@ use crate::datadir::bytes::{Cursor, Malformed};
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::{FileError, OnPath};
 use crate::ids::{ContentHash, Identity};
+use crate::scratch::Scratch;
 
 const ATTEMPTS: u32 = 8;
 
@@ -47,7 +48,7 @@ pub type Trees = BTreeMap<Vec<u8>, BTreeMap<Vec<u8>, Vec<u8>>>;
 
 /// A copy of the control database in a directory of its own.
 pub struct ControlDbCopy {
-    dir: tempfile::TempDir,
+    dir: Scratch,
     pub databases: Vec<Database>,
     pub trees: Trees,
 }
@@ -99,8 +100,8 @@ impl ControlDbCopy {
     }
 }
 
-fn make_dir_in(place: &Path) -> Result<tempfile::TempDir, FileError> {
-    tempfile::tempdir_in(place).on("create a temporary directory in", place)
+fn make_dir_in(place: &Path) -> Result<Scratch, FileError> {
+    Scratch::create_in(place, "inner-universe-control-").on("create a temporary directory in", place)
 }
 
 /// Removes every database but those in `keep` from the control database at `path`, which no server may have open.

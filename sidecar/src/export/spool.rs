@@ -11,12 +11,12 @@ use jiff::civil::Date;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
-use tempfile::TempDir;
 
 use crate::config::Format;
 use crate::database::cell::Cell;
 use crate::database::shape::Field;
 use crate::export::{columnar, ndjson};
+use crate::scratch::Scratch;
 
 /// A file ends when its rows as text are longer.
 pub const FILE_BYTES: u64 = 32 << 20;
@@ -62,7 +62,7 @@ pub struct Finished {
 pub struct Spool {
     layout: Layout,
     schema: Arc<arrow_schema::Schema>,
-    dir: TempDir,
+    dir: Scratch,
     finished: Vec<Finished>,
     open: Option<Open>,
     rows: u64,
@@ -87,7 +87,7 @@ impl Spool {
     /// When there is no room for files.
     pub fn new(layout: Layout) -> Result<Self, SpoolError> {
         let temporary = std::env::temp_dir();
-        let dir = tempfile::Builder::new().prefix("inner-universe-export-").tempdir_in(&temporary);
+        let dir = Scratch::create_in(&temporary, "inner-universe-export-");
         let dir = dir.map_err(|source| SpoolError::File { path: temporary.display().to_string(), source })?;
         let schema = Arc::new(columnar::schema(&layout.columns));
         Ok(Self { layout, schema, dir, finished: Vec::new(), open: None, rows: 0, text_bytes: 0 })

@@ -78,7 +78,7 @@ impl Drop for Staging {
         }
         for path in [&self.data, &self.keys] {
             if path.exists()
-                && let Err(error) = fs::remove_dir_all(path)
+                && let Err(error) = crate::scratch::remove(path)
             {
                 tracing::warn!(path = %path.display(), %error, "what was restored so far could not be removed");
             }

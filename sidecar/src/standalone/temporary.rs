@@ -7,12 +7,12 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
 use crate::datadir::lock::{self, ServerLock};
 use crate::durable::OnPath;
 use crate::standalone::command::Binary;
-use crate::standalone::{StandaloneError, logfile, ready, settings};
+use crate::standalone::{StandaloneError, bound, logfile, ready, settings};
 
 /// A server that is ready.
 pub struct TemporaryServer {
@@ -54,7 +54,7 @@ impl TemporaryServer {
         // What ends us from a terminal ends us first, and then we end the server.
         command.process_group(0);
         let start = |source| StandaloneError::Start { program: PathBuf::from(&line[0]), source };
-        let child = command.spawn().map_err(start)?;
+        let child = bound::spawn(command).await.map_err(start)?;
         let mut server = Self { child, config, stop_timeout: Duration::ZERO };
         server.stop_timeout = server.config.spacetimedb_config.stop_timeout.0;
         let mut ended = None;
@@ -82,12 +82,16 @@ impl TemporaryServer {
         }
     }
 
-    /// Asks it to end, and kills it when it does not.
-    pub async fn stop(mut self, clock: &dyn Clock) {
+    fn ask_to_end(&self) {
         let pid = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         if let Some(pid) = pid {
             let _ = kill_process(pid, STOP);
         }
+    }
+
+    /// Asks it to end, and kills it when it does not.
+    pub async fn stop(mut self, clock: &dyn Clock) {
+        self.ask_to_end();
         tokio::select! {
             _ = self.child.wait() => return,
             () = clock.sleep(self.stop_timeout) => {}
@@ -98,6 +102,26 @@ impl TemporaryServer {
         }
     }
 }
+
+impl Drop for TemporaryServer {
+    /// Work that is cut off by a signal leaves no server, and no files that a server still writes.
+    fn drop(&mut self) {
+        let waited = Stopwatch::start();
+        let limit = self.stop_timeout.min(DROP_LIMIT);
+        self.ask_to_end();
+        while self.child.id().is_some() && matches!(self.child.try_wait(), Ok(None)) {
+            if waited.elapsed_seconds() > limit.as_secs_f64() {
+                // The runtime takes its end.
+                let _ = self.child.start_kill();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// A server whose work was cut off has this long to end.
+const DROP_LIMIT: Duration = Duration::from_secs(5);
 
 /// The server ends in good order on an interrupt, and at once on anything else.
 pub const STOP: Signal = Signal::INT;
