@@ -8,7 +8,7 @@ mod guard;
 mod openapi;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -68,8 +68,8 @@ pub struct Server {
     clock: Arc<dyn Clock>,
     state: Arc<State>,
     telemetry: Arc<Telemetry>,
-    /// Set once the daemon archives.
-    daemon: OnceLock<Arc<Daemon>>,
+    /// Set while the daemon archives.
+    daemon: parking_lot::RwLock<Option<Arc<Daemon>>>,
     guard: Guard,
     status: tokio::sync::Mutex<Option<(Stopwatch, StatusReport)>>,
 }
@@ -264,7 +264,7 @@ impl Server {
             clock,
             state,
             telemetry,
-            daemon: OnceLock::new(),
+            daemon: parking_lot::RwLock::default(),
             guard,
             status: tokio::sync::Mutex::default(),
         })
@@ -310,15 +310,14 @@ impl Server {
         }
     }
 
-    fn daemon(&self) -> Result<&Arc<Daemon>, Refusal> {
-        self.daemon.get().ok_or_else(Refusal::starting)
+    fn daemon(&self) -> Result<Arc<Daemon>, Refusal> {
+        self.daemon.read().clone().ok_or_else(Refusal::starting)
     }
 }
 
 impl Interface for Server {
-    fn serves(&self, daemon: Arc<Daemon>) {
-        // There is one daemon in a process.
-        let _ = self.daemon.set(daemon);
+    fn serves(&self, daemon: Option<Arc<Daemon>>) {
+        *self.daemon.write() = daemon;
     }
 
     fn run(self: Arc<Self>, stop: CancellationToken) -> BoxFuture<'static, ()> {
@@ -401,7 +400,7 @@ fn health(server: &Server, headers: &HeaderMap) -> Health {
         reasons.truncate(1);
         reasons.iter_mut().for_each(|reason| *reason = "give the token to see the reasons".into());
     }
-    let archiving = server.daemon.get().is_some();
+    let archiving = server.daemon.read().is_some();
     Health { ready, reasons, archiving, token_required: server.config.http.token.is_some() }
 }
 
@@ -468,7 +467,7 @@ fn create(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Respon
         {
             return Err(refuse(format!("a label has 1 to {MAX_LABEL} characters, none of them control characters")));
         }
-        let daemon = Arc::clone(server.daemon()?);
+        let daemon = server.daemon()?;
         server.guard.pull()?;
         // It is finished even if who asked goes away.
         let made = tokio::spawn(async move { daemon.restore_point(wanted.label).await });
@@ -480,7 +479,7 @@ fn create(server: Arc<Server>, asked: Asked) -> BoxFuture<'static, Result<Respon
 
 fn verify(server: Arc<Server>, _: Asked) -> BoxFuture<'static, Result<Response, Refusal>> {
     async move {
-        let daemon = Arc::clone(server.daemon()?);
+        let daemon = server.daemon()?;
         server.guard.pull()?;
         let done = tokio::spawn(async move { daemon.verify().await });
         match done.await.map_err(Refusal::failed)?.map_err(Refusal::failed)? {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::durable::{self, FileError};
+use crate::durable::{self, FileError, OnPath as _};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 
 /// One database's position.
@@ -24,15 +24,9 @@ pub struct Position {
 pub struct Positions(PathBuf);
 
 impl Positions {
-    /// Makes the directory if it is missing.
-    ///
-    /// # Errors
-    /// When it cannot be made.
-    pub fn open(state_dir: &Path) -> Result<Self, FileError> {
-        use crate::durable::OnPath;
-        let dir = state_dir.join("positions");
-        std::fs::create_dir_all(&dir).on("create", &dir)?;
-        Ok(Self(dir))
+    /// In the state directory. It is made with the first position: archiving does not depend on it.
+    pub fn within(state_dir: &Path) -> Self {
+        Self(state_dir.join("positions"))
     }
 
     /// `None` when nothing was reported yet, or what stands there makes no sense.
@@ -43,6 +37,7 @@ impl Positions {
     /// # Errors
     /// When the disk fails.
     pub fn write(&self, database: &Identity, position: &Position) -> Result<(), FileError> {
+        std::fs::create_dir_all(&self.0).on("create", &self.0)?;
         durable::replace(&self.path(database), &serde_json::to_vec(position).unwrap_or_default())
     }
 

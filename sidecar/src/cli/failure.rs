@@ -184,9 +184,11 @@ impl From<DaemonError> for Failure {
             DaemonError::Backup(error) => error.into(),
             DaemonError::Supervisor(error @ SupervisorError::Running { .. }) => Self::new(ExitStatus::Refused, error),
             error @ (DaemonError::Telemetry(_) | DaemonError::Otlp(_)) => Self::new(ExitStatus::Usage, error),
-            error @ (DaemonError::File(_) | DaemonError::Schedule(_) | DaemonError::Supervisor(_)) => {
-                Self::new(ExitStatus::Failed, error)
-            }
+            error @ DaemonError::NotArchived(_) => Self::new(ExitStatus::NotArchived, error),
+            error @ (DaemonError::File(_)
+            | DaemonError::Schedule(_)
+            | DaemonError::Supervisor(_)
+            | DaemonError::Panicked) => Self::new(ExitStatus::Failed, error),
         }
     }
 }

@@ -61,7 +61,7 @@ impl Output {
     /// What to exit with, after everything was printed or not.
     pub fn ending(&self, status: ExitStatus) -> ExitStatus {
         match self.unprinted.lock().as_ref() {
-            // Whoever closes a pipe has read what they wanted.
+            // A reader that closes the pipe has what it wanted.
             Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 line(format_args!("error: the result was not printed: {error}"));
                 if status == ExitStatus::Ok { ExitStatus::Failed } else { status }

@@ -33,7 +33,8 @@ pub struct RunArgs {
     /// Take the lease from another sidecar; only when that one is dead
     #[arg(long)]
     force: bool,
-    /// Exit with code 5 when another sidecar holds the lease, rather than wait for it
+    /// Exit with code 5 when another sidecar holds the lease, rather than wait for it; with a server to watch, it is waited
+    /// for in any case
     #[arg(long)]
     no_wait: bool,
     /// Start, watch and stop the server of spacetimedb_config too
@@ -94,11 +95,9 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
 /// The command that serves as the configuration says, and the server's own settings made ready for it.
 fn server_of(config: &Config, data_dir: &Path) -> Result<Vec<OsString>, Failure> {
     let binary = Binary::find(config)?;
-    if let ServerLock::Held { pid } =
-        lock::probe_file(&data_dir.join("spacetime.pid")).map_err(StandaloneError::from)?
-    {
-        return Err(StandaloneError::Running { path: data_dir.to_owned(), pid }.into());
+    // One that runs is followed until it ends, and its settings stay as they are.
+    if lock::probe_file(&data_dir.join("spacetime.pid")).map_err(StandaloneError::from)? == ServerLock::Free {
+        settings::set_log_level(data_dir, config.spacetimedb_config.log_level)?;
     }
-    settings::set_log_level(data_dir, config.spacetimedb_config.log_level)?;
     Ok(binary.serve(config, data_dir, &listen_address(config)))
 }

@@ -51,7 +51,7 @@ pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, 
     loop {
         let report = status::status(&repository, &data, context.config(), context.clock.as_ref()).await?;
         context.output.result(&report, describe);
-        // Whoever read this has gone.
+        // The reader has closed the pipe, or the disk is full.
         if context.output.is_broken() {
             return Ok(ExitStatus::Ok);
         }

@@ -54,6 +54,8 @@ pub enum ConditionKind {
     TemporaryDirectory,
     /// The state directory cannot be written.
     StateDirectory,
+    /// A part of the daemon beside archiving does not work: its control socket, schedules or heartbeat.
+    PartFailing,
 }
 
 impl ConditionKind {
@@ -76,6 +78,7 @@ impl ConditionKind {
             Self::ScheduleFailed => "schedule_failed",
             Self::TemporaryDirectory => "temporary_directory",
             Self::StateDirectory => "state_directory",
+            Self::PartFailing => "part_failing",
         }
     }
 
@@ -107,6 +110,7 @@ impl ConditionKind {
             Self::ScheduleFailed => "mend the cause, then run the command by hand to see that it is mended",
             Self::TemporaryDirectory => "make the directory that TMPDIR names, writable and with free space",
             Self::StateDirectory => "make archive.state_dir writable, with free space",
+            Self::PartFailing => "mend the cause; it is tried again",
         }
     }
 }
@@ -117,6 +121,7 @@ pub enum Subject {
     Sidecar,
     Database(String),
     Schedule(String),
+    Part(&'static str),
 }
 
 impl Subject {

@@ -6,12 +6,14 @@ use std::path::Path;
 #[cfg(feature = "client")]
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::backup::{BackupError, BackupReport};
+use crate::daemon::conditions::{ConditionKind, Subject};
 use crate::daemon::state::StateDir;
 use crate::daemon::{Daemon, DaemonError};
 #[cfg(feature = "client")]
@@ -63,14 +65,42 @@ pub enum Answer {
     Failed(String),
 }
 
-/// Answers for ever.
+/// What readiness calls this part of the daemon.
+pub(super) const PART: &str = "control socket";
+/// From a connection that could not be accepted to the next look.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+
+/// Answers until it is dropped.
+///
+/// # Errors
+/// When the socket cannot be made. What keeps connections from being accepted, such as too many open files, is waited out.
 pub(super) async fn serve(daemon: &Arc<Daemon>, state_dir: &StateDir) -> Result<(), DaemonError> {
     let path = state_dir.socket();
     // One left by a crash; who holds the lease is alone.
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).on("listen on", &path)?;
+    let mut fails = false;
     loop {
-        let (stream, _) = listener.accept().await.on("accept on", &path)?;
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // Nobody connects: the next look found no error.
+            () = daemon.clock.sleep(ACCEPT_PAUSE), if fails => {
+                fails = false;
+                daemon.state.clear(ConditionKind::PartFailing, &Subject::Part(PART));
+                continue;
+            }
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a command could not connect; the next try is in {ACCEPT_PAUSE:?}");
+                let message = format!("a command could not connect: {error}");
+                daemon.state.raise(ConditionKind::PartFailing, Subject::Part(PART), message);
+                fails = true;
+                daemon.clock.sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
         let daemon = Arc::clone(daemon);
         tokio::spawn(async move {
             if let Err(error) = answer(&daemon, stream).await {
@@ -108,11 +138,9 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
             Err(error) => Answer::Failed(error.to_string()),
         },
         Ok(Request::Server { run }) => match daemon.switch() {
-            Some(switch) => {
-                switch.set(run).await;
-                Answer::Done
-            }
-            None => Answer::Elsewhere,
+            Some(switch) if switch.set(run).await => Answer::Done,
+            // None is watched, or one that was started elsewhere.
+            _ => Answer::Elsewhere,
         },
         #[cfg(feature = "client")]
         Ok(Request::Deployed { url, record, programs }) => {

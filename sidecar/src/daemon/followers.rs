@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::archiver::position::{Position, Positions};
 use crate::archiver::{Archiver, FlushHandle, Followed, Settings, compaction};
@@ -66,10 +67,19 @@ impl Followers {
     pub(super) async fn join(&self) {
         loop {
             let Some(task) = self.tasks.lock().pop() else { return };
-            if let Err(error) = task.await {
+            if let Err(error) = AbortOnDropHandle::new(task).await {
                 tracing::error!(%error, "a follower ended badly");
             }
         }
+    }
+
+    /// Ends those that did not end when they were told to: the next daemon of this process has followers of its own.
+    pub(super) fn abort(&self) {
+        self.tasks.lock().drain(..).for_each(|task| task.abort());
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_database.lock().is_empty()
     }
 }
 
@@ -129,7 +139,7 @@ impl Daemon {
     /// Starts and ends followers as databases come and go.
     pub(super) async fn look_around(
         self: &Arc<Self>,
-        positions: Positions,
+        positions: &Positions,
         stop: &CancellationToken,
     ) -> Result<(), DaemonError> {
         let mut seen = None;
@@ -137,7 +147,7 @@ impl Daemon {
         loop {
             let now = self.fingerprint().await?;
             if seen != Some(now) {
-                match self.look(&positions, stop).await {
+                match self.look(positions, stop).await {
                     Ok(()) => {
                         seen = Some(now);
                         failures.succeeded();
@@ -184,7 +194,11 @@ impl Daemon {
         blocking(move || fingerprint(data.root())).await
     }
 
-    async fn look(self: &Arc<Self>, positions: &Positions, stop: &CancellationToken) -> Result<(), BackupError> {
+    pub(super) async fn look(
+        self: &Arc<Self>,
+        positions: &Positions,
+        stop: &CancellationToken,
+    ) -> Result<(), BackupError> {
         let data = self.data.clone();
         let control = blocking(move || ControlDbCopy::take(&data)).await??;
         let mut present = HashSet::new();

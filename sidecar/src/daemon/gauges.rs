@@ -35,7 +35,7 @@ pub(super) fn samples(status: &DaemonStatus, survey: &Survey, data_dir: &Path) -
     plain(&metrics::DISK_FREE, disk.as_ref().map(|disk| (disk.f_bavail * disk.f_frsize) as f64));
     plain(&metrics::DISK_SIZE, disk.as_ref().map(|disk| (disk.f_blocks * disk.f_frsize) as f64));
     if let Some(server) = &status.server {
-        plain(&metrics::SERVER_UP, Some(f64::from(u8::from(server.pid.is_some()))));
+        plain(&metrics::SERVER_UP, Some(f64::from(u8::from(server.is_up()))));
         plain(&metrics::SERVER_STARTS, Some(server.starts as f64));
     }
     plain(&metrics::RESTORE_POINT_TIME, survey.newest_restore_point.map(unix));

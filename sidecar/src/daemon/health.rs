@@ -25,7 +25,7 @@ pub fn readiness(status: &DaemonStatus) -> Readiness {
 }
 
 /// What the rest of a status shows to be wrong.
-pub(super) fn conditions(status: &DaemonStatus, lag_alert: Period, lease_is_over: bool) -> Vec<Finding> {
+pub(super) fn conditions(status: &DaemonStatus, lag_alert: Period) -> Vec<Finding> {
     let mut found = Vec::new();
     let mut add = |kind, subject: Subject, message: String| found.push(Finding { kind, subject, message });
     if status.lease_token.is_none() {
@@ -36,11 +36,10 @@ pub(super) fn conditions(status: &DaemonStatus, lag_alert: Period, lease_is_over
             }
         };
         add(ConditionKind::NotArchiving, Subject::Sidecar, message);
-    } else if lease_is_over {
-        let message = "the lease was not renewed in time: nothing can be written, and another sidecar may take over";
-        add(ConditionKind::LeaseExpired, Subject::Sidecar, message.to_owned());
+    } else if let Some(error) = &status.lease_error {
+        add(ConditionKind::LeaseExpired, Subject::Sidecar, format!("nothing is written: {error}"));
     }
-    if status.server.as_ref().is_some_and(|server| server.pid.is_none()) {
+    if status.server.as_ref().is_some_and(|server| !server.is_up()) {
         let message = "the server is down and is about to be started again";
         add(ConditionKind::ServerDown, Subject::Sidecar, message.to_owned());
     }
@@ -101,7 +100,7 @@ mod tests {
         assert_eq!(readiness(&status), Readiness { ready: true, reasons: Vec::new() });
         let state = leased(Duration::ZERO).await;
         let found = readiness(&state.status());
-        assert!(!found.ready && found.reasons[0].contains("the lease was not renewed in time"), "{found:?}");
+        assert!(!found.ready && found.reasons[0].contains("expired before it was renewed"), "{found:?}");
         state.stopped();
         assert_eq!(state.status().conditions, [], "one that was released is not one that was lost");
     }
@@ -144,11 +143,11 @@ mod tests {
             last_message: None,
             last_success: None,
         }];
-        assert_eq!(conditions(&status, alert, false), []);
+        assert_eq!(conditions(&status, alert), []);
         status.databases[0].behind_seconds = 61.0;
         status.databases[0].damage = Some("the log ends in bytes that are not a commit".to_owned());
         status.schedules[0].last_ok = Some(false);
-        let found = conditions(&status, alert, false);
+        let found = conditions(&status, alert);
         assert_eq!(
             kinds(&found),
             [ConditionKind::ArchiveBehind, ConditionKind::LogDamaged, ConditionKind::ScheduleFailed]
@@ -156,12 +155,8 @@ mod tests {
         assert_eq!(found[1].subject, Subject::Database("d".to_owned()));
         assert_eq!(found[2].subject, Subject::Schedule("verify".to_owned()));
         status.databases[0].error = Some("the store is full".to_owned());
-        assert_eq!(
-            kinds(&conditions(&status, alert, false))[0],
-            ConditionKind::ArchiveFailing,
-            "the reason, not the lag"
-        );
+        assert_eq!(kinds(&conditions(&status, alert))[0], ConditionKind::ArchiveFailing, "the reason, not the lag");
         status.lease_token = None;
-        assert_eq!(kinds(&conditions(&status, alert, false))[0], ConditionKind::NotArchiving);
+        assert_eq!(kinds(&conditions(&status, alert))[0], ConditionKind::NotArchiving);
     }
 }

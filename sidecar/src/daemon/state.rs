@@ -34,6 +34,9 @@ pub struct DaemonStatus {
     pub running: bool,
     /// The lease's fencing token; `None` while there is no lease.
     pub lease_token: Option<u64>,
+    /// Why nothing may be written under the lease now, as it is past its time.
+    #[serde(default)]
+    pub lease_error: Option<String>,
     pub databases: Vec<FollowedStatus>,
     pub schedules: Vec<ScheduleStatus>,
     pub server: Option<ServerStatus>,
@@ -128,6 +131,7 @@ impl State {
             written_at: now,
             running: true,
             lease_token: None,
+            lease_error: None,
             databases: Vec::new(),
             schedules: Vec::new(),
             server: None,
@@ -150,12 +154,21 @@ impl State {
         }
     }
 
-    /// The lease is held, for as long as `fence` lets pass.
+    /// Archiving begins: databases are followed from here on, for as long as `fence` lets pass.
     pub fn leased(&self, token: u64, fence: Arc<Fence>) {
+        self.followed.lock().clear();
         *self.fence.lock() = Some(fence);
         let mut rest = self.rest.lock();
         rest.lease_token = Some(token);
         rest.last_error = None;
+    }
+
+    /// Archiving has ended early and begins again. What was followed stays, so that its growing lag is seen.
+    pub fn not_archiving(&self, error: String) {
+        *self.fence.lock() = None;
+        let mut rest = self.rest.lock();
+        rest.lease_token = None;
+        rest.last_error = Some(error);
     }
 
     pub fn listening(&self, address: Option<String>) {
@@ -205,6 +218,11 @@ impl State {
         // A lease that was released is not one that was lost.
         *self.fence.lock() = None;
         self.rest.lock().running = false;
+    }
+
+    /// What was waited for is there, and the next thing is waited for.
+    pub(super) fn waits(&self) {
+        self.rest.lock().last_error = None;
     }
 
     /// Something is wrong until it is cleared.
@@ -268,10 +286,11 @@ impl State {
         let now = self.clock.now();
         let mut status = self.rest.lock().clone();
         status.written_at = now;
+        let fence = self.fence.lock().clone();
+        status.lease_error = fence.and_then(|fence| fence.check().err()).map(|error| error.to_string());
         status.databases =
             self.followed.lock().iter().map(|followed| describe(followed, status.started_at, now)).collect();
-        let lease_is_over = self.fence.lock().as_ref().is_some_and(|fence| fence.check().is_err());
-        self.conditions.replace(Source::Status, health::conditions(&status, self.lag_alert, lease_is_over), now);
+        self.conditions.replace(Source::Status, health::conditions(&status, self.lag_alert), now);
         status.conditions = self.conditions.list();
         status
     }

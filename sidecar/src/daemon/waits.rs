@@ -6,11 +6,11 @@ use std::time::Duration;
 use backon::BackoffBuilder as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::{Clock, Stopwatch, patience};
+use crate::clock::{Clock, patience};
 use crate::daemon::state::State;
 use crate::daemon::{DaemonError, DaemonOptions};
 use crate::datadir::{DataDir, DataDirError};
-use crate::repository::lease::{self, Lease, LeaseDocument, Take};
+use crate::repository::lease::{self, Lease, LeaseWatch, Take};
 use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError};
 
@@ -69,49 +69,60 @@ pub(super) async fn wait_for_repository(
     Ok(None)
 }
 
+/// How the lease is asked for.
+pub(super) struct Asking {
+    /// Take it from any holder.
+    pub force: bool,
+    /// Wait for a lease that another holds, rather than end.
+    pub wait: bool,
+    /// A writer that is known to be gone.
+    pub predecessor: Option<String>,
+}
+
 pub(super) async fn wait_for_lease(
     options: &DaemonOptions,
     repository: &Repository,
+    state: &State,
     clock: &Arc<dyn Clock>,
-    predecessor: Option<String>,
+    asking: &Asking,
     stop: &CancellationToken,
 ) -> Result<Option<Lease>, DaemonError> {
     let duration = options.config.repository.lease_duration.0;
     let mut told = false;
-    let mut seen: Option<(LeaseDocument, Stopwatch)> = None;
+    let mut watch = LeaseWatch::default();
     loop {
-        // Clocks that are set back would have us wait for long after the holder is gone.
-        let stale = seen.as_ref().filter(|(held, watch)| watch.elapsed_seconds() > patience_with(held));
-        let take = match (stale, &predecessor) {
-            _ if options.force => Take::Always,
-            (Some((held, _)), _) => Take::Unchanged(Box::new(held.clone())),
+        let take = match (watch.abandoned(), &asking.predecessor) {
+            _ if asking.force => Take::Always,
+            (Some(abandoned), _) => abandoned,
             (None, Some(writer)) => Take::From(writer.clone()),
             (None, None) => Take::IfFree,
         };
         match Lease::acquire(repository, duration, Arc::clone(clock), take).await {
             Ok(lease) => return Ok(Some(lease)),
-            Err(error @ RepositoryError::Locked { .. }) if options.wait => {
-                if let Ok(Some(held)) = lease::holder(repository).await
-                    && seen.as_ref().is_none_or(|(before, _)| *before != held)
-                {
-                    seen = Some((held, Stopwatch::start()));
+            // One whose time seems to be over is watched even by those who do not wait.
+            Err(error @ RepositoryError::Locked { expires_at, .. }) if asking.wait || expires_at <= clock.now() => {
+                if let Ok(Some(held)) = lease::holder(repository).await {
+                    watch.see(held);
                 }
                 if !told {
                     tracing::warn!(%error, "waiting for the lease");
                     told = true;
                 }
+                // Nobody archives what this server writes; a sidecar without one is a standby.
+                match options.server.is_empty() {
+                    true => state.waits(),
+                    false => state.failed(error.to_string()),
+                }
             }
             Err(error) if error.is_permanent() => return Err(error.into()),
-            Err(error) => tracing::warn!(%error, "the lease is tried again"),
+            Err(error) => {
+                tracing::warn!(%error, "the lease is tried again");
+                state.failed(error.to_string());
+            }
         }
         tokio::select! {
             () = clock.sleep((duration / 8).max(Duration::from_millis(100))) => {}
             () = stop.cancelled() => return Ok(None),
         }
     }
-}
-
-/// Seconds after which a lease that nobody renews is nobody's, whatever the clocks say: its own length, and a quarter.
-fn patience_with(held: &LeaseDocument) -> f64 {
-    held.expires_at.duration_since(held.renewed_at).as_secs_f64().max(0.0) * 1.25
 }

@@ -20,8 +20,9 @@ use crate::config::Config;
 use crate::daemon::state::StateDir;
 use crate::datadir::lock::{self, ServerLock};
 use crate::durable::{self, FileError, OnPath};
+use crate::process::ProcessId;
 use crate::standalone::command::{Binary, listen_address};
-use crate::standalone::supervisor::{Supervisor, SupervisorError, Watched};
+use crate::standalone::supervisor::{self, Supervisor, SupervisorError, Watched};
 use crate::standalone::temporary::STOP;
 use crate::standalone::{StandaloneError, logfile, ready, settings};
 
@@ -40,8 +41,8 @@ pub struct Note {
     pub last_exit: Option<String>,
     pub started_at: Timestamp,
     pub address: String,
-    pub log: PathBuf,
     #[serde(serialize_with = "crate::lossy::path")]
+    pub log: PathBuf,
 }
 
 /// What `server status` tells. Field names are stable.
@@ -51,8 +52,8 @@ pub struct ServerReport {
     pub running: bool,
     /// Does it answer, and the configured database with it?
     pub ready: bool,
-    pub data_dir: PathBuf,
     #[serde(serialize_with = "crate::lossy::path")]
+    pub data_dir: PathBuf,
     pub url: String,
     pub version: Option<String>,
     /// `None` where no database is configured, or the server does not know it.
@@ -63,11 +64,11 @@ pub struct ServerReport {
     pub started_at: Option<Timestamp>,
     pub starts: Option<u64>,
     pub last_exit: Option<String>,
+    #[serde(serialize_with = "crate::lossy::option")]
     pub log: Option<PathBuf>,
-    #[serde(serialize_with = "crate::lossy::option")]
     /// Where the token is that opens the database; never the token itself.
-    pub token_file: Option<PathBuf>,
     #[serde(serialize_with = "crate::lossy::option")]
+    pub token_file: Option<PathBuf>,
     /// A lock file that a crash left; it does no harm.
     pub stale_lock: bool,
 }
@@ -84,6 +85,10 @@ impl Files {
 
     fn lock(&self) -> PathBuf {
         self.dir.path().join("server.lock")
+    }
+
+    fn supervised(&self) -> PathBuf {
+        self.dir.path().join(supervisor::NOTE)
     }
 
     /// The note of a watcher that is alive.
@@ -122,7 +127,8 @@ pub fn is_ours(config: &Config, data_dir: &Path) -> Result<bool, StandaloneError
 /// Is the server on `data_dir` one that a sidecar watches which is alive?
 pub async fn is_of_sidecar(config: &Config, data_dir: &Path) -> bool {
     // Its note may be a second old, so the process in it is no proof.
-    let watches = crate::daemon::state::read_status(config, data_dir).is_some_and(|status| status.server.is_some());
+    let status = crate::daemon::state::read_status(config, data_dir);
+    let watches = status.and_then(|status| status.server).is_some_and(|server| !server.elsewhere);
     let socket = StateDir::locate(config, data_dir).join("control.sock");
     watches && tokio::net::UnixStream::connect(socket).await.is_ok()
 }
@@ -140,7 +146,8 @@ pub async fn start(
     limit: Duration,
 ) -> Result<(), StandaloneError> {
     let files = files(config, data_dir)?;
-    if files.watcher()?.is_none() {
+    // A watcher that was killed left its server: the next one watches that.
+    if files.watcher()?.is_none() && supervisor::left(&files.supervised()).is_none() {
         if let ServerLock::Held { pid } = lock::probe_file(&data_dir.join("spacetime.pid"))? {
             return Err(StandaloneError::Running { path: data_dir.to_owned(), pid });
         }
@@ -228,6 +235,7 @@ pub async fn watch(
     logfile::follow(reader, &log).on("write", &log)?;
     let mut watched = Watched::new(config, binary.serve(config, data_dir, &address), data_dir.to_owned(), STOP);
     watched.output = Some(writer);
+    watched.note = Some(files.supervised());
     let note = files.note();
     let tell = Arc::new(move |server: crate::standalone::supervisor::ServerStatus| {
         let told =
@@ -236,8 +244,7 @@ pub async fn watch(
             tracing::warn!(%error, "the note about the server was not written");
         }
     });
-    let supervisor = Supervisor::start(watched, clock, tell, stop)?;
-    Ok(supervisor.end().await?)
+    Ok(Supervisor::start(watched, clock, tell, stop)?.end().await?)
 }
 
 /// Why a watch ended.
@@ -268,7 +275,11 @@ pub async fn stop(
     limit: Option<Duration>,
 ) -> Result<bool, StandaloneError> {
     let files = files(config, data_dir)?;
+    let patience = limit.unwrap_or(config.spacetimedb_config.stop_timeout.0 + MARGIN);
     let Some(note) = files.watcher()? else {
+        if let Some(server) = supervisor::left(&files.supervised()) {
+            return stop_left(&files, data_dir, clock, &server, patience).await;
+        }
         return match lock::probe_file(&data_dir.join("spacetime.pid"))? {
             ServerLock::Free => Ok(false),
             ServerLock::Held { pid } => {
@@ -278,7 +289,6 @@ pub async fn stop(
         };
     };
     signal(note.pid, Signal::TERM);
-    let patience = limit.unwrap_or(config.spacetimedb_config.stop_timeout.0 + MARGIN);
     if gone(&files, data_dir, clock, patience).await? {
         return Ok(true);
     }
@@ -294,6 +304,28 @@ pub async fn stop(
         true => Ok(true),
         false => Err(StandaloneError::Stuck { pid: note.pid }),
     }
+}
+
+/// Stops a server whose watcher was killed.
+async fn stop_left(
+    files: &Files,
+    data_dir: &Path,
+    clock: &dyn Clock,
+    server: &ProcessId,
+    patience: Duration,
+) -> Result<bool, StandaloneError> {
+    for (asked, limit) in [(STOP, patience), (Signal::KILL, MARGIN)] {
+        signal(server.pid(), asked);
+        let waited = Stopwatch::start();
+        while server.is_alive() && waited.elapsed_seconds() < limit.as_secs_f64() {
+            clock.sleep(LOOK).await;
+        }
+        if !server.is_alive() && gone(files, data_dir, clock, MARGIN).await? {
+            return Ok(true);
+        }
+        tracing::warn!("the server did not stop within {limit:?}");
+    }
+    Err(StandaloneError::Stuck { pid: server.pid() })
 }
 
 /// Are the watcher and its server gone?
@@ -332,8 +364,10 @@ pub async fn status(config: &Config, data_dir: &Path) -> Result<ServerReport, St
         ServerLock::Free => (false, None),
         ServerLock::Held { pid } => (true, pid),
     };
+    let left = supervisor::left(&files.supervised());
     let started_by = match (&note, running) {
         (Some(_), _) => Some("background"),
+        (None, true) if left.is_some() => Some("background"),
         (None, true) if is_of_sidecar(config, data_dir).await => Some("sidecar"),
         (None, true) => Some("elsewhere"),
         (None, false) => None,
