@@ -25,6 +25,8 @@ mod deploy_killed;
 mod deployment_files;
 #[path = "promises/drill.rs"]
 mod drill;
+#[path = "promises/endings.rs"]
+mod endings;
 #[path = "promises/events.rs"]
 mod events;
 #[path = "promises/export_edges.rs"]
@@ -65,6 +67,8 @@ mod s3;
 mod server_mode;
 #[path = "promises/streams.rs"]
 mod streams;
+#[path = "promises/supervised.rs"]
+mod supervised;
 #[path = "promises/synthetic.rs"]
 mod synthetic;
 #[path = "promises/timelines.rs"]
