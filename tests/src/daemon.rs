@@ -31,6 +31,7 @@ impl Daemon {
         flags: &[&str],
         server: &[&str],
     ) -> Self {
+        sidecar.has_repository(data_dir);
         let state_dir = sidecar.state_dir();
         let log = state_dir.join("daemon.log");
         let output = std::fs::File::options().create(true).append(true).open(&log).expect("the daemon's log file");

@@ -117,6 +117,16 @@ impl Sidecar {
         }
     }
 
+    /// `repository init`, where no repository is. What is wrong with the store is for what follows to say.
+    pub fn has_repository(&self, data_dir: &Path) {
+        let is_there =
+            self.repository.strip_prefix("file://").is_some_and(|dir| Path::new(dir).join("repository.json").exists());
+        if !is_there && !data_dir.as_os_str().is_empty() {
+            let data_dir = data_dir.as_os_str();
+            self.run(["repository".as_ref(), "init".as_ref(), "--data-dir".as_ref(), data_dir]);
+        }
+    }
+
     /// `backup create`, which must succeed.
     pub fn backup(&self, data_dir: &Path) -> Value {
         self.run(["backup", "create", "--data-dir", path(data_dir)]).ok()

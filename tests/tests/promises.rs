@@ -47,6 +47,8 @@ mod module;
 mod observe;
 #[path = "promises/official.rs"]
 mod official;
+#[path = "promises/old_repositories.rs"]
+mod old_repositories;
 #[path = "promises/page.rs"]
 mod page;
 #[path = "promises/places.rs"]

@@ -20,6 +20,8 @@ use crate::daemon::state::State;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ConditionKind {
+    /// The repository is not where it was, or another one is there.
+    RepositoryMissing,
     /// No lease: the data directory, the store or the lease is being waited for.
     NotArchiving,
     /// The supervised server does not run.
@@ -61,6 +63,7 @@ pub enum ConditionKind {
 impl ConditionKind {
     pub fn name(self) -> &'static str {
         match self {
+            Self::RepositoryMissing => "repository_missing",
             Self::NotArchiving => "not_archiving",
             Self::ServerDown => "server_down",
             Self::ArchiveFailing => "archive_failing",
@@ -85,6 +88,9 @@ impl ConditionKind {
     /// What the operator should do.
     fn advice(self) -> &'static str {
         match self {
+            Self::RepositoryMissing => {
+                "mount the disk or correct the address; see the runbook before a new one is made"
+            }
             Self::NotArchiving => {
                 "see the log for what is tried again, and check store, credentials and data directory"
             }

@@ -7,6 +7,7 @@ use backon::BackoffBuilder as _;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, patience};
+use crate::daemon::conditions::{ConditionKind, Subject};
 use crate::daemon::state::State;
 use crate::daemon::{DaemonError, DaemonOptions};
 use crate::datadir::{DataDir, DataDirError};
@@ -54,6 +55,7 @@ pub(super) async fn wait_for_repository(
                 if !conditional.create || !conditional.update {
                     tracing::warn!("the store ignores or refuses conditional writes; only one sidecar may run");
                 }
+                state.clear(ConditionKind::RepositoryMissing, &Subject::Sidecar);
                 return Ok(Some(repository));
             }
             Err(error) if error.is_permanent() => return Err(error.into()),
@@ -61,6 +63,11 @@ pub(super) async fn wait_for_repository(
         };
         tracing::warn!(%error, ?delay, "failed to open the repository; the log keeps what is written until a retry succeeds");
         state.failed(error.to_string());
+        if error.is_other_repository() || matches!(error, RepositoryError::NoRepository { .. }) {
+            state.raise(ConditionKind::RepositoryMissing, Subject::Sidecar, error.to_string());
+        } else {
+            state.clear(ConditionKind::RepositoryMissing, &Subject::Sidecar);
+        }
         tokio::select! {
             () = clock.sleep(delay) => {}
             () = stop.cancelled() => return Ok(None),

@@ -254,6 +254,25 @@ fn an_outage_of_the_store_is_found_by_its_page_and_mended() {
 }
 
 #[test]
+fn an_emptied_bucket_is_refused_until_a_new_repository_is_wanted() {
+    let Some(deployment) = Deployment::new() else { return };
+    deployment.create(&["a"]);
+    deployment.archived();
+    deployment.host.ok("docker compose stop sidecar");
+    for object in deployment.objects("") {
+        std::fs::remove_file(object).expect("an object");
+    }
+    let refused = deployment.host.shell("docker compose up --detach --wait sidecar");
+    assert!(!refused.status.success(), "{refused:?}");
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(text.contains("is not at s3://"), "{text}");
+    assert_eq!(deployment.objects(""), Vec::<PathBuf>::new(), "nothing is made without being asked for");
+    deployment.follow("repository-missing", &[]);
+    let status = deployment.sidecar("status");
+    assert_eq!(status["databases"][0]["lag_transactions"], 0, "{status}");
+}
+
+#[test]
 fn the_page_for_a_disk_that_fills_frees_nothing_that_is_needed() {
     // Segments that can go need a million transactions: `prune_local` has them, with --all.
     let Some(deployment) = Deployment::new() else { return };

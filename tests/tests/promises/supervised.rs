@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use harness::daemon::Daemon;
 use harness::sidecar::{Sidecar, path};
+use inner_universe::daemon::conditions::ConditionKind;
 use inner_universe::daemon::state::DaemonStatus;
 use inner_universe::datadir::commit::encode;
 use inner_universe::ids::Offset;
@@ -185,6 +186,10 @@ fn a_lease_of_another_is_waited_for_beside_the_server() {
     assert_eq!(daemon.stop(), 0);
 }
 
+fn is_failing(status: &DaemonStatus) -> bool {
+    status.conditions.iter().any(|condition| condition.kind == ConditionKind::PartFailing)
+}
+
 #[test]
 fn a_control_socket_that_cannot_be_made_is_tried_again() {
     let synthetic = Synthetic::new();
@@ -196,11 +201,11 @@ fn a_control_socket_that_cannot_be_made_is_tried_again() {
     std::fs::create_dir_all(&socket).expect("something else under its name");
     let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &QUICK, &[]);
     daemon.wait("the archive", archived(9));
-    daemon.wait("the reason", |status| status.troubles.contains_key("control socket"));
+    daemon.wait("the reason", |status| is_failing(status));
     let ready = sidecar.run(["status", "--ready", "--data-dir", path(&synthetic.path())]);
     assert_eq!(ready.code, 3, "{}", ready.json);
     std::fs::remove_dir(&socket).expect("remove it");
-    daemon.wait("the socket", |status| status.troubles.is_empty());
+    daemon.wait("the socket", |status| !is_failing(status));
     sidecar.run(["backup", "create", "--data-dir", path(&synthetic.path())]).ok();
     assert_eq!(daemon.stop(), 0);
 }

@@ -207,6 +207,7 @@ pub(crate) async fn restore_point(work: &Work, tip: log::Tip) -> RestorePoint {
             offset: tip.last,
             time: None,
             chain: tip.chain,
+            history: None,
             initial_program: instance,
         }],
         promises: Vec::new(),
