@@ -263,7 +263,7 @@ impl Doctor<'_> {
         };
         let opened = Repository::open_to_write(url, config, keys).await;
         let remembered = self.config.spacetimedb_config.db_path.as_ref();
-        let remembered = remembered.map(|dir| Remembered::in_dir(&StateDir::locate(&self.config, dir)));
+        let remembered = remembered.map(|dir| Remembered::in_dir(&StateDir::locate(self.config, dir)));
         let checked = match remembered {
             Some(remembered) => remembered.check(url, opened),
             None => opened,

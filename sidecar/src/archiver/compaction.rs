@@ -164,7 +164,7 @@ impl Compaction<'_> {
                 // It is derived: its inputs were read a moment ago, and it is made again from them.
                 repository.delete(&key).await?;
             }
-            return Err(error.into());
+            return Err(error);
         }
         done.merged += group.entries.len() as u64;
         done.written += 1;

@@ -321,7 +321,7 @@ impl World {
             self.work.repository.list(&folder).await.unwrap().into_iter().map(|(key, _)| key).collect();
         logs.retain(|key| paths::parse_log(key).is_some());
         let hidden = self.draw.below(logs.len() as u64 + 1) as usize;
-        logs.sort_by_key(|key| paths::parse_log(key));
+        logs.sort_by_key(paths::parse_log);
         self.veiled.hidden.lock().extend(logs.into_iter().rev().take(hidden));
     }
 

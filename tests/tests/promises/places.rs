@@ -59,7 +59,9 @@ fn any_name_holds_bundles_and_repositories() {
     let run = |options: &[(&str, &Path)], verb: &[&str]| {
         let mut command = Command::new(harness::tools::inner_universe());
         command.env("INNER_UNIVERSE__ARCHIVE__STATE_DIR", sidecar.state_dir()).args(verb);
-        options.iter().for_each(|(name, value)| drop(command.arg(name).arg(value)));
+        for (name, value) in options {
+            command.arg(name).arg(value);
+        }
         let output = command.output().expect("run");
         assert!(output.status.success(), "{options:?}: {}", String::from_utf8_lossy(&output.stderr));
     };
