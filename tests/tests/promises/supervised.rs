@@ -201,7 +201,7 @@ fn a_control_socket_that_cannot_be_made_is_tried_again() {
     std::fs::create_dir_all(&socket).expect("something else under its name");
     let mut daemon = Daemon::start(&sidecar, &synthetic.path(), &QUICK, &[]);
     daemon.wait("the archive", archived(9));
-    daemon.wait("the reason", |status| is_failing(status));
+    daemon.wait("the reason", is_failing);
     let ready = sidecar.run(["status", "--ready", "--data-dir", path(&synthetic.path())]);
     assert_eq!(ready.code, 3, "{}", ready.json);
     std::fs::remove_dir(&socket).expect("remove it");
