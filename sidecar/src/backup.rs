@@ -490,6 +490,7 @@ async fn seal_restore_point(
         has_keys: capture.has_keys,
         databases,
         promises,
+        sealed_promises: None,
     };
     let bytes = work.repository.put_restore_point(&point).await?;
     work.tally.wrote_object(bytes);

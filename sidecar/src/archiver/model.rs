@@ -367,6 +367,7 @@ impl World {
             instance: ContentHash([0; 32]),
             instance_state: ContentHash([0; 32]),
             promises: Vec::new(),
+            sealed_promises: None,
             has_keys: false,
             databases: vec![acknowledged.point.clone()],
         };

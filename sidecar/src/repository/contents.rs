@@ -1,9 +1,12 @@
 //! What a repository holds beside log: restore points, pins, what retention did, timelines, snapshots.
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
+use crate::repository::crypto::CryptoError;
 use crate::repository::manifest::{
     LastDrill, Pin, RestorePoint, RestorePointList, Retention, SnapshotManifest, Timeline,
 };
@@ -38,7 +41,22 @@ impl Repository {
     /// # Errors
     /// When it is missing or damaged.
     pub async fn restore_point(&self, id: RestorePointId) -> Result<RestorePoint, RepositoryError> {
-        self.get_document(&paths::restore_point(id)).await
+        let key = paths::restore_point(id);
+        let mut point: RestorePoint = self.get_document(&key).await?;
+        // Without an identity they stay closed; only drills need them.
+        if let Some(sealed) = point.sealed_promises.as_ref().filter(|_| self.keys.can_open()) {
+            let sealed = BASE64_STANDARD.decode(sealed).map_err(|error| RepositoryError::damaged(&key, error))?;
+            match self.keys.open(&sealed) {
+                Ok(plain) => {
+                    point.promises =
+                        serde_json::from_slice(&plain).map_err(|error| RepositoryError::damaged(&key, error))?;
+                    point.sealed_promises = None;
+                }
+                Err(CryptoError::Damaged(reason)) => return Err(RepositoryError::damaged(&key, reason)),
+                Err(_) => {}
+            }
+        }
+        Ok(point)
     }
 
     /// Writes a restore point: the last write of a backup. Returns the bytes written.
@@ -46,7 +64,12 @@ impl Repository {
     /// # Errors
     /// When the store fails.
     pub async fn put_restore_point(&self, point: &RestorePoint) -> Result<usize, RepositoryError> {
-        self.put_document(&paths::restore_point(point.id), point).await
+        let mut point = point.clone();
+        if self.keys.seals() && !point.promises.is_empty() {
+            let plain = serde_json::to_vec(&std::mem::take(&mut point.promises)).unwrap_or_default();
+            point.sealed_promises = Some(BASE64_STANDARD.encode(self.keys.seal(plain)?));
+        }
+        self.put_document(&paths::restore_point(point.id), &point).await
     }
 
     /// What retention did last; `None` where it never did anything.
@@ -209,5 +232,58 @@ impl Repository {
     /// When the store fails.
     pub async fn put_pack(&self, database: &Identity, id: ContentHash, bytes: Bytes) -> Result<(), RepositoryError> {
         self.put(&paths::pack(database, id), bytes).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use age::secrecy::ExposeSecret as _;
+
+    use super::*;
+    use crate::clock::{Clock as _, SystemClock};
+    use crate::repository::crypto::Keyring;
+    use crate::repository::manifest::{DatabasePromise, FORMAT, TablePromise};
+    use crate::repository::store::Store;
+
+    #[tokio::test]
+    async fn encrypted_repositories_publish_no_hashes_of_rows() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let identity = age::x25519::Identity::generate();
+        let file = dir.path().join("identity.txt");
+        std::fs::write(&file, identity.to_string().expose_secret()).expect("write");
+        let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+        let keys = Keyring::new(&[identity.to_public().to_string()], &[]).expect("a keyring");
+        let writer = Repository::open_or_create_in(store.clone(), "memory://", keys, &SystemClock).await.expect("made");
+        let hash = "00000000deadbeef".repeat(32);
+        let promise = DatabasePromise {
+            database: Identity([7; 32]),
+            offset: Offset(3),
+            tables: vec![TablePromise { name: "secret_table".into(), rows: 1, hash: Some(hash.clone()) }],
+        };
+        let point = RestorePoint {
+            format: FORMAT,
+            id: RestorePointId::after(None, SystemClock.now()),
+            label: None,
+            created_at: SystemClock.now(),
+            server_version: None,
+            tool_version: "0".into(),
+            instance: ContentHash([0; 32]),
+            instance_state: ContentHash([0; 32]),
+            has_keys: false,
+            databases: Vec::new(),
+            promises: vec![promise.clone()],
+            sealed_promises: None,
+        };
+        writer.put_restore_point(&point).await.expect("written");
+        let stored = writer.get(&paths::restore_point(point.id)).await.expect("stored");
+        let stored = String::from_utf8_lossy(&stored).into_owned();
+        assert!(!stored.contains(&hash) && !stored.contains("secret_table"), "{stored}");
+        // The writer has no identity, and need not read them.
+        assert_eq!(writer.restore_point(point.id).await.expect("read").promises, []);
+        let keys = Keyring::new(&[], &[file]).expect("a keyring");
+        let reader = Repository::open_in(store, "memory://", keys).await.expect("opened");
+        assert_eq!(reader.restore_point(point.id).await.expect("read").promises, [promise]);
     }
 }

@@ -72,6 +72,9 @@ pub struct RestorePoint {
     /// What the live server had at these offsets, where it could be asked; drills compare what they restored with it.
     #[serde(default)]
     pub promises: Vec<DatabasePromise>,
+    /// The same in an encrypted repository: encrypted, in Base64. Hashes of rows would let rows be guessed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed_promises: Option<String>,
 }
 
 /// What the tables of one database held at a restore point.

@@ -157,6 +157,7 @@ impl Life {
             instance_state: id,
             has_keys: false,
             promises: Vec::new(),
+            sealed_promises: None,
             databases: vec![DatabasePoint {
                 identity: DATABASE,
                 name: "hours".into(),

@@ -341,6 +341,7 @@ async fn put_restore_point(work: &Work, tip: ChainTip) -> DatabasePoint {
         instance: crate::ids::ContentHash([0; 32]),
         instance_state: crate::ids::ContentHash([0; 32]),
         promises: Vec::new(),
+        sealed_promises: None,
         has_keys: false,
         databases: vec![database.clone()],
     };

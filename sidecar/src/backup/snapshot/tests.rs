@@ -211,6 +211,7 @@ pub(crate) async fn restore_point(work: &Work, tip: log::Tip) -> RestorePoint {
             initial_program: instance,
         }],
         promises: Vec::new(),
+        sealed_promises: None,
     };
     work.repository.put_restore_point(&point).await.unwrap();
     point
