@@ -36,6 +36,7 @@ use crate::backup::BackupError;
 use crate::clock::{Clock, Stopwatch, patience};
 use crate::config::Config;
 use crate::daemon::conditions::{ConditionKind, Ends, Subject, watched};
+use crate::daemon::control::Desk;
 use crate::daemon::followers::Followers;
 use crate::daemon::schedule::ScheduleError;
 use crate::daemon::state::{Claim, State, StateDir};
@@ -50,7 +51,7 @@ use crate::observe::{heartbeat, metrics};
 use crate::repository::crypto::Keyring;
 use crate::repository::lease::Lease;
 use crate::repository::{Repository, RepositoryError};
-use crate::standalone::supervisor::{self, Supervisor, SupervisorError, Switch, Watched};
+use crate::standalone::supervisor::{self, Supervisor, SupervisorError, Watched};
 
 /// From the end of the server until the process ends, whatever the store does.
 const STOP_LIMIT: Duration = Duration::from_secs(8);
@@ -153,10 +154,14 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
         observe_module(&options, &state, &streams, &clock, &stop).map(|(part, task)| watch(part, Ends::WhenDone, task));
     let publishing = publish(Arc::clone(&state), Arc::clone(&clock), stop_serving.clone());
     let publishing = watch("the gauges", Ends::WhenStopped, Box::pin(publishing));
+    let desk = Arc::new(Desk::new(Arc::clone(&state), Arc::clone(&clock), supervising.switch()));
+    let answering = Box::pin(control::run(Arc::clone(&desk), state_dir.clone()));
+    let answering = watch(control::PART, Ends::WhenStopped, answering);
     // Nobody else's: what another daemon, which is alive, tells here of itself is left alone while this one waits.
     let claim = Arc::new(Mutex::new(state_dir.claim()));
-    let writing = write_status(state_dir.clone(), Arc::clone(&state), Arc::clone(&clock), Arc::clone(&claim));
-    let writing = tokio::spawn(writing);
+    let writing = StatusFile { dir: state_dir.clone(), state: Arc::clone(&state), claim: Arc::clone(&claim) };
+    let writing = writing.keep(Arc::clone(&clock), stop_serving.clone());
+    let writing = watch("the status file", Ends::WhenStopped, Box::pin(writing));
     let run = Run {
         options: &options,
         state: Arc::clone(&state),
@@ -165,7 +170,8 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
         claim: Arc::clone(&claim),
         streams,
         server_stopped: supervising.stopped(),
-        server: supervising.switch(),
+        has_server: !options.server.is_empty(),
+        desk: &desk,
         interface: interface.as_ref(),
     };
     let result = run.archive().await;
@@ -173,17 +179,16 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
     let ended = supervising.end().await;
     state.stopped();
     state.publish();
-    // To its end, for the last status is written under the same name.
-    writing.abort();
-    let _ = writing.await;
     stop_serving.cancel();
+    answering.abort();
     #[cfg(feature = "client")]
     for task in observing {
         if let Err(error) = task.await {
             tracing::error!(%error, "a stream from the bundled module ended badly");
         }
     }
-    for task in [serving, publishing] {
+    // The last status is written under the same name as those of before.
+    for task in [serving, publishing, writing] {
         if let Err(error) = task.await {
             tracing::error!(%error, "a task of the daemon ended badly");
         }
@@ -256,8 +261,9 @@ struct Run<'a> {
     streams: Streams,
     /// Cancelled once no server of ours runs any more.
     server_stopped: CancellationToken,
-    /// `None` where no server is watched.
-    server: Option<Switch>,
+    /// A server is watched.
+    has_server: bool,
+    desk: &'a Desk,
     interface: &'a dyn Interface,
 }
 
@@ -273,7 +279,7 @@ impl Run<'_> {
             let following = AssertUnwindSafe(self.follow(force)).catch_unwind().await;
             let error = match following.unwrap_or(Err(DaemonError::Panicked)) {
                 Err(DaemonError::NotArchived(left)) => return Err(DaemonError::NotArchived(left)),
-                Err(error) if self.server.is_some() => error,
+                Err(error) if self.has_server => error,
                 result => return result,
             };
             if self.stop.is_cancelled() {
@@ -287,12 +293,18 @@ impl Run<'_> {
             let delay = delays.next().unwrap_or(STEADY);
             tracing::error!(%error, ?delay, "archiving has ended and is tried again; the server keeps running");
             self.state.not_archiving(error.to_string());
-            self.interface.serves(None);
+            self.serves(None);
             tokio::select! {
                 () = self.clock.sleep(delay) => {}
                 () = self.stop.cancelled() => return Err(DaemonError::NotArchived(error.to_string())),
             }
         }
+    }
+
+    /// Tells whoever answers for the daemon; `None` while archiving is interrupted.
+    fn serves(&self, daemon: Option<&Arc<Daemon>>) {
+        self.desk.serves(daemon.cloned());
+        self.interface.serves(daemon.cloned());
     }
 
     /// Waits for what archiving takes; `None` when told to stop first.
@@ -306,7 +318,7 @@ impl Run<'_> {
         // Whose process ended with the claim that this one has now is gone, and its lease with it.
         let predecessor = self.claim.lock().as_ref().and_then(Claim::predecessor);
         // A server that is watched must not end for a lease.
-        let wait = options.wait || self.server.is_some();
+        let wait = options.wait || self.has_server;
         let asking = Asking { force, wait, predecessor };
         let lease = wait_for_lease(options, &repository, &self.state, clock, &asking, stop).await?;
         Ok(lease.map(|lease| (data, lease)))
@@ -326,7 +338,7 @@ impl Run<'_> {
         }
         let daemon = Arc::new(self.daemon(data, &lease));
         daemon.recall_verification();
-        self.interface.serves(Some(Arc::clone(&daemon)));
+        self.serves(Some(&daemon));
         let positions = Positions::within(self.options.state_dir.path());
         // Followers stop after the server, so that its last writes are archived too; and with this, however it ends.
         let stop_followers = CancellationToken::new();
@@ -355,7 +367,6 @@ impl Run<'_> {
             state: Arc::clone(&self.state),
             config: self.options.config.clone(),
             allow_plain_keys: self.options.allow_plain_keys,
-            server: self.server.clone(),
             followers: Followers::default(),
             calls: Arc::clone(&self.streams.calls),
             module_logs: Arc::clone(&self.streams.module_logs),
@@ -386,7 +397,6 @@ impl Run<'_> {
             result = daemon.look_around(positions, stop_followers) => result,
             result = daemon.capture_changes() => result,
             result = self.keep_trying("schedules", || schedule::run(Arc::clone(daemon), state_dir)) => result,
-            result = self.keep_trying(control::PART, || control::serve(daemon, state_dir)) => result,
             () = daemon.survey() => Ok(()),
             () = daemon.watch_disk() => Ok(()),
             result = self.keep_trying("heartbeat", beat) => result,
@@ -476,26 +486,44 @@ async fn renew(lease: &Lease, clock: &dyn Clock) -> DaemonError {
     }
 }
 
-async fn write_status(state_dir: StateDir, state: Arc<State>, clock: Arc<dyn Clock>, claim: Arc<Mutex<Option<Claim>>>) {
-    let mut failed = None;
-    loop {
+/// What tells other processes of this daemon.
+struct StatusFile {
+    dir: StateDir,
+    state: Arc<State>,
+    claim: Arc<Mutex<Option<Claim>>>,
+}
+
+impl StatusFile {
+    /// Keeps it up to date until `stop`.
+    async fn keep(self, clock: Arc<dyn Clock>, stop: CancellationToken) {
+        let mut failed = None;
+        loop {
+            self.write(&mut failed);
+            tokio::select! {
+                () = clock.sleep(Duration::from_secs(1)) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// An error is told once.
+    fn write(&self, failed: &mut Option<String>) {
         let claimed = {
-            let mut claim = claim.lock();
-            *claim = claim.take().or_else(|| state_dir.claim());
+            let mut claim = self.claim.lock();
+            *claim = claim.take().or_else(|| self.dir.claim());
             claim.is_some()
         };
-        if !claimed && state.status().lease_token.is_none() {
+        if !claimed && self.state.status().lease_token.is_none() {
             tracing::debug!("another daemon tells of itself here");
-        } else {
-            let written = state_dir.write_status(&state);
-            let error = written.as_ref().err().map(ToString::to_string);
-            if let Some(error) = error.as_ref().filter(|error| failed.as_ref() != Some(*error)) {
-                tracing::warn!(%error, "the status was not written");
-            }
-            failed = error;
-            state.check(ConditionKind::StateDirectory, Subject::Sidecar, written);
+            return;
         }
-        clock.sleep(Duration::from_secs(1)).await;
+        let written = self.dir.write_status(&self.state);
+        let error = written.as_ref().err().map(ToString::to_string);
+        if let Some(error) = error.as_ref().filter(|error| failed.as_ref() != Some(*error)) {
+            tracing::warn!(%error, "the status was not written");
+        }
+        *failed = error;
+        self.state.check(ConditionKind::StateDirectory, Subject::Sidecar, written);
     }
 }
 
@@ -508,8 +536,6 @@ pub struct Daemon {
     state: Arc<State>,
     config: Config,
     allow_plain_keys: bool,
-    /// Stops and starts the server that is watched, where one is.
-    server: Option<Switch>,
     followers: Followers,
     calls: Arc<CallStreams>,
     module_logs: Arc<ModuleLogs>,
@@ -544,9 +570,14 @@ impl Daemon {
         let looked = self.look(positions, stop_followers).await;
         stop_followers.cancel();
         self.followers.join().await;
-        let failed = self.state.status().databases.into_iter().find_map(|database| {
+        let status = self.state.status();
+        let failed = status.databases.into_iter().find_map(|database| {
             database.error.map(|error| format!("database {} is not archived to its end: {error}", database.name))
         });
-        failed.or_else(|| looked.err().filter(|_| self.followers.is_empty()).map(|error| error.to_string()))
+        let mut conditions = status.conditions.into_iter();
+        let ended = conditions.find(|found| found.kind == ConditionKind::TaskEnded && found.database.is_some());
+        failed
+            .or_else(|| ended.map(|found| found.message))
+            .or_else(|| looked.err().filter(|_| self.followers.is_empty()).map(|error| error.to_string()))
     }
 }

@@ -6,6 +6,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::failure::{ExitStatus, Failure};
+use crate::process::ignored_signals;
 
 /// A signal with its name and what the process exits with.
 #[derive(Debug, Clone, Copy)]
@@ -38,7 +39,7 @@ impl Endings {
     /// # Errors
     /// When signals cannot be received.
     pub fn listen(endings: &[Ending]) -> Result<Self, Failure> {
-        Self::listen_but(ignored(), endings)
+        Self::listen_but(ignored_signals(), endings)
     }
 
     fn listen_but(ignored: u64, endings: &[Ending]) -> Result<Self, Failure> {
@@ -72,18 +73,11 @@ impl Endings {
 /// # Errors
 /// When signals cannot be received.
 pub fn cancel_when_told(stop: CancellationToken, endings: &[Ending]) -> Result<(), Failure> {
-    let mut endings = Endings::listen_but(ignored() & HANG_UP.bit(), endings)?;
+    let mut endings = Endings::listen_but(ignored_signals() & HANG_UP.bit(), endings)?;
     tokio::spawn(async move {
         let ending = endings.next().await;
         tracing::info!(signal = ending.name, "told to stop");
         stop.cancel();
     });
     Ok(())
-}
-
-/// The signals that this process was started with to ignore, a bit for each; none where the system does not say.
-fn ignored() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
 }

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::daemon::state::State;
 
@@ -203,6 +204,12 @@ impl Conditions {
         self.0.lock().retain(|(_, subject), _| *subject != gone);
     }
 
+    /// Clears what tasks found about a database whose tasks are begun anew.
+    pub fn forget_tasks(&self, database: &str) {
+        let again = Subject::Database(database.to_owned());
+        self.0.lock().retain(|(_, subject), held| *subject != again || held.source != Source::Task);
+    }
+
     /// Puts `found` in the place of everything that `source` found before.
     pub fn replace(&self, source: Source, found: Vec<Finding>, now: Timestamp) {
         self.0.lock().retain(|(kind, subject), held| {
@@ -265,7 +272,7 @@ pub(super) enum Ends {
     WhenDone,
 }
 
-/// Runs a task. If it panics, or ends too early, that is a condition until the sidecar is restarted.
+/// Runs a task, which ends with what is returned. If it panics, or ends too early, that is a condition until the sidecar is restarted.
 pub(super) fn watched(
     state: &Arc<State>,
     (part, subject): (&'static str, Subject),
@@ -273,7 +280,7 @@ pub(super) fn watched(
     stop: CancellationToken,
     task: impl Future<Output = ()> + Send + 'static,
 ) -> JoinHandle<()> {
-    let (state, task) = (Arc::clone(state), tokio::spawn(task));
+    let (state, task) = (Arc::clone(state), AbortOnDropHandle::new(tokio::spawn(task)));
     tokio::spawn(async move {
         let how = match task.await {
             Ok(()) if ends == Ends::WhenDone || stop.is_cancelled() => return,

@@ -2,26 +2,31 @@
 //!
 //! One JSON document each way, ended by closing the writing side.
 
+use std::convert::Infallible;
 use std::path::Path;
 #[cfg(feature = "client")]
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::BackoffBuilder as _;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::backup::{BackupError, BackupReport};
+use crate::clock::{Clock, patience};
+use crate::daemon::Daemon;
 use crate::daemon::conditions::{ConditionKind, Subject};
-use crate::daemon::state::StateDir;
-use crate::daemon::{Daemon, DaemonError};
+use crate::daemon::state::{State, StateDir};
 #[cfg(feature = "client")]
 use crate::deploy::record::DeploymentRecord;
-use crate::durable::OnPath;
+use crate::durable::{FileError, OnPath};
 #[cfg(feature = "client")]
 use crate::export::{ExportOptions, ExportReport};
 use crate::retention::PruneReport;
+use crate::standalone::supervisor::Switch;
 
 /// No request is longer.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -62,6 +67,8 @@ pub enum Answer {
     Elsewhere,
     /// The server holds nothing yet that could be backed up; why.
     Empty(String),
+    /// Nothing is archived now, and the daemon tries to again by itself; why.
+    NotArchiving(String),
     Failed(String),
 }
 
@@ -69,24 +76,90 @@ pub enum Answer {
 pub(super) const PART: &str = "control socket";
 /// From a connection that could not be accepted to the next look.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+/// How often it is looked whether the socket is ours.
+const ALONE_PAUSE: Duration = Duration::from_millis(50);
+/// A server that was stopped is started again so long before that is called a failure.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// At the most between two tries to make the socket.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Answers until it is dropped.
-///
+/// Where commands are answered. A watched server can be stopped and started here also while nothing is archived.
+pub(super) struct Desk {
+    state: Arc<State>,
+    clock: Arc<dyn Clock>,
+    /// Stops and starts the server that is watched, where one is.
+    server: Option<Switch>,
+    /// `None` while nothing is archived.
+    daemon: Mutex<Option<Arc<Daemon>>>,
+}
+
+impl Desk {
+    pub fn new(state: Arc<State>, clock: Arc<dyn Clock>, server: Option<Switch>) -> Self {
+        Self { state, clock, server, daemon: Mutex::default() }
+    }
+
+    /// The daemon archives from now on; `None` while archiving is interrupted.
+    pub fn serves(&self, daemon: Option<Arc<Daemon>>) {
+        *self.daemon.lock() = daemon;
+    }
+
+    async fn switch(&self, run: bool) -> Answer {
+        let Some(switch) = &self.server else { return Answer::Elsewhere };
+        tokio::select! {
+            switched = switch.set(run) => match switched {
+                true => Answer::Done,
+                // It was started elsewhere.
+                false => Answer::Elsewhere,
+            },
+            // Told to stop, it ends within its own time or is killed.
+            () = self.clock.sleep(START_LIMIT), if run => Answer::Failed(format!(
+                "the server was not started within {START_LIMIT:?}, and is tried again; see the daemon's log"
+            )),
+        }
+    }
+
+    fn serving(&self) -> Option<Arc<Daemon>> {
+        self.daemon.lock().clone()
+    }
+
+    /// Is there no other daemon on this data directory, whose socket it would be?
+    fn is_alone(&self) -> bool {
+        // One server has one sidecar that watches it, and one lease one holder.
+        self.server.is_some() || self.daemon.lock().is_some()
+    }
+}
+
+/// Answers until it is dropped. What keeps it from that is a condition, and tried again.
+pub(super) async fn run(desk: Arc<Desk>, state_dir: StateDir) {
+    let mut delays = patience(Duration::from_millis(500)).build();
+    loop {
+        while !desk.is_alone() {
+            desk.clock.sleep(ALONE_PAUSE).await;
+        }
+        let Err(error) = serve(&desk, &state_dir).await;
+        let delay = delays.next().unwrap_or(LONGEST_PAUSE);
+        tracing::error!(%error, ?delay, "commands are not answered; it is tried again");
+        desk.state.raise(ConditionKind::PartFailing, Subject::Part(PART), error.to_string());
+        desk.clock.sleep(delay).await;
+    }
+}
+
 /// # Errors
 /// When the socket cannot be made. What keeps connections from being accepted, such as too many open files, is waited out.
-pub(super) async fn serve(daemon: &Arc<Daemon>, state_dir: &StateDir) -> Result<(), DaemonError> {
+async fn serve(desk: &Arc<Desk>, state_dir: &StateDir) -> Result<Infallible, FileError> {
     let path = state_dir.socket();
-    // One left by a crash; who holds the lease is alone.
+    // One left by a crash.
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).on("listen on", &path)?;
+    desk.state.clear(ConditionKind::PartFailing, &Subject::Part(PART));
     let mut fails = false;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             // Nobody connects: the next look found no error.
-            () = daemon.clock.sleep(ACCEPT_PAUSE), if fails => {
+            () = desk.clock.sleep(ACCEPT_PAUSE), if fails => {
                 fails = false;
-                daemon.state.clear(ConditionKind::PartFailing, &Subject::Part(PART));
+                desk.state.clear(ConditionKind::PartFailing, &Subject::Part(PART));
                 continue;
             }
         };
@@ -95,33 +168,46 @@ pub(super) async fn serve(daemon: &Arc<Daemon>, state_dir: &StateDir) -> Result<
             Err(error) => {
                 tracing::warn!(%error, "a command could not connect; the next try is in {ACCEPT_PAUSE:?}");
                 let message = format!("a command could not connect: {error}");
-                daemon.state.raise(ConditionKind::PartFailing, Subject::Part(PART), message);
+                desk.state.raise(ConditionKind::PartFailing, Subject::Part(PART), message);
                 fails = true;
-                daemon.clock.sleep(ACCEPT_PAUSE).await;
+                desk.clock.sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let daemon = Arc::clone(daemon);
+        let desk = Arc::clone(desk);
         tokio::spawn(async move {
-            if let Err(error) = answer(&daemon, stream).await {
+            if let Err(error) = attend(&desk, stream).await {
                 tracing::debug!(%error, "a command went away before it was answered");
             }
         });
     }
 }
 
-async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> {
+async fn attend(desk: &Desk, mut stream: UnixStream) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     (&mut stream).take(MAX_REQUEST).read_to_end(&mut bytes).await?;
-    let answer = match serde_json::from_slice(&bytes) {
-        Ok(Request::BackupCreate { url, .. }) if url != daemon.url => Answer::Elsewhere,
-        Ok(Request::BackupCreate { label, .. }) => match daemon.restore_point(label).await {
+    let answer = match (serde_json::from_slice(&bytes), desk.serving()) {
+        (Ok(Request::Server { run }), _) => desk.switch(run).await,
+        (Ok(request), Some(daemon)) => answer(&daemon, request).await,
+        (Ok(_), None) => Answer::NotArchiving(desk.state.status().last_error.unwrap_or_default()),
+        (Err(error), _) => {
+            Answer::Failed(format!("the daemon does not understand: {error}; are both of the same release?"))
+        }
+    };
+    stream.write_all(&serde_json::to_vec(&answer)?).await?;
+    stream.shutdown().await
+}
+
+async fn answer(daemon: &Daemon, request: Request) -> Answer {
+    match request {
+        Request::BackupCreate { url, .. } if url != daemon.url => Answer::Elsewhere,
+        Request::BackupCreate { label, .. } => match daemon.restore_point(label).await {
             Ok(report) => Answer::Created(report),
             Err(error @ BackupError::Empty(_)) => Answer::Empty(error.to_string()),
             Err(error) => Answer::Failed(error.to_string()),
         },
         #[cfg(feature = "client")]
-        Ok(Request::Export { url, server, database, options }) => {
+        Request::Export { url, server, database, options } => {
             let config = &daemon.config.spacetimedb_config;
             if url != daemon.url || server != config.server_url() || database != config.database {
                 Answer::Elsewhere
@@ -132,28 +218,20 @@ async fn answer(daemon: &Daemon, mut stream: UnixStream) -> std::io::Result<()> 
                 }
             }
         }
-        Ok(Request::Prune { url, .. }) if url != daemon.url => Answer::Elsewhere,
-        Ok(Request::Prune { trust_clock, .. }) => match daemon.prune(trust_clock).await {
+        Request::Prune { url, .. } if url != daemon.url => Answer::Elsewhere,
+        Request::Prune { trust_clock, .. } => match daemon.prune(trust_clock).await {
             Ok(report) => Answer::Pruned(report),
             Err(error) => Answer::Failed(error.to_string()),
         },
-        Ok(Request::Server { run }) => match daemon.switch() {
-            Some(switch) if switch.set(run).await => Answer::Done,
-            // None is watched, or one that was started elsewhere.
-            _ => Answer::Elsewhere,
-        },
+        // Answered whether or not anything is archived.
+        Request::Server { .. } => Answer::Elsewhere,
         #[cfg(feature = "client")]
-        Ok(Request::Deployed { url, record, programs }) => {
-            match daemon.record_deployment(&url, &record, &programs).await {
-                Ok(true) => Answer::Done,
-                Ok(false) => Answer::Elsewhere,
-                Err(error) => Answer::Failed(error.to_string()),
-            }
-        }
-        Err(error) => Answer::Failed(format!("the daemon does not understand: {error}; are both of the same release?")),
-    };
-    stream.write_all(&serde_json::to_vec(&answer)?).await?;
-    stream.shutdown().await
+        Request::Deployed { url, record, programs } => match daemon.record_deployment(&url, &record, &programs).await {
+            Ok(true) => Answer::Done,
+            Ok(false) => Answer::Elsewhere,
+            Err(error) => Answer::Failed(error.to_string()),
+        },
+    }
 }
 
 /// Asks the daemon behind `socket`; `None` when there is none.

@@ -28,7 +28,6 @@ use crate::repository::RepositoryError;
 use crate::repository::manifest::{RestorePoint, RestorePointList};
 use crate::retention::policy::Policy;
 use crate::retention::{self, PruneReport, RetentionError};
-use crate::standalone::supervisor::Switch;
 use crate::status::{StatusError, StatusReport};
 use crate::verify::{VerifyOptions, VerifyReport};
 
@@ -156,11 +155,6 @@ impl Daemon {
             new_series: false,
             since: None,
         }
-    }
-
-    /// What stops and starts the server that is watched; `None` where none is.
-    pub(super) fn switch(&self) -> Option<&Switch> {
-        self.server.as_ref()
     }
 
     /// Keeps a record of a deployment; `false` when the repository at `url` is another one.

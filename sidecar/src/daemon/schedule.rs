@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::Clock;
 use crate::config::value::Cron;
@@ -92,6 +93,8 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
     std::fs::create_dir_all(&dir).on("create", &dir)?;
     let clock = Arc::clone(&daemon.clock);
     let mut schedules = Vec::new();
+    // They end with this: the next daemon of this process has a lease and runs of its own.
+    let mut runs: Vec<AbortOnDropHandle<()>> = Vec::new();
     for (task, cron) in tasks(&daemon) {
         let Some(cron) = cron else { continue };
         let file = OutcomeFile::new(&dir, task.name());
@@ -111,7 +114,7 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
         });
         if times.is_due(clock.now()) {
             tracing::info!(schedule = task.name(), "a run was missed and is made up for");
-            schedule.start();
+            runs.push(schedule.start());
         }
         schedule.update(|progress| progress.next = times.next());
         schedules.push((schedule, times));
@@ -127,7 +130,8 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
         before = now;
         for (schedule, times) in &mut schedules {
             if times.is_due(now) {
-                schedule.start();
+                runs.retain(|run| !run.is_finished());
+                runs.push(schedule.start());
             }
             schedule.update(|progress| progress.next = times.next());
         }
@@ -189,9 +193,9 @@ impl Schedule {
         Subject::Schedule(self.task.name().to_owned())
     }
 
-    fn start(self: &Arc<Self>) {
+    fn start(self: &Arc<Self>) -> AbortOnDropHandle<()> {
         let (run, part) = (Arc::clone(self).once(), ("a scheduled run", self.subject()));
-        watched(&self.daemon.state, part, Ends::WhenDone, CancellationToken::new(), run);
+        AbortOnDropHandle::new(watched(&self.daemon.state, part, Ends::WhenDone, CancellationToken::new(), run))
     }
 
     async fn once(self: Arc<Self>) {

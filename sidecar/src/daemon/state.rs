@@ -156,7 +156,9 @@ impl State {
 
     /// Archiving begins: databases are followed from here on, for as long as `fence` lets pass.
     pub fn leased(&self, token: u64, fence: Arc<Fence>) {
-        self.followed.lock().clear();
+        for before in self.followed.lock().drain(..) {
+            self.conditions.forget_tasks(&before.name);
+        }
         *self.fence.lock() = Some(fence);
         let mut rest = self.rest.lock();
         rest.lease_token = Some(token);
@@ -166,6 +168,8 @@ impl State {
     /// Archiving has ended early and begins again. What was followed stays, so that its growing lag is seen.
     pub fn not_archiving(&self, error: String) {
         *self.fence.lock() = None;
+        // Nobody looks at the disk until then.
+        self.looked_at_disk(Vec::new());
         let mut rest = self.rest.lock();
         rest.lease_token = None;
         rest.last_error = Some(error);
@@ -349,7 +353,10 @@ impl StateDir {
             std::fs::remove_file(&path).on("remove", &path)?;
         }
         std::fs::create_dir_all(&path).on("create", &path)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).on("protect", &path)?;
+        // A directory that cannot be written is a condition of the daemon, which starts all the same.
+        if std::fs::metadata(&path).on("inspect", &path)?.permissions().mode() & 0o7777 != 0o700 {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).on("protect", &path)?;
+        }
         let place = Self::place(config, &durable::canonical(data_dir));
         if let (true, Some(name)) = (place != path, path.file_name())
             && let Err(error) = std::os::unix::fs::symlink(name, &place)

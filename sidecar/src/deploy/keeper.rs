@@ -76,6 +76,9 @@ impl Keeper {
 fn unhelpful(answer: std::io::Result<Option<Answer>>) -> DeployError {
     DeployError::Daemon(match answer {
         Ok(Some(Answer::Failed(message) | Answer::Empty(message))) => message,
+        Ok(Some(Answer::NotArchiving(reason))) => {
+            format!("it archives nothing now, which it tries again by itself ({reason}); see `inner-universe status`")
+        }
         Ok(Some(_)) => "it writes to another repository; give the same --repository to both".into(),
         Ok(None) => "it has ended meanwhile".into(),
         Err(error) => error.to_string(),

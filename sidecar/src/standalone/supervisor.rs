@@ -23,7 +23,7 @@ use crate::clock::{Clock, Stopwatch};
 use crate::config::{Config, Restart};
 use crate::datadir::lock::{self, ServerLock};
 use crate::durable;
-use crate::process::ProcessId;
+use crate::process::{ProcessId, ignored_signals};
 
 /// A server that ran so long is started again without a growing wait.
 const STEADY: u64 = 60_000;
@@ -141,6 +141,11 @@ impl Watched {
         }
     }
 
+    /// Is it certain that no server holds the data directory?
+    fn is_unlocked(&self) -> bool {
+        matches!(lock::probe_file(&self.data_dir.join("spacetime.pid")), Ok(ServerLock::Free))
+    }
+
     /// Without a note a successor only follows the server: a failure does no harm.
     fn note(&self, child: &Child) {
         let ids = (ProcessId::own(), child.id().and_then(ProcessId::of));
@@ -176,13 +181,16 @@ impl Server {
     async fn wait(&mut self, watched: &Watched, clock: &dyn Clock) -> std::io::Result<Option<ExitStatus>> {
         match self {
             Self::Child(child) => return child.wait().await.map(Some),
+            // Only what is certain counts: a second server on the same directory would be worse than a late start.
             Self::Left(process) => {
-                while process.is_alive() {
+                while !process.is_dead() && (process.is_alive() || !watched.is_unlocked()) {
                     clock.sleep(LOOK_INTERVAL).await;
                 }
             }
-            Self::Elsewhere { .. } => {
-                while watched.lock_holder().is_some() {
+            Self::Elsewhere { pid } => {
+                // A look at the lock could get in the way of a server that starts.
+                let process = pid.and_then(ProcessId::of);
+                while process.as_ref().is_some_and(ProcessId::is_alive) || !watched.is_unlocked() {
                     clock.sleep(LOOK_INTERVAL).await;
                 }
             }
@@ -261,17 +269,15 @@ impl Supervisor {
         let (wanted, wants) = watch::channel(true);
         let (runs, running) = watch::channel(Running::Ours);
         let mut watch = Watch { watched, clock, tell, stop, wants, runs, starts: 0 };
-        // Before the first start: a signal that we ignore, as under nohup, would be ignored by the server too.
+        // Before the first start: a signal that we ignore would be ignored by the server too.
         let signals = Signals::listen().map_err(SupervisorError::Signals)?;
         // The first start is made here, so that a wrong command fails at once.
         let server = watch.start()?;
-        let done = stopped.clone();
+        // However the watch ends, archiving ends after it.
+        let ends = (stopped.clone().drop_guard(), watch.stop.clone().drop_guard());
         let task = tokio::spawn(async move {
-            let stop = watch.stop.clone();
-            let result = watch.run(server, signals).await;
-            done.cancel();
-            stop.cancel();
-            result
+            let _ends = ends;
+            watch.run(server, signals).await
         });
         Ok(Self { watch: Some(task), stopped, switch: Some(Switch { wanted: Arc::new(wanted), running }) })
     }
@@ -300,15 +306,17 @@ impl Supervisor {
 
 /// What is passed on to the server.
 struct Signals {
-    hang_up: tokio::signal::unix::Signal,
+    /// `None` where it is ignored, as under nohup: the server ignores it too.
+    hang_up: Option<tokio::signal::unix::Signal>,
     user_1: tokio::signal::unix::Signal,
     user_2: tokio::signal::unix::Signal,
 }
 
 impl Signals {
     fn listen() -> std::io::Result<Self> {
+        let is_ignored = ignored_signals() & 1 << (libc::SIGHUP - 1) != 0;
         Ok(Self {
-            hang_up: signal(SignalKind::hangup())?,
+            hang_up: (!is_ignored).then(|| signal(SignalKind::hangup())).transpose()?,
             user_1: signal(SignalKind::user_defined1())?,
             user_2: signal(SignalKind::user_defined2())?,
         })
@@ -316,7 +324,7 @@ impl Signals {
 
     async fn next(&mut self) -> Signal {
         tokio::select! {
-            _ = self.hang_up.recv() => Signal::HUP,
+            Some(()) = async { self.hang_up.as_mut()?.recv().await } => Signal::HUP,
             _ = self.user_1.recv() => Signal::USR1,
             _ = self.user_2.recv() => Signal::USR2,
         }
@@ -406,7 +414,11 @@ impl Watch {
                         true = async { self.wants.wait_for(|wanted| *wanted).await.is_ok() } => {}
                         () = self.stop.cancelled() => return Ok(()),
                     }
-                    server = self.start()?;
+                    let mut at_once = Duration::ZERO;
+                    match self.start_again(&mut at_once).await {
+                        Some(started) => server = started,
+                        None => return Ok(()),
+                    }
                     continue;
                 }
                 Ended::Itself(status) => status,
@@ -469,12 +481,21 @@ impl Watch {
         }
     }
 
-    /// Tries until it starts; `None` when told to stop.
+    /// Tries until it starts; `None` when told to stop. While it is not wanted, nothing is tried.
     async fn start_again(&mut self, wait: &mut Duration) -> Option<Server> {
         loop {
+            let mut wants = self.wants.clone();
             tokio::select! {
                 () = self.clock.sleep(*wait) => {}
+                true = async { wants.wait_for(|wanted| !wanted).await.is_ok() } => {}
                 () = self.stop.cancelled() => return None,
+            }
+            if !*self.wants.borrow() {
+                let _ = self.runs.send_replace(Running::No);
+                tokio::select! {
+                    true = async { self.wants.wait_for(|wanted| *wanted).await.is_ok() } => {}
+                    () = self.stop.cancelled() => return None,
+                }
             }
             *wait = (*wait * 2).clamp(Duration::from_secs(1), self.watched.longest_wait.max(Duration::from_secs(1)));
             match self.start() {

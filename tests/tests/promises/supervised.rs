@@ -175,14 +175,21 @@ fn a_lease_of_another_is_waited_for_beside_the_server() {
     let holder = Sidecar::at(&synthetic.dir.path().join("repository"));
     let mut holding = Daemon::start(&holder, &synthetic.path(), &QUICK, &[]);
     holding.wait("the archive", archived(9));
-    let sidecar = Sidecar::with(&holder.repository);
+    let sidecar = Sidecar::with(&holder.repository).and("DEPLOY__TIMEOUT", "1s");
     let stand = Stand::new(synthetic.dir.path(), "");
     let mut daemon = Daemon::start_with(&sidecar, &synthetic.path(), &QUICK, &["--no-wait"], &stand.command());
     let locked = |status: &DaemonStatus| status.last_error.as_ref().is_some_and(|error| error.contains("is writing"));
     daemon.wait("the lease to be found taken", locked);
+    // Although nothing is archived, whoever wants to stop and start the server can.
+    let server = |verb| sidecar.run(["server", verb, "--data-dir", path(&synthetic.path())]);
+    server("stop").ok();
+    assert_eq!(stand.notes().last().map(String::as_str), Some("stopped"));
+    let started = server("start");
+    assert_eq!(started.code, 1, "the stand-in answers no requests: {}", started.stderr);
+    wait_for("the second start", || stand.starts().len() == 2);
     assert_eq!(holding.stop(), 0);
     daemon.wait("the lease", |status| status.lease_token.is_some() && status.last_error.is_none());
-    assert_eq!(stand.notes().len(), 1, "{:?}", stand.notes());
+    assert_eq!(stand.notes().len(), 3, "{:?}", stand.notes());
     assert_eq!(daemon.stop(), 0);
 }
 
