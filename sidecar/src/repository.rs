@@ -24,6 +24,7 @@ pub mod remembered;
 pub mod store;
 pub mod timeline;
 
+use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -36,6 +37,7 @@ use serde::de::DeserializeOwned;
 use crate::clock::{Clock, Stopwatch};
 use crate::config::RepositoryConfig;
 use crate::datadir::bytes::Malformed;
+use crate::durable::FileError;
 use crate::ids::RestorePointId;
 use crate::repository::crypto::{CryptoError, Keyring};
 use crate::repository::large::LargePut;
@@ -90,6 +92,8 @@ pub enum RepositoryError {
     NotEmpty { url: String, found: String },
     #[error(transparent)]
     Crypto(#[from] CryptoError),
+    #[error("which repositories were archived to cannot be told: {0}; mend that, so that none is made by mistake")]
+    Forgotten(FileError),
 }
 
 impl RepositoryError {
@@ -286,7 +290,7 @@ impl Repository {
     /// # Errors
     /// When the lease is lost or the store fails.
     pub async fn delete(&self, key: &Key) -> Result<(), RepositoryError> {
-        self.check_fence()?;
+        self.check_fence().await?;
         match self.store.within(Operation::Delete, key, 0, self.store.objects().delete(key)).await {
             Err(RepositoryError::Missing { .. }) => Ok(()),
             result => result,
@@ -294,14 +298,15 @@ impl Repository {
     }
 
     /// Before each write: the lease must be held, and the repository still be there.
-    fn check_fence(&self) -> Result<(), RepositoryError> {
+    async fn check_fence(&self) -> Result<(), RepositoryError> {
         self.fence.as_ref().map_or(Ok(()), |fence| fence.check())?;
-        self.check_marker()
+        self.check_marker().await
     }
 
     /// In a directory that costs a look at one file. Elsewhere the lease's conditional renewals tell.
-    fn check_marker(&self) -> Result<(), RepositoryError> {
-        self.marker.as_ref().map_or(Ok(()), |marker| marker.check())
+    async fn check_marker(&self) -> Result<(), RepositoryError> {
+        let Some(marker) = self.marker.clone() else { return Ok(()) };
+        self.store.on_disk(&paths::repository(), move || marker.check()).await
     }
 
     /// Writes an object that must not be there yet; the same bytes under the same name are no conflict.
@@ -309,7 +314,7 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError::Conflict`] when other bytes are there, or when the store fails.
     pub async fn put(&self, key: &Key, bytes: Bytes) -> Result<(), RepositoryError> {
-        self.check_fence()?;
+        self.check_fence().await?;
         // Where names are overwritten without a word, looking first is the best there is.
         let written = if !self.conditional.create && self.exists(key).await? {
             Err(RepositoryError::Conflict { key: key.to_string() })
@@ -334,7 +339,7 @@ impl Repository {
             Err(RepositoryError::Missing { .. }) => {}
             Err(error) => return Err(error),
         }
-        self.check_fence()?;
+        self.check_fence().await?;
         self.store.put(key, bytes, PutMode::Overwrite).await.map(|_| ())
     }
 
@@ -343,7 +348,7 @@ impl Repository {
     /// # Errors
     /// When the lease is lost or the store fails.
     pub async fn put_large(&self, key: &Key, start: Bytes) -> Result<LargePut<'_>, RepositoryError> {
-        self.check_fence()?;
+        self.check_fence().await?;
         let upload = self.store.begin_large(key).await?;
         Ok(LargePut::new(self, key.clone(), upload, start.to_vec()))
     }
@@ -459,14 +464,21 @@ impl Marker {
 
     fn check(&self) -> Result<(), RepositoryError> {
         use std::os::unix::fs::MetadataExt as _;
-        let vanished = || RepositoryError::Vanished { url: self.url.clone(), expected: self.id };
-        let found = std::fs::metadata(&self.path).map_err(|_| vanished())?;
+        let key = paths::repository();
+        // An error of the disk says nothing about what is there.
+        let gone = |error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                RepositoryError::Vanished { url: self.url.clone(), expected: self.id }
+            }
+            _ => store::failed(&key, error),
+        };
+        let found = std::fs::metadata(&self.path).map_err(gone)?;
         let place = Some((found.dev(), found.ino()));
         if *self.seen.lock() == place {
             return Ok(());
         }
-        let bytes = std::fs::read(&self.path).map_err(|_| vanished())?;
-        let found = document::read::<RepositoryInfo>(&bytes).map_err(|_| vanished())?.id;
+        let bytes = std::fs::read(&self.path).map_err(gone)?;
+        let found = document::read::<RepositoryInfo>(&bytes).map_err(|error| RepositoryError::damaged(&key, error))?.id;
         if found != self.id {
             return Err(RepositoryError::Replaced { url: self.url.clone(), expected: self.id, found });
         }

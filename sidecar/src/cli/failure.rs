@@ -317,7 +317,8 @@ fn of_repository(error: &RepositoryError) -> ExitStatus {
         }
         RepositoryError::NotEmpty { .. }
         | RepositoryError::Replaced { .. }
-        | RepositoryError::OtherRecipients { .. } => ExitStatus::Refused,
+        | RepositoryError::OtherRecipients { .. }
+        | RepositoryError::Forgotten(_) => ExitStatus::Refused,
         RepositoryError::Crypto(error) => of_crypto(error),
         RepositoryError::UnknownFormat { .. } | RepositoryError::Missing { .. } | RepositoryError::Damaged { .. } => {
             ExitStatus::Failed

@@ -50,7 +50,10 @@ pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<Ex
     };
     let opened = Repository::open_to_write(url, config, keys.clone()).await;
     let opened = match &remembered {
-        Some(remembered) if !args.replace => remembered.check(url, opened),
+        Some(remembered) if !args.replace => {
+            remembered.at(url).map_err(RepositoryError::Forgotten)?;
+            remembered.check(url, opened)
+        }
         _ => opened,
     };
     let (repository, created) = match opened {

@@ -37,7 +37,7 @@ impl<'a> LargePut<'a> {
     }
 
     async fn send(&mut self, part: Vec<u8>) -> Result<(), RepositoryError> {
-        self.repository.check_fence()?;
+        self.repository.check_fence().await?;
         let len = part.len() as u64;
         let sent = self.upload.put_part(part.into());
         self.repository.store.within(Operation::Part, &self.key, len, sent).await
@@ -50,12 +50,9 @@ impl<'a> LargePut<'a> {
         if !last.is_empty() {
             self.send(last).await?;
         }
-        self.repository.check_fence()?;
+        self.repository.check_fence().await?;
         self.repository.store.within(Operation::Put, &self.key, 0, self.upload.complete()).await?;
-        if let Some(directory) = self.repository.store.directory() {
-            directory.protect(&self.key);
-        }
-        Ok(())
+        self.repository.store.protect(&self.key).await
     }
 
     /// Leaves nothing behind, as far as the store lets us.

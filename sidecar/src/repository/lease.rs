@@ -345,12 +345,11 @@ async fn replace(
 ) -> Result<UpdateVersion, RepositoryError> {
     let key = paths::lease();
     let bytes = document::write(document);
-    repository.check_marker()?;
+    repository.check_marker().await?;
     if let Some(directory) = repository.store.directory() {
         let (directory, document) = (directory.clone(), document.clone());
         let create = matches!(mode, PutMode::Create);
-        let replaced = tokio::task::spawn_blocking(move || replace_file(&directory, &document, &bytes, create)).await;
-        return replaced.unwrap_or_else(|_| Err(RepositoryError::Conflict { key: key.to_string() }));
+        return repository.store.on_disk(&key, move || replace_file(&directory, &document, &bytes, create)).await;
     }
     let mode = match mode {
         PutMode::Update(_) if !repository.conditional().update => PutMode::Overwrite,

@@ -4,13 +4,14 @@
 //! a place before expects the same repository there, with the same recipients: another one, or none, is refused, and never made.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
 use crate::config::RepositoryConfig;
-use crate::durable::{self, FileError};
+use crate::durable::{self, FileError, OnPath};
 use crate::ids::RestorePointId;
 use crate::repository::crypto::Keyring;
 use crate::repository::manifest::RepositoryInfo;
@@ -40,27 +41,28 @@ impl Remembered {
         Self(dir.join("repositories.json"))
     }
 
-    /// What is remembered of the repository at `url`. A file that cannot be read is reported, and remembers nothing.
-    pub fn at(&self, url: &str) -> Option<Known> {
-        self.all().remove(url)
+    /// What is remembered of the repository at `url`.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read: it may name the repository.
+    pub fn at(&self, url: &str) -> Result<Option<Known>, FileError> {
+        Ok(self.all()?.remove(url))
     }
 
-    fn all(&self) -> BTreeMap<String, Known> {
+    fn all(&self) -> Result<BTreeMap<String, Known>, FileError> {
         match std::fs::read(&self.0) {
-            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(path = %self.0.display(), %error, "failed to read which repositories are known");
-                BTreeMap::new()
-            }),
-            Err(_) => BTreeMap::new(),
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::from).on("read", &self.0),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(error) => Err(error).on("read", &self.0),
         }
     }
 
     /// Remembers the repository at `url`, in place of any other there.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// When the file cannot be read or written.
     pub fn remember(&self, url: &str, info: &RepositoryInfo) -> Result<(), FileError> {
-        let mut all = self.all();
+        let mut all = self.all()?;
         if all.insert(url.to_owned(), info.into()).as_ref() == Some(&info.into()) {
             return Ok(());
         }
@@ -95,7 +97,7 @@ impl Remembered {
         keys: Keyring,
         clock: &dyn Clock,
     ) -> Result<Repository, RepositoryError> {
-        if self.at(url).is_some() {
+        if self.at(url).map_err(RepositoryError::Forgotten)?.is_some() {
             return self.open(url, config, keys).await;
         }
         let repository = Repository::open_or_create(url, config, keys, clock).await?;
@@ -110,12 +112,16 @@ impl Remembered {
         }
     }
 
-    /// Compares what was found at `url` with what is remembered.
+    /// Compares what was found at `url` with what is remembered, as far as that can be read.
     ///
     /// # Errors
     /// As [`Self::open`].
     pub fn check(&self, url: &str, found: Result<Repository, RepositoryError>) -> Result<Repository, RepositoryError> {
-        let Some(known) = self.at(url) else { return found };
+        let known = self.at(url).unwrap_or_else(|error| {
+            tracing::warn!(%error, "which repository is expected is not known");
+            None
+        });
+        let Some(known) = known else { return found };
         match found {
             Ok(found) if Known::from(&found.info) == known => Ok(found),
             Ok(found) if found.info.id == known.id => Err(RepositoryError::OtherRecipients {
@@ -190,5 +196,12 @@ mod tests {
         remembered.remember(&url, &sealed).unwrap();
         let plain = remembered.open(&url, &RepositoryConfig::default(), Keyring::default()).await.err().unwrap();
         assert!(matches!(plain, RepositoryError::OtherRecipients { .. }), "{plain}");
+        // A memory that cannot be read may name any repository: nothing is made, and what it holds is kept.
+        std::fs::write(dir.path().join("repositories.json"), "{").unwrap();
+        std::fs::remove_dir_all(dir.path().join("repository")).unwrap();
+        let config = RepositoryConfig::default();
+        let refused = remembered.open_or_create(&url, &config, Keyring::default(), &SystemClock).await.err().unwrap();
+        assert!(refused.to_string().contains("repositories.json"), "{refused}");
+        assert!(remembered.remember(&url, &made.info).is_err() && !dir.path().join("repository").exists());
     }
 }

@@ -169,8 +169,37 @@ impl Store {
         self.local.as_deref()
     }
 
-    fn prepare(&self, key: &Key) -> Result<(), RepositoryError> {
-        self.local.as_ref().map_or(Ok(()), |directory| directory.prepare(key)).map_err(|error| failed(key, error))
+    async fn prepare(&self, key: &Key) -> Result<(), RepositoryError> {
+        let Some(directory) = self.local.clone() else { return Ok(()) };
+        let of = key.clone();
+        self.on_disk(key, move || directory.prepare(&of).map_err(|error| failed(&of, error))).await
+    }
+
+    /// Gives an object that was written to a directory to its owner.
+    pub(super) async fn protect(&self, key: &Key) -> Result<(), RepositoryError> {
+        let Some(directory) = self.local.clone() else { return Ok(()) };
+        let of = key.clone();
+        self.on_disk(key, move || {
+            directory.protect(&of);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Runs what touches the disk beside the store's requests, within a request's time: a disk that hangs holds up nobody
+    /// else.
+    ///
+    /// # Errors
+    /// What the work ends in, or that it did not end in time; it may still take effect then.
+    pub(super) async fn on_disk<T: Send + 'static>(
+        &self,
+        key: &Key,
+        work: impl FnOnce() -> Result<T, RepositoryError> + Send + 'static,
+    ) -> Result<T, RepositoryError> {
+        match tokio::time::timeout(self.timeout, tokio::task::spawn_blocking(work)).await {
+            Ok(done) => done.unwrap_or_else(|error| Err(failed(key, error))),
+            Err(_) => Err(RepositoryError::Timeout { key: key.to_string(), after: self.timeout }),
+        }
     }
 
     /// Runs a request that moves about `bytes`, within its deadline.
@@ -236,14 +265,12 @@ impl Store {
 
     async fn put_as(&self, key: &Key, bytes: Bytes, mode: PutMode) -> Result<UpdateVersion, RepositoryError> {
         let len = bytes.len() as u64;
-        self.prepare(key)?;
+        self.prepare(key).await?;
         let options = PutOptions { mode, attributes: self.attributes(key), ..PutOptions::default() };
         let written = self
             .within(Operation::Put, key, len, self.objects.put_opts(key, PutPayload::from_bytes(bytes), options))
             .await?;
-        if let Some(directory) = &self.local {
-            directory.protect(key);
-        }
+        self.protect(key).await?;
         Ok(UpdateVersion::from(written))
     }
 
@@ -251,7 +278,7 @@ impl Store {
         &self,
         key: &Key,
     ) -> Result<Box<dyn object_store::MultipartUpload>, RepositoryError> {
-        self.prepare(key)?;
+        self.prepare(key).await?;
         let options = PutMultipartOptions { attributes: self.attributes(key), ..PutMultipartOptions::default() };
         self.within(Operation::Put, key, 0, self.objects.put_multipart_opts(key, options)).await
     }
@@ -319,7 +346,7 @@ fn open_directory(url: &str, path: &Path, create: bool) -> Result<(Arc<dyn Objec
     Ok((directory.objects().map_err(|error| failed(&key, error))?, directory))
 }
 
-fn failed(key: &impl ToString, error: impl std::error::Error + Send + Sync + 'static) -> RepositoryError {
+pub(super) fn failed(key: &impl ToString, error: impl std::error::Error + Send + Sync + 'static) -> RepositoryError {
     let source = object_store::Error::Generic { store: "file", source: Box::new(error) };
     RepositoryError::Store { key: key.to_string(), source }
 }
