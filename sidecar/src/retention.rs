@@ -22,6 +22,7 @@ use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::manifest::{self, Marked, RemovedLog, Retention};
 use crate::repository::ranges::{merged, without};
 use crate::repository::{Repository, RepositoryError, paths};
+use crate::retention::clock_check::StoreClock;
 use crate::retention::needs::{Listing, Needs};
 use crate::retention::policy::{Candidate, Policy, Reason, choose};
 
@@ -230,8 +231,8 @@ pub async fn apply(
     }
     let now = clock.now();
     if !plan.trusts_clock && !plan.unneeded.is_empty() {
-        let doubt = plan.clock_doubt.clone();
-        if let Some(doubt) = doubt.or(clock_check::doubt_of_store(repository, now).await?) {
+        let store = StoreClock::look(repository, now).await?;
+        if let Some(doubt) = store.doubt(plan.clock_doubt.clone()) {
             return Err(RetentionError::ClockInDoubt(doubt));
         }
     }
@@ -255,6 +256,8 @@ pub async fn apply(
     let pins = repository.pins().await?;
     let is_due = |id: &RestorePointId| plan.due.iter().any(|due| due.object == paths::restore_point(*id).as_ref());
     if let Some(pinned) = pins.into_iter().find(is_due) {
+        // Nothing is gone, so the document before says what is.
+        repository.delete(&paths::retention(id)).await?;
         return Err(RetentionError::Pinned(pinned));
     }
     let mut due = plan.due.clone();
@@ -382,4 +385,22 @@ fn log_place(key: &Key) -> Option<((Identity, TimelineId), (u64, u64))> {
     let ["databases", database, "timelines", timeline, "log", ..] = parts.as_slice() else { return None };
     let (first, last) = paths::parse_log(key)?;
     Some(((database.parse().ok()?, timeline.parse().ok()?), (first.0, last.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_compaction_replaced_meanwhile_is_not_missing() {
+        let database = Identity([1; 32]);
+        let log = |level, first, last| paths::log(&database, TimelineId(1), level, Offset(first), Offset(last));
+        let needs = Needs { objects: [log(0, 0, 4), log(0, 5, 9), log(0, 10, 14)].into(), problems: Vec::new() };
+        let missing = |held: &[Key]| missing_of(&needs, &held.iter().map(|key| (key.clone(), 1)).collect());
+        assert_eq!(missing(&[log(0, 0, 4), log(0, 5, 9), log(0, 10, 14)]), [] as [&str; 0]);
+        assert_eq!(missing(&[log(1, 0, 9), log(0, 10, 14)]), [] as [&str; 0], "a merged object holds both");
+        assert_eq!(missing(&[log(1, 0, 9)]), [format!("{} is missing", log(0, 10, 14))]);
+        let elsewhere = paths::log(&database, TimelineId(2), 1, Offset(0), Offset(14));
+        assert_eq!(missing(&[elsewhere]).len(), 3, "another timeline holds another history");
+    }
 }

@@ -63,14 +63,22 @@ pub(crate) async fn pass(
 ) -> Result<Pass, BackupError> {
     let compaction = Compaction { work, database, timeline };
     let mut done = Pass::default();
+    // One damaged object must not keep all others from being merged.
+    let mut damage = None;
     for level in 0..TOP {
         let (chain, _) = work.repository.own_chain(&database, timeline).await?;
         for run in runs(chain.entries, level) {
-            compaction.merge(level + 1, &run, &mut done).await?;
+            match compaction.merge(level + 1, &run, &mut done).await {
+                Err(error) if error.is_damage() => damage = damage.or(Some(error)),
+                merged => merged?,
+            }
         }
     }
-    done.deleted = compaction.delete_inputs(grace).await?;
-    Ok(done)
+    compaction.delete_inputs(grace, &mut done, &mut damage).await?;
+    match damage {
+        Some(error) => Err(error),
+        None => Ok(done),
+    }
 }
 
 /// The runs of objects of `level` that are to become objects of the next: adjoining in the chain that readers take.
@@ -149,7 +157,8 @@ impl Compaction<'_> {
         }
         let repository = &self.work.repository;
         let key = paths::log(&self.database, self.timeline, level, first.first, last.last);
-        if !repository.exists(&key).await? {
+        let is_new = !repository.exists(&key).await?;
+        if is_new {
             // Encrypted bodies cannot be opened with recipients alone, and large ones are compressed well already: both are copied.
             if level > 1 || repository.keys.seals() || group.headers.iter().any(|header| header.sealed) {
                 self.copy(level, &group).await?;
@@ -160,11 +169,15 @@ impl Compaction<'_> {
         let size = repository.size(&key).await?.unwrap_or_default();
         let output = LogEntry::new(&self.database, self.timeline, level, first.first, last.last, size);
         if let Err(error) = self.check_output(&output, &group.headers).await {
-            if error.is_damage() {
+            return Err(match is_new && error.is_damage() {
                 // It is derived: its inputs were read a moment ago, and it is made again from them.
-                repository.delete(&key).await?;
-            }
-            return Err(error);
+                true => {
+                    repository.delete(&key).await?;
+                    error
+                }
+                // Whoever made it may have deleted inputs since.
+                false => self.give_up(&output, error).await?,
+            });
         }
         done.merged += group.entries.len() as u64;
         done.written += 1;
@@ -244,10 +257,14 @@ impl Compaction<'_> {
     }
 
     /// Deletes objects that one of a higher level in the chain holds since `grace` ago.
-    async fn delete_inputs(&self, grace: Duration) -> Result<u64, BackupError> {
+    async fn delete_inputs(
+        &self,
+        grace: Duration,
+        done: &mut Pass,
+        damage: &mut Option<BackupError>,
+    ) -> Result<(), BackupError> {
         let repository = &self.work.repository;
         let (chain, entries) = repository.own_chain(&self.database, self.timeline).await?;
-        let mut deleted = 0;
         // Those that a larger one holds count too: the grace of their inputs began when they were written.
         let outputs = entries.iter().filter(|entry| entry.level > 0 && !is_odd(&chain, entry));
         for output in outputs {
@@ -260,7 +277,14 @@ impl Compaction<'_> {
             }
             let header = match repository.log_header(&output.key()).await {
                 Ok(header) => header,
-                Err(error) => return Err(self.give_up(output, error.into()).await?),
+                Err(error) => {
+                    let error = self.give_up(output, error.into()).await?;
+                    if !error.is_damage() {
+                        return Err(error);
+                    }
+                    *damage = damage.take().or(Some(error));
+                    continue;
+                }
             };
             let written = Timestamp::from_microsecond(header.archived_at).unwrap_or(Timestamp::MAX);
             let age = self.work.clock.now().duration_since(written);
@@ -272,14 +296,25 @@ impl Compaction<'_> {
                 continue;
             }
             if let Err(error) = self.read_back(&output.whole()).await {
-                return Err(self.give_up(output, error).await?);
+                let error = self.give_up(output, error).await?;
+                if !error.is_damage() {
+                    return Err(error);
+                }
+                *damage = damage.take().or(Some(error));
+                continue;
             }
             for input in held {
-                repository.delete(&input.key()).await?;
-                deleted += 1;
+                match repository.delete(&input.key()).await {
+                    Ok(()) => done.deleted += 1,
+                    // A bucket that lets nobody delete keeps them, which costs room and loses nothing.
+                    Err(error @ RepositoryError::Denied { .. }) => {
+                        tracing::debug!(%error, "a merged object stays");
+                    }
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
-        Ok(deleted)
+        Ok(())
     }
 
     /// Those of `inputs` whose commits an object with `header` holds.
@@ -300,14 +335,51 @@ impl Compaction<'_> {
         Ok(held)
     }
 
-    /// Removes a merged object that cannot be read back, if others hold all that it held.
+    /// Removes a merged object that cannot be read back, if others hold all that it held: the same commits, read back.
     async fn give_up(&self, output: &LogEntry, error: BackupError) -> Result<BackupError, BackupError> {
-        let (repository, output) = (&self.work.repository, output.whole());
-        let avoid = [output.key()].into();
-        if error.is_damage() && repository.replacement(&self.database, &output, &avoid).await?.is_some() {
-            repository.delete(&output.key()).await?;
+        if error.is_damage() && self.stands_in(&output.whole()).await? {
+            self.work.repository.delete(&output.key()).await?;
         }
         Ok(error)
+    }
+
+    /// Do other objects hold all of `output`? Where its header can be read, they must lead where it leads.
+    async fn stands_in(&self, output: &LogEntry) -> Result<bool, BackupError> {
+        let repository = &self.work.repository;
+        let avoid = [output.key()].into();
+        let Some(others) = repository.replacement(&self.database, output, &avoid).await? else { return Ok(false) };
+        let expected = match repository.log_header(&output.key()).await {
+            Ok(header) => Some((header.place_before(output.first), header.place_after(output.last))),
+            Err(error) if error.is_damage() => None,
+            Err(error) => return Err(error.into()),
+        };
+        let mut before: Option<(LogHeader, LogEntry)> = None;
+        for entry in others {
+            let header = match repository.log_header(&entry.key()).await {
+                Ok(header) => header,
+                Err(error) if error.is_damage() => return Ok(false),
+                Err(error) => return Err(error.into()),
+            };
+            let continues = match (&before, &expected) {
+                (Some((other, left)), _) => {
+                    let (ends, starts) = (other.place_after(left.last), header.place_before(entry.first));
+                    ends.is(&starts)
+                }
+                (None, Some((starts, _))) => header.place_before(entry.first).is(starts),
+                (None, None) => true,
+            };
+            if !continues {
+                return Ok(false);
+            }
+            match self.read_back(&entry.whole()).await {
+                Ok(()) => {}
+                Err(error) if error.is_damage() => return Ok(false),
+                Err(error) => return Err(error),
+            }
+            before = Some((header, entry));
+        }
+        let ends = before.map(|(header, left)| header.place_after(left.last));
+        Ok(ends.is_some_and(|ends| expected.is_none_or(|(_, expected)| ends.is(&expected))))
     }
 }
 

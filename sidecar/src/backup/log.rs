@@ -514,21 +514,36 @@ async fn find_fork(
     entries: &[LogEntry],
     log_start: Offset,
 ) -> Result<Option<(TimelineId, ChainTip)>, BackupError> {
-    let (mut agree, mut differ) = (entries.partition_point(|entry| entry.last < log_start), entries.len());
+    let reached = entries.partition_point(|entry| entry.last < log_start);
+    let mut left: Vec<&LogEntry> = entries.iter().skip(reached).collect();
     let mut best = None;
-    while agree < differ {
-        let middle = agree + (differ - agree) / 2;
-        let header = repository.log_header(&entries[middle].key()).await?;
+    while !left.is_empty() {
+        let middle = left.len() / 2;
+        let entry = left[middle];
+        let header = match repository.log_header(&entry.key()).await {
+            Ok(header) => header,
+            // It tells nothing: the fork is looked for among the others.
+            Err(error) if error.is_damage() => {
+                left.remove(middle);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         // An object that an earlier fork leaves in its middle holds another history behind that fork.
-        let counts = header.links.partition_point(|link| link.last <= entries[middle].last);
+        let counts = header.links.partition_point(|link| link.last <= entry.last);
+        if counts == 0 {
+            // So does one that is left inside its first link.
+            left.remove(middle);
+            continue;
+        }
         let shared = shared_links(dir, &header).await?.unwrap_or(0).min(counts);
         if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last)) {
-            best = Some((entries[middle].timeline, tip));
+            best = Some((entry.timeline, tip));
         }
         if shared == counts {
-            agree = middle + 1;
+            left.drain(..=middle);
         } else {
-            differ = middle;
+            left.truncate(middle);
         }
     }
     Ok(best)
@@ -651,5 +666,51 @@ mod tests {
         });
         let all = all.expect("they wait for each other").unwrap();
         assert!(all.iter().all(|log| log.tip.is_some_and(|tip| tip.last == Offset(COMMITS - 1))), "{all:?}");
+    }
+
+    #[tokio::test]
+    async fn a_fork_is_found_behind_an_older_one_that_cuts_an_object() {
+        let (dir, database) = (tempfile::tempdir().unwrap(), Identity([7; 32]));
+        let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
+        let keys = Keyring::default();
+        let work = Arc::new(Work {
+            repository: Repository::open_or_create_in(store, "memory://", keys, &SystemClock).await.unwrap(),
+            clock: Arc::new(SystemClock),
+            progress: Arc::new(Silent),
+            tally: Arc::default(),
+            level: DEFAULT_LEVEL,
+            observer: Arc::new(Unobserved),
+            witness: None,
+        });
+        // A letter is the history that a commit is of.
+        let archive_log = async |history: &str| {
+            let mut log = SegmentHeader { log_version: 1, checksum_algorithm: 0 }.to_bytes().to_vec();
+            for (offset, of) in history.bytes().enumerate() {
+                log.extend_from_slice(&encode(1, Offset(offset as u64), 0, 1, &[of; 40]));
+            }
+            std::fs::write(dir.path().join(segment_name(Offset(0))), log).unwrap();
+            archive(&work, database, dir.path()).await.unwrap();
+        };
+        let merge = async || {
+            for _ in 0..2 {
+                crate::archiver::compaction::pass(&work, database, TimelineId(1), Duration::ZERO).await.unwrap();
+            }
+        };
+        for some in [["a", "aa"], ["aaa", "aaaa"], ["aaaaaa", "aaaaaaaaaa"]] {
+            archive_log(some[0]).await;
+            archive_log(some[1]).await;
+            merge().await;
+        }
+        archive_log("aaaaaabb").await;
+        archive_log("aaaaaabbbb").await;
+        let timelines = work.repository.timelines(&database).await.unwrap();
+        let chain = work.repository.log_chain(&database, &timelines, TimelineId(2)).await.unwrap();
+        let held: Vec<_> = chain.entries.iter().map(|entry| (entry.level, entry.first.0, entry.last.0)).collect();
+        assert_eq!(held, [(1, 0, 1), (1, 2, 3), (1, 4, 5), (0, 6, 7), (0, 8, 9)]);
+        assert!(!chain.entries[2].is_whole(), "the search begins with the object that the older fork cuts");
+        archive_log("aaaaaabbcc").await;
+        let timelines = work.repository.timelines(&database).await.unwrap();
+        let newest = timelines.last().map(|found| (found.timeline, found.parent, found.fork_offset));
+        assert_eq!(newest, Some((TimelineId(3), Some(TimelineId(2)), Some(Offset(7)))));
     }
 }

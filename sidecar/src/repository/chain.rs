@@ -41,6 +41,11 @@ impl LogEntry {
         Self::beside(None, key, timeline, size)
     }
 
+    /// As [`Self::parse`], where only the name is known, and not the size.
+    pub fn of_key(key: &Key) -> Option<Self> {
+        Self::parse(key, paths::parse_log_timeline(key)?, 0)
+    }
+
     /// Shares the folder of `other` if it is the same.
     pub(super) fn beside(other: Option<&Self>, key: &Key, timeline: TimelineId, size: u64) -> Option<Self> {
         let ((first, last), level) = (paths::parse_log(key)?, paths::parse_log_level(key)?);

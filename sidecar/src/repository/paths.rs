@@ -70,6 +70,12 @@ pub fn parse_log_level(key: &Key) -> Option<u8> {
     folder.as_ref().strip_prefix('L')?.parse().ok()
 }
 
+/// The timeline that a log object's folders tell.
+pub fn parse_log_timeline(key: &Key) -> Option<TimelineId> {
+    let mut parts = key.parts().rev().skip(2);
+    (parts.next()?.as_ref() == "log").then(|| parts.next()?.as_ref().parse().ok()).flatten()
+}
+
 pub fn snapshots(database: &Identity, timeline: TimelineId) -> Key {
     Key::from(format!("databases/{database}/snapshots/{timeline}"))
 }

@@ -46,8 +46,8 @@ struct Search<'a> {
     repository: &'a Repository,
     chain: &'a LogChain,
     objects: &'a Objects,
-    /// Objects that were tried.
-    tried: BTreeSet<Key>,
+    /// Objects that were tried, each for the place after a transaction.
+    tried: BTreeSet<(Key, Offset)>,
 }
 
 impl Repository {
@@ -69,7 +69,8 @@ impl Repository {
         }
         let entries = self.log_entries(&point.identity, entry.timeline).await?;
         let objects = Objects::from([(entry.timeline, entries)]);
-        let mut search = Search { repository: self, chain, objects: &objects, tried: [entry.key()].into() };
+        let mut search =
+            Search { repository: self, chain, objects: &objects, tried: [(entry.key(), point.offset)].into() };
         match search.around(entry.timeline, point.offset, promised).await? {
             Some(entries) => Ok(Proof::HoldsThrough(entries)),
             None if inside && !can_read => Ok(Proof::NotReadable),
@@ -121,7 +122,10 @@ impl Repository {
     ) -> Result<LogChain, RepositoryError> {
         let odd: Vec<_> = objects.values().flatten().filter(|entry| is_odd(&chain, entry)).cloned().collect();
         let is_doubtful = |left: &LogEntry, entry: &LogEntry| {
-            let is_near = |odd: &LogEntry| odd.last >= left.first && odd.first <= entry.last;
+            let overlaps = |odd: &LogEntry, held: &LogEntry| {
+                odd.timeline == held.timeline && odd.last >= held.first && odd.first <= held.last
+            };
+            let is_near = |odd: &LogEntry| overlaps(odd, left) || overlaps(odd, entry);
             let is_cut = left.timeline == entry.timeline && !(left.is_whole() && entry.is_whole());
             every || is_cut || odd.iter().any(is_near)
         };
@@ -133,7 +137,7 @@ impl Repository {
                 && let Some(better) = self.resolved_at(&chain, at, objects).await?
             {
                 // What comes after stays; what comes before is looked at no more: it was proven from here.
-                at += better.entries.len().saturating_sub(chain.entries.len());
+                at = better.entries.len() - (chain.entries.len() - at);
                 chain = better;
             }
             at += 1;
@@ -160,7 +164,7 @@ impl Repository {
         if before.place_after(left.last).is(&header.place_before(entry.first)) {
             return Ok(None);
         }
-        let tried = [left.key()].into();
+        let tried = [(left.key(), left.last)].into();
         let mut search = Search { repository: self, chain, objects, tried };
         let Some(found) = search.around(left.timeline, left.last, header.place_before(entry.first)).await? else {
             return Ok(None);
@@ -184,7 +188,7 @@ impl Search<'_> {
         async move {
             let Some(objects) = self.objects.get(&timeline) else { return Ok(None) };
             for other in objects.iter().filter(|other| other.first <= offset && offset <= other.last) {
-                if !self.tried.insert(other.key()) {
+                if !self.tried.insert((other.key(), offset)) {
                     continue;
                 }
                 let header = match self.repository.log_header(&other.key()).await {
@@ -226,6 +230,11 @@ impl Search<'_> {
 pub(crate) fn is_odd(chain: &LogChain, entry: &LogEntry) -> bool {
     let holders = chain.range(entry.first, entry.last);
     !holders.iter().any(|holder| {
-        holder.is_of(entry) || (holder.level > entry.level && holder.first <= entry.first && entry.last <= holder.last)
+        let whole = holder.whole();
+        let is_output = holder.timeline == entry.timeline
+            && holder.level > entry.level
+            && whole.first <= entry.first
+            && entry.last <= whole.last;
+        holder.is_of(entry) || is_output
     })
 }

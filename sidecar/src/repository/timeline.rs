@@ -182,7 +182,9 @@ impl Repository {
             if !avoid.is_empty() {
                 entries.retain(|entry| !avoid.contains(&entry.key()));
             }
-            objects.insert(timeline.timeline, entries.clone());
+            // What lies wholly behind the fork belongs to another history, and says nothing about this one.
+            let counts = |entry: &&LogEntry| until.is_none_or(|until| entry.first <= until);
+            objects.insert(timeline.timeline, entries.iter().filter(counts).cloned().collect());
             rows.push(Row { timeline: timeline.timeline, start: timeline.start, until, entries });
         }
         let mut chain = self.resolved(assemble(rows), &objects, choice.every_joint).await?;

@@ -6,11 +6,12 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
+use object_store::path::Path as Key;
 
 use crate::datadir::commit::Frame;
 use crate::ids::{Identity, Offset, TimelineId};
 use crate::repository::chain::{Hole, LogChain, LogEntry};
-use crate::repository::log_object::{ChainTip, Link};
+use crate::repository::log_object::Link;
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
 use crate::repository::proof::Proof;
 use crate::repository::timeline::{ChainChoice, ancestry};
@@ -86,7 +87,7 @@ pub async fn plan(repository: &Repository, request: &RestoreRequest) -> Result<R
     }
     let mut plan = RestorePlan { instance, databases: Vec::new(), left_out: Vec::new(), bytes_to_read: 0 };
     for database in chosen {
-        match plan_database(repository, &database, &points, request).await {
+        match plan_around(repository, &database, &points, request).await {
             Ok(part) => plan.databases.push(part),
             // A database need not have existed at a time; by every other target, and by name, it is asked for.
             Err(RestoreError::NothingToRestore(reason))
@@ -261,11 +262,39 @@ fn choose_databases(
     Ok(chosen)
 }
 
+/// As [`plan_database`], around log objects that are missing or damaged where others hold the same transactions.
+async fn plan_around(
+    repository: &Repository,
+    point: &DatabasePoint,
+    points: &[RestorePoint],
+    request: &RestoreRequest,
+) -> Result<DatabasePlan, RestoreError> {
+    let mut choice = ChainChoice { every_joint: request.every_joint, ..ChainChoice::default() };
+    loop {
+        let error = match plan_database(repository, point, points, request, &choice).await {
+            Err(RestoreError::Repository(
+                error @ (RepositoryError::Missing { .. } | RepositoryError::Damaged { .. }),
+            )) => error,
+            result => return result,
+        };
+        let (RepositoryError::Missing { key } | RepositoryError::Damaged { key, .. }) = &error else {
+            return Err(error.into());
+        };
+        let Some(entry) = LogEntry::of_key(&Key::from(key.as_str())) else { return Err(error.into()) };
+        let is_new = choice.avoid.insert(entry.key());
+        if !is_new || repository.replacement(&point.identity, &entry, &choice.avoid).await?.is_none() {
+            return Err(error.into());
+        }
+        tracing::warn!(%error, "a log object cannot be used, and others are that hold the same transactions");
+    }
+}
+
 async fn plan_database(
     repository: &Repository,
     point: &DatabasePoint,
     points: &[RestorePoint],
     request: &RestoreRequest,
+    choice: &ChainChoice,
 ) -> Result<DatabasePlan, RestoreError> {
     let timelines = repository.timelines(&point.identity).await?;
     let fixed = matches!(request.target, Target::Label(_) | Target::Point(_));
@@ -289,8 +318,7 @@ async fn plan_database(
         None if fixed => point.timeline,
         None => newest,
     };
-    let choice = ChainChoice { every_joint: request.every_joint, ..ChainChoice::default() };
-    let mut chain = repository.log_chain_by(&point.identity, &timelines, timeline, &choice).await?;
+    let mut chain = repository.log_chain_by(&point.identity, &timelines, timeline, choice).await?;
     if chain.entries.is_empty() && point.timeline == timeline {
         return Err(RestoreError::Unreachable {
             wanted: point.offset,
@@ -462,8 +490,8 @@ async fn latest(repository: &Repository, chain: &LogChain) -> Result<(Offset, Op
     let Some(entry) = chain.entries.last() else {
         return Err(RestoreError::NothingToRestore("nothing is archived".into()));
     };
-    let tip = repository.log_header(&entry.key()).await?.tip_until(entry.last);
-    Ok((entry.last, tip.max_time))
+    let header = repository.log_header(&entry.key()).await?;
+    Ok((entry.last, header.max_time_until(entry.last)))
 }
 
 /// The last offset whose time, and all before it, are at or before `time`.
@@ -475,22 +503,21 @@ pub(super) async fn at_time(
     let micros = time.as_microsecond();
     // The first object that holds a later time.
     let (mut within, mut later) = (0, chain.entries.len());
-    let mut before: Option<ChainTip> = None;
+    let mut found: Option<(Offset, Option<i64>)> = None;
     while within < later {
         let middle = within + (later - within) / 2;
         let entry = &chain.entries[middle];
         let header = repository.log_header(&entry.key()).await?;
-        let tip = header.tip_until(entry.last);
-        if header.max_time_until(entry.last).is_some_and(|max| max > micros) {
+        let max = header.max_time_until(entry.last);
+        if max.is_some_and(|max| max > micros) {
             later = middle;
         } else {
-            before = Some(tip);
+            found = Some((entry.last, max));
             within = middle + 1;
         }
     }
-    let mut found = before.map(|tip| (Offset(tip.next.0.saturating_sub(1)), tip.max_time));
     for entry in chain.entries.iter().skip(within) {
-        let later = |link: &Link| link.max_time.is_some_and(|max| max > micros);
+        let later = |link: &Link| link.max_time.is_some_and(|max| max > micros) || link.last > entry.last;
         found = walk(repository, entry, found, later, |_, max| max.is_some_and(|max| max > micros)).await?;
         // The latest time of a link counts for all of it: where the chain leaves a link inside, that time may lie behind.
         if found.is_none_or(|(last, _)| last != entry.last) {
@@ -554,11 +581,10 @@ async fn at_offset(
     let before = match index.checked_sub(1) {
         Some(before) => {
             let entry = &chain.entries[before];
-            Some(repository.log_header(&entry.key()).await?.tip_until(entry.last))
+            Some((entry.last, repository.log_header(&entry.key()).await?.max_time_until(entry.last)))
         }
         None => None,
     };
-    let before = before.map(|tip| (Offset(tip.next.0.saturating_sub(1)), tip.max_time));
     let found = walk(repository, entry, before, |link| link.last >= offset, |last, _| last > offset).await?;
     let found = found.ok_or_else(|| {
         RestoreError::NothingToRestore(format!(

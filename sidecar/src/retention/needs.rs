@@ -10,7 +10,7 @@ use crate::repository::chain::{LogChain, LogEntry};
 use crate::repository::log_object::LogHeader;
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
 use crate::repository::proof::Proof;
-use crate::repository::timeline::ancestry;
+use crate::repository::timeline::{ChainChoice, ancestry};
 use crate::repository::{Repository, RepositoryError, paths};
 use crate::restore::RestoreError;
 use crate::restore::plan::start_of_link;
@@ -129,7 +129,13 @@ impl Look<'_> {
             lines.push(line);
         }
         for line in &lines {
-            self.prove(line, points).await?;
+            let mut problems = self.prove(line, points).await?;
+            if !problems.is_empty() {
+                // Two histories were written to one timeline: a restore takes the one that leads on.
+                let line = self.line_by(line.timeline, true).await?;
+                problems = self.prove(&line, points).await?;
+            }
+            self.needs.problems.extend(problems);
         }
         self.collect();
         Ok(())
@@ -144,8 +150,8 @@ impl Look<'_> {
     }
 
     /// Reads the headers of a timeline's own objects that are needed: each must be as long as it says and continue the one
-    /// before, and hold what restore points promised.
-    async fn prove(&mut self, line: &Line, points: &[Promised<'_>]) -> Result<(), RepositoryError> {
+    /// before, and hold what restore points promised. Returns what does not.
+    async fn prove(&self, line: &Line, points: &[Promised<'_>]) -> Result<Vec<String>, RepositoryError> {
         let mut before: Option<(LogEntry, LogHeader)> = None;
         let mut promised: Vec<_> =
             points.iter().filter(|promised| promised.point.timeline == line.timeline).copied().collect();
@@ -182,8 +188,7 @@ impl Look<'_> {
                 problems.push(format!("restore point {id}: the log of database {name} holds another history"));
             }
         }
-        self.needs.problems.extend(problems);
-        Ok(())
+        Ok(problems)
     }
 
     /// A timeline's own objects that are needed.
@@ -207,8 +212,14 @@ impl Look<'_> {
     }
 
     async fn line(&self, timeline: TimelineId) -> Result<Line, RepositoryError> {
+        self.line_by(timeline, false).await
+    }
+
+    /// As [`Self::line`], with the choice of [`ChainChoice::every_joint`].
+    async fn line_by(&self, timeline: TimelineId, every_joint: bool) -> Result<Line, RepositoryError> {
         let ancestry = ancestry(self.timelines, timeline);
-        let chain = self.repository.log_chain(&self.database, self.timelines, timeline).await?;
+        let choice = ChainChoice { every_joint, ..ChainChoice::default() };
+        let chain = self.repository.log_chain_by(&self.database, self.timelines, timeline, &choice).await?;
         let mut snapshots = Vec::new();
         for (ancestor, until) in &ancestry {
             let folder = paths::snapshots(&self.database, ancestor.timeline);
