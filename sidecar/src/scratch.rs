@@ -3,7 +3,7 @@
 //! Invariants: a process holds a lock in each of its directories for as long as it lives, and a directory has its name only
 //! once it is locked; so one that can be locked is nobody's.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -34,7 +34,10 @@ impl Scratch {
             tempfile::Builder::new().prefix(&format!(".new-{prefix}")).permissions(private).tempdir_in(base)?;
         // Without file descriptors only an empty directory can still be removed.
         let lock = File::create_new(making.path().join(LOCK)).inspect_err(|_| drop(fs::remove_dir(making.path())))?;
-        lock.try_lock()?;
+        // A file system without locks has no other process's either: then only a kill leaves something behind.
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let path = base.join(format!("{prefix}{}", ulid::Ulid::new()));
         fs::rename(making.path(), &path)?;
         let _ = making.keep();

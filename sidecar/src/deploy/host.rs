@@ -63,6 +63,15 @@ impl Ownership {
     }
 }
 
+/// Also when the deployment ends early.
+impl Drop for Ownership {
+    fn drop(&mut self) {
+        if let Err(error) = self.keep() {
+            tracing::warn!(%error, "what the deployment wrote was not given to the directory's owner");
+        }
+    }
+}
+
 impl Host {
     /// Finds the server of the configuration, or starts one on the data directory. `announce` hears of its port first.
     ///

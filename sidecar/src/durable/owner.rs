@@ -33,8 +33,8 @@ impl Owner {
         Ok(Self::from(&fs::metadata(path).on("inspect", path)?))
     }
 
-    /// The owner that a directory made at `path` is to have: that of the nearest directory above which exists. A mode that
-    /// lets others write there does not let them write here.
+    /// The owner that a directory made at `path` is to have: that of the nearest directory above which exists, for a process
+    /// that may give files away. A mode that lets others write there does not let them write here.
     ///
     /// # Errors
     /// When it cannot be inspected.
@@ -47,7 +47,13 @@ impl Owner {
                 }
                 found => {
                     let found = Self::from(&found.on("inspect", &above)?);
-                    return Ok(Self { mode: found.mode & 0o755 | 0o700, ..found });
+                    let mode = found.mode & 0o755 | 0o700;
+                    // Without privileges it can only be our own.
+                    let (own, group) = (rustix::process::geteuid(), rustix::process::getegid());
+                    return Ok(match own.is_root() {
+                        true => Self { mode, ..found },
+                        false => Self { uid: own.as_raw(), gid: group.as_raw(), mode },
+                    });
                 }
             }
         }

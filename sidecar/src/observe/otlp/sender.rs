@@ -142,7 +142,7 @@ impl Sender {
     /// Counts what was rejected. Where nothing at all was taken, an unclear refusal is an outage of the collector.
     fn settle<B: Batch>(&self, mut tally: Tally) -> Result<Sent, SendError> {
         if let Some(answer) = tally.doubtful.first().filter(|_| tally.taken == 0) {
-            return Err(SendError::Busy { endpoint: self.settings.endpoint.clone(), answer: answer.clone() });
+            return Err(SendError::Busy { endpoint: without_user(&self.settings.endpoint), answer: answer.clone() });
         }
         tally.rejected.extend(tally.doubtful.drain(..).map(|answer| ("refused", 1, answer)));
         let rejected = tally.rejected.iter().map(|(_, n, _)| n).sum();
@@ -157,7 +157,7 @@ impl Sender {
     /// Makes one request. The outer error is ours.
     async fn attempt<B: Batch>(&self, batch: Arc<B>) -> Result<Result<Taken, Verdict>, SendError> {
         if let Err(reason) = self.gate.enter(self.settings.timeout) {
-            return Err(SendError::Unreachable { endpoint: self.settings.endpoint.clone(), reason });
+            return Err(SendError::Unreachable { endpoint: without_user(&self.settings.endpoint), reason });
         }
         let (settings, transport) = (self.settings.clone(), self.transport.clone());
         let sending = self.runtime.spawn(async move {
@@ -180,7 +180,7 @@ impl Sender {
     }
 
     fn error(&self, verdict: Verdict) -> SendError {
-        let endpoint = self.settings.endpoint.clone();
+        let endpoint = without_user(&self.settings.endpoint);
         match verdict {
             Verdict::Unreachable { reason, .. } => SendError::Unreachable { endpoint, reason },
             Verdict::NotAccepted(answer) => SendError::NotAccepted { endpoint, answer: self.redacted(&answer) },
@@ -196,6 +196,18 @@ impl Sender {
         let values = self.settings.headers.iter().filter_map(|(_, value)| value.to_str().ok());
         let secrets = values.flat_map(|value| [value, value.rsplit(' ').next().unwrap_or(value)]);
         secrets.filter(|secret| secret.len() > 3).fold(text.to_owned(), |text, secret| text.replace(secret, "***"))
+    }
+}
+
+/// An address as it may be told.
+fn without_user(endpoint: &str) -> String {
+    match endpoint.parse::<url::Url>() {
+        Ok(mut url) if url.username() != "" || url.password().is_some() => {
+            // Refused only where there is no host, and so no user.
+            let _ = (url.set_username(""), url.set_password(None));
+            url.into()
+        }
+        _ => endpoint.to_owned(),
     }
 }
 
@@ -269,7 +281,7 @@ fn gzipped(body: &[u8]) -> std::io::Result<Vec<u8>> {
 
 fn channel(settings: &Settings) -> Result<Channel, OtlpError> {
     let refuse = |error: &dyn std::error::Error| {
-        OtlpError::Client(format!("{}: {}", settings.endpoint, crate::outbound::root_cause(error)))
+        OtlpError::Client(format!("{}: {}", without_user(&settings.endpoint), crate::outbound::root_cause(error)))
     };
     let read = |path: &std::path::Path| {
         std::fs::read(path).map_err(|error| OtlpError::Certificate(format!("read {}: {error}", path.display())))
@@ -438,6 +450,7 @@ mod tests {
         let (collector, sender) = Collector::start(closed).await;
         let error = sender.send(batch(600, |n| n.to_string())).await.expect_err("no right").to_string();
         assert!(error.contains("otlp_headers") && collector.requests() == 1, "{error}");
+        assert_eq!(without_user("https://name:word@host:4318/v1/logs"), "https://host:4318/v1/logs");
         assert_eq!(sender.redacted("Bearer secret-token, secret-token"), "***, ***");
     }
 

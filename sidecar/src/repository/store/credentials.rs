@@ -29,7 +29,16 @@ pub(super) struct KeyFiles {
     id: Secret,
     secret: Secret,
     token: Option<Secret>,
-    read: Mutex<(Vec<Stamp>, Arc<AwsCredential>)>,
+    read: Mutex<Read>,
+}
+
+/// What was read last.
+#[derive(Debug)]
+struct Read {
+    stamps: Vec<Stamp>,
+    keys: Arc<AwsCredential>,
+    /// The files could not be read since, which is said once and tried at each use.
+    is_stale: bool,
 }
 
 impl KeyFiles {
@@ -47,7 +56,8 @@ impl KeyFiles {
             token: token.as_ref().map(|token| token.reveal().to_owned()),
         };
         // No stamps yet: the first use reads what lies there by then.
-        Some(Self { id, secret, token, read: Mutex::new((Vec::new(), Arc::new(first))) })
+        let read = Read { stamps: Vec::new(), keys: Arc::new(first), is_stale: false };
+        Some(Self { id, secret, token, read: Mutex::new(read) })
     }
 
     fn stamps(&self) -> Vec<Stamp> {
@@ -72,17 +82,17 @@ impl CredentialProvider for KeyFiles {
         let mut read = self.read.lock();
         // Before the files are read: what changes in between is seen the next time.
         let stamps = self.stamps();
-        if stamps != read.0 {
+        if stamps != read.stamps {
             match self.read() {
-                Ok(keys) => *read = (stamps, Arc::new(keys)),
-                Err(error) => {
-                    // Said once: it is read again when it changes again.
-                    read.0 = stamps;
+                Ok(keys) => *read = Read { stamps, keys: Arc::new(keys), is_stale: false },
+                Err(error) if !read.is_stale => {
+                    read.is_stale = true;
                     tracing::warn!(%error, "failed to read the store's keys again; those that were read last stay in use");
                 }
+                Err(_) => {}
             }
         }
-        Ok(Arc::clone(&read.1))
+        Ok(Arc::clone(&read.keys))
     }
 }
 
@@ -119,6 +129,10 @@ mod tests {
         assert_eq!(current(&keys).await, ("AKIA".into(), "new".into()), "in the middle of a replacement");
         std::fs::write(&path, "newest").expect("a secret");
         assert_eq!(current(&keys).await, ("AKIA".into(), "newest".into()));
+        // Whatever kept a changed file from being read, it is read once that is over, though it does not change again.
+        std::fs::write(&path, [0xff]).expect("no text");
+        assert_eq!(current(&keys).await, ("AKIA".into(), "newest".into()));
+        assert!(keys.read.lock().is_stale && keys.read.lock().stamps != keys.stamps());
     }
 
     #[test]
