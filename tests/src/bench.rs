@@ -2,6 +2,7 @@
 //! figures as tables.
 
 pub mod compare;
+pub mod flushes;
 pub mod growth;
 pub mod log;
 pub mod micro;

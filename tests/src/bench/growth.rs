@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+use crate::bench::flushes::with_flushes;
 use crate::bench::place::{Place, files};
 use crate::bench::report::machine;
 use crate::client::Client;
@@ -50,7 +51,7 @@ pub fn all() -> String {
     for count in DATABASES {
         text += &runtime.block_on(databases(count));
     }
-    text + &with_objects()
+    text + &with_objects() + &with_flushes()
 }
 
 /// How a plan grows with the objects of a repository.

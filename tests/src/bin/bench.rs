@@ -1,16 +1,19 @@
 //! The benchmark: ours and what users would pick instead, in turn, in one run. Machines are noisy, so only ratios count.
 //! `bench [GiB] [ROUNDS]` compares on the data of a real server, `bench log [GiB] [ROUNDS]` on a log alone, `bench s3 [GiB]
-//! [ROUNDS]` over S3; `bench growth` shows how ours grows (`growth objects` prints its last table alone); `bench micro DIR` tells
+//! [ROUNDS]` over S3; `bench growth` shows how ours grows (`growth objects` and `growth flushes` print one table alone); `bench micro DIR` tells
 //! what criterion has measured.
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a benchmark measures and prints")]
 
 use harness::bench::place::Place;
-use harness::bench::{compare, growth, micro, report};
+use harness::bench::{compare, flushes, growth, micro, report};
 
 fn main() {
     match std::env::args().nth(1).as_deref() {
         Some("growth") if std::env::args().nth(2).as_deref() == Some("objects") => {
             println!("{}", growth::with_objects())
+        }
+        Some("growth") if std::env::args().nth(2).as_deref() == Some("flushes") => {
+            println!("{}", flushes::with_flushes())
         }
         Some("growth") => report::write("benchmarks-growth.md", &growth::all()),
         Some("micro") => {
