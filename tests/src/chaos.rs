@@ -68,6 +68,8 @@ const EXPECTED: &[&str] = &[
     "in something that is no commit",
 ];
 
+const DAY: u64 = 24 * 60 * 60;
+
 struct Scene {
     scratch: tempfile::TempDir,
     copies: tempfile::TempDir,
@@ -221,7 +223,7 @@ impl Scene {
     async fn trouble(&mut self, random: &mut Random, port: u16) {
         let pause = |random: &mut Random, most: u64| Duration::from_millis(100 + random.below(most));
         let wait = pause(random, 2000);
-        let kind = match random.below(12) {
+        let kind = match random.below(19) {
             0 => {
                 if let Some(daemon) = self.daemon.take() {
                     daemon.kill();
@@ -250,10 +252,7 @@ impl Scene {
             }
             4..=6 => {
                 let faults = [s3::Fault::Down, s3::Fault::Hang, s3::Fault::Slow, s3::Fault::Flaky, s3::Fault::Full];
-                self.proxy.set(faults[random.below(5) as usize]);
-                tokio::time::sleep(wait).await;
-                self.proxy.set(s3::Fault::None);
-                "store out"
+                self.in_store(&faults, "store out", random, wait).await
             }
             7 => self.in_files(shim::Fault::Full, 300, wait).await,
             8 => self.in_files(shim::Fault::Sync, 500, wait).await,
@@ -264,6 +263,31 @@ impl Scene {
                     shim.set(shim::Fault::Clock, self.ahead);
                 }
                 "clock jumped"
+            }
+            11 => self.in_store(&[s3::Fault::Late, s3::Fault::Twice], "late writes", random, wait).await,
+            12 => self.in_store(&[s3::Fault::Truncated], "truncated listings", random, wait).await,
+            13 => self.in_store(&[s3::Fault::Stale], "listings of before", random, wait).await,
+            14 => self.in_store(&[s3::Fault::Gone], "repository gone", random, wait).await,
+            15 => {
+                // A machine that was started again.
+                if let Some(daemon) = self.daemon.take() {
+                    daemon.kill();
+                }
+                self.server.take().expect("a server").kill();
+                self.start_server(port).await;
+                self.start_daemon();
+                "machine restarted"
+            }
+            16 => {
+                self.ahead = random.below(6 * DAY) as i32 - 3 * DAY as i32;
+                if let Some(shim) = &self.shim {
+                    shim.set(shim::Fault::Clock, self.ahead);
+                }
+                "clock jumped by days"
+            }
+            17 => {
+                self.by_another_user();
+                "commands of another user"
             }
             _ => {
                 // It may fail, in the middle of other trouble; it may not panic, and not lie.
@@ -281,6 +305,35 @@ impl Scene {
             // Whoever runs it starts it again, as systemd and compose do.
             *self.outcome.troubles.entry("sidecar ended").or_default() += 1;
             self.start_daemon();
+        }
+    }
+
+    async fn in_store(
+        &self,
+        faults: &[s3::Fault],
+        name: &'static str,
+        random: &mut Random,
+        wait: Duration,
+    ) -> &'static str {
+        self.proxy.set(faults[random.below(faults.len() as u64) as usize]);
+        tokio::time::sleep(wait).await;
+        self.proxy.set(s3::Fault::None);
+        name
+    }
+
+    /// Whoever may not read the data directory can change nothing, and is told so.
+    fn by_another_user(&self) {
+        for words in [["backup", "create"], ["status", "--ready"]] {
+            let own = self.sidecar.command();
+            let mut command = std::process::Command::new("setpriv");
+            command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(own.get_program());
+            command.envs(own.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            command.args(own.get_args()).args(words).args(["--data-dir", path(&self.data())]);
+            let output = command.output().expect("setpriv");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            // Not where that user cannot even start the program.
+            let refused = output.status.code().is_some_and(|code| (1..10).contains(&code) || code == 126);
+            assert!(refused && !stderr.contains("panicked"), "{words:?}: {:?} {stderr}", output.status);
         }
     }
 

@@ -141,7 +141,23 @@ pub enum Fault {
     Flaky = 4,
     /// Every write ends in 507.
     Full = 5,
+    /// One write in three gets no answer, and takes effect seconds later.
+    Late = 6,
+    /// One write in three takes effect at once, and again seconds later.
+    Twice = 7,
+    /// Answers to listings end in the middle.
+    Truncated = 8,
+    /// Listings are answered as they were when they were first asked for while this lasts.
+    Stale = 9,
+    /// Every object, and the bucket, is said not to be there.
+    Gone = 10,
 }
+
+/// What a write waits that takes effect late.
+const LATE: Duration = Duration::from_secs(4);
+
+/// Answers to listings, by the heads of their requests.
+type Listings = Arc<Mutex<BTreeMap<String, Vec<u8>>>>;
 
 /// Paths that were written through a proxy, with the times at which the server had said so.
 type Written = Arc<Mutex<Vec<(String, SystemTime)>>>;
@@ -186,6 +202,7 @@ pub struct Proxy {
     requests: Arc<AtomicU64>,
     kinds: Kinds,
     written: Written,
+    listings: Listings,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -198,7 +215,8 @@ impl Proxy {
         let canned: Arc<Mutex<Option<Canned>>> = Arc::default();
         let (mode, count, say) = (Arc::clone(&fault), Arc::clone(&requests), Arc::clone(&canned));
         let (written, kinds) = (Written::default(), Kinds::default());
-        let notes = (Arc::clone(&written), Arc::clone(&kinds));
+        let listings = Listings::default();
+        let notes = (Arc::clone(&written), Arc::clone(&kinds), Arc::clone(&listings));
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let n = count.fetch_add(1, Ordering::Relaxed);
@@ -210,10 +228,11 @@ impl Proxy {
                 });
             }
         });
-        Self { endpoint, fault, canned, requests, kinds, written, task }
+        Self { endpoint, fault, canned, requests, kinds, written, listings, task }
     }
 
     pub fn set(&self, fault: Fault) {
+        self.listings.lock().expect("the listings").clear();
         self.fault.store(fault as u8, Ordering::Relaxed);
     }
 
@@ -261,7 +280,7 @@ async fn pass(
     mode: &AtomicU8,
     n: u64,
     canned: Option<Canned>,
-    (written, kinds): &(Written, Kinds),
+    (written, kinds, listings): &(Written, Kinds, Listings),
 ) -> std::io::Result<()> {
     let is = |fault: Fault| mode.load(Ordering::Relaxed) == fault as u8;
     if is(Fault::Down) {
@@ -321,15 +340,34 @@ async fn pass(
         let answer = format!("{answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return client.write_all(answer.as_bytes()).await;
     }
-    let mut server = TcpStream::connect(target).await?;
-    // Each connection carries one request: the server is asked to close it.
-    let lines = text.lines().filter(|line| !line.to_ascii_lowercase().starts_with("connection:"));
-    let mut request: String = lines.flat_map(|line| [line, "\r\n"]).collect();
-    request += "Connection: close\r\n\r\n";
-    server.write_all(request.as_bytes()).await?;
-    server.write_all(&body).await?;
-    let mut answer = Vec::new();
-    server.read_to_end(&mut answer).await?;
+    if is(Fault::Gone) {
+        let code = if is_listing(&text) { "NoSuchBucket" } else { "NoSuchKey" };
+        return client.write_all(Canned::error("404 Not Found", code, |_| true).answer.as_bytes()).await;
+    }
+    let is_third = text.starts_with("PUT ") && n.is_multiple_of(3);
+    if is_third && (is(Fault::Late) || is(Fault::Twice)) {
+        let (target, text, body) = (target.to_owned(), text.clone(), body.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(LATE).await;
+            let _ = forward(&target, &text, &body).await;
+        });
+        if is(Fault::Late) {
+            return Ok(());
+        }
+    }
+    let first = text.lines().next().unwrap_or_default().to_owned();
+    let stale = is(Fault::Stale) && is_listing(&text);
+    let before = listings.lock().expect("the listings").get(&first).filter(|_| stale).cloned();
+    let mut answer = match before {
+        Some(before) => before,
+        None => forward(target, &text, &body).await?,
+    };
+    if stale {
+        listings.lock().expect("the listings").insert(first, answer.clone());
+    }
+    if is(Fault::Truncated) && is_listing(&text) {
+        answer.truncate(answer.len() * 2 / 3);
+    }
     if let Some(path) = text.strip_prefix("PUT ").and_then(|rest| rest.split_whitespace().next())
         && answer.starts_with(b"HTTP/1.1 200")
     {
@@ -340,4 +378,18 @@ async fn pass(
     }
     client.write_all(&answer).await?;
     client.shutdown().await
+}
+
+/// What the server answers to a request.
+async fn forward(target: &str, head: &str, body: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut server = TcpStream::connect(target).await?;
+    // Each connection carries one request: the server is asked to close it.
+    let lines = head.lines().filter(|line| !line.to_ascii_lowercase().starts_with("connection:"));
+    let mut request: String = lines.flat_map(|line| [line, "\r\n"]).collect();
+    request += "Connection: close\r\n\r\n";
+    server.write_all(request.as_bytes()).await?;
+    server.write_all(body).await?;
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer).await?;
+    Ok(answer)
 }
