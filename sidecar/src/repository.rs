@@ -216,8 +216,9 @@ impl Repository {
             // A mistyped prefix must not fill a place that belongs to something else.
             let listed = store.within(Operation::List, &key, 0, store.objects().list_with_delimiter(None)).await?;
             let mut found = listed.objects.iter().map(|object| &object.location).chain(&listed.common_prefixes);
-            // A fresh file system has a directory of its own.
-            if let Some(found) = found.find(|key| **key != paths::repository() && key.as_ref() != "lost+found") {
+            // A fresh file system has a directory of its own, and a look at the store may have left something.
+            let is_ours = |key: &Key| *key == paths::repository() || ["lost+found", "probe"].contains(&key.as_ref());
+            if let Some(found) = found.find(|key| !is_ours(key)) {
                 return Err(RepositoryError::NotEmpty { url: url.into(), found: found.to_string() });
             }
             let info = RepositoryInfo {

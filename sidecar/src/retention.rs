@@ -286,6 +286,11 @@ pub async fn apply(
             Err(error) => return Err(error),
         }
     }
+    if report.refused.iter().any(|object| order(object) == RESTORE_POINTS) {
+        // They are there, and no longer on their way out: whoever pins one next is not told so.
+        let settled = Retention { id: RestorePointId::after(Some(id), now), deleting: Vec::new(), ..document };
+        repository.put_document(&paths::retention(settled.id), &settled).await?;
+    }
     // The one before stays beside the newest: without either, nobody knows what is missing on purpose.
     for key in older.into_iter().rev().skip(1) {
         match repository.delete(&key).await {

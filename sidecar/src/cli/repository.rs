@@ -38,6 +38,8 @@ struct Initialised {
     recipients: Vec<String>,
     conditional_create: bool,
     conditional_update: bool,
+    /// True if of writers at the same moment one wins.
+    conditional_race: bool,
 }
 
 pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<ExitStatus, Failure> {
@@ -68,6 +70,13 @@ pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<Ex
         remembered.remember(url, &repository.info)?;
     }
     let conditional = repository.conditional();
+    let conditional_race = repository.race().await?.is_decided();
+    if conditional.create && conditional.update && !conditional_race {
+        context.output.warn(
+            "the store honours conditional writes one at a time, and lets several of a race win: run only one sidecar, or use \
+             a store that honours If-None-Match and If-Match",
+        );
+    }
     let report = Initialised {
         url: url.to_owned(),
         id: repository.info.id,
@@ -75,6 +84,7 @@ pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<Ex
         recipients: repository.info.recipients.clone(),
         conditional_create: conditional.create,
         conditional_update: conditional.update,
+        conditional_race,
     };
     context.output.result(&report, |report| {
         let what = if report.created { "made" } else { "found" };

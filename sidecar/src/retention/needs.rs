@@ -41,6 +41,34 @@ pub async fn find(
     kept: &[RestorePoint],
     window_start: Option<Timestamp>,
 ) -> Result<Needs, RepositoryError> {
+    let newest = kept.last().cloned();
+    find_with(repository, listing, kept, Some(&Tails { newest, window_start })).await
+}
+
+/// As [`find`], for one restore point alone: nothing else need be whole.
+///
+/// # Errors
+/// When the store fails.
+pub async fn find_of_one(
+    repository: &Repository,
+    listing: &Listing,
+    point: &RestorePoint,
+) -> Result<Needs, RepositoryError> {
+    find_with(repository, listing, std::slice::from_ref(point), None).await
+}
+
+/// What is needed beside restore points: the ends of current timelines, and what is of the window.
+struct Tails {
+    newest: Option<RestorePoint>,
+    window_start: Option<Timestamp>,
+}
+
+async fn find_with(
+    repository: &Repository,
+    listing: &Listing,
+    kept: &[RestorePoint],
+    tails: Option<&Tails>,
+) -> Result<Needs, RepositoryError> {
     let mut needs = Needs::default();
     for point in kept {
         needs.objects.insert(paths::restore_point(point.id));
@@ -50,9 +78,12 @@ pub async fn find(
         }
         needs.objects.insert(instance);
     }
-    let newest = kept.last();
     let mut seen = HashSet::new();
     for database in repository.databases().await? {
+        let is_of_point = |point: &RestorePoint| point.databases.iter().any(|found| found.identity == database);
+        if tails.is_none() && !kept.iter().any(is_of_point) {
+            continue;
+        }
         let timelines = repository.timelines(&database).await?;
         seen.extend(timelines.iter().map(|timeline| (database, timeline.timeline)));
         let points: Vec<Promised<'_>> = kept
@@ -60,11 +91,9 @@ pub async fn find(
             .flat_map(|point| point.databases.iter().map(move |found| Promised { id: point.id, point: found }))
             .filter(|promised| promised.point.identity == database)
             .collect();
-        let in_newest = newest.is_some_and(|point| point.databases.iter().any(|found| found.identity == database));
-        let newest_at = newest.map_or(Timestamp::MIN, |point| point.created_at);
         let mut look =
             Look { repository, listing, database, timelines: &timelines, needs: &mut needs, ranges: Ranges::new() };
-        look.database(&points, in_newest, newest_at, window_start).await?;
+        look.database(&points, tails).await?;
     }
     // What is looked at is what is there; what is promised may be gone with its whole folder.
     for point in kept {
@@ -107,9 +136,7 @@ impl Look<'_> {
     async fn database(
         &mut self,
         points: &[Promised<'_>],
-        in_newest: bool,
-        newest_at: Timestamp,
-        window_start: Option<Timestamp>,
+        tails: Option<&Tails>,
     ) -> Result<(), RepositoryError> {
         let current = self.timelines.last().map(|timeline| timeline.timeline);
         let mut lines = Vec::new();
@@ -120,11 +147,12 @@ impl Look<'_> {
                     self.unreachable(promised);
                 }
             }
-            // A database that no restore point knows yet, or none knows any more, is current while it is written to.
-            let is_current = Some(line.timeline) == current
-                && (in_newest || timeline.created_at >= newest_at || self.is_recent(&line, Some(newest_at)).await?);
-            if is_current || self.is_recent(&line, window_start).await? {
-                self.tail(&line, points, window_start).await?;
+            if let Some(tails) = tails {
+                let is_newest = Some(line.timeline) == current;
+                let is_current = is_newest && self.is_current(&line, timeline, tails.newest.as_ref()).await?;
+                if is_current || self.is_recent(&line, tails.window_start).await? {
+                    self.tail(&line, points, tails.window_start).await?;
+                }
             }
             lines.push(line);
         }
@@ -139,6 +167,18 @@ impl Look<'_> {
         }
         self.collect();
         Ok(())
+    }
+
+    /// A database that no restore point knows yet, or none knows any more, is current while it is written to.
+    async fn is_current(
+        &self,
+        line: &Line,
+        timeline: &Timeline,
+        newest: Option<&RestorePoint>,
+    ) -> Result<bool, RepositoryError> {
+        let Some(newest) = newest else { return Ok(true) };
+        let is_held = newest.databases.iter().any(|found| found.identity == self.database);
+        Ok(is_held || timeline.created_at >= newest.created_at || self.is_recent(line, Some(newest.created_at)).await?)
     }
 
     fn unreachable(&mut self, promised: &Promised<'_>) {

@@ -23,7 +23,7 @@ pub async fn pin(repository: &Repository, id: RestorePointId, at: Timestamp) -> 
     }
     let point = repository.restore_point(id).await?;
     let listing: Listing = repository.list(&Key::default()).await?.into_iter().collect();
-    let needs = needs::find(repository, &listing, &[point], None).await?;
+    let needs = needs::find_of_one(repository, &listing, &point).await?;
     match needs.problems.is_empty() {
         true => Ok(()),
         false => Err(RetentionError::PinnedBroken { id, problems: needs.problems }),
