@@ -80,14 +80,14 @@ mod tests {
     use crate::repository::lease::Lease;
     use crate::repository::store::Store;
 
-    async fn leased(duration: Duration) -> Arc<State> {
+    async fn leased(duration: Duration) -> (Arc<State>, Lease) {
         let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
         let repository = Repository::open_or_create_in(store, "memory://", Keyring::default(), &SystemClock).await;
         let lease = Lease::acquire(&repository.expect("a repository"), duration, Arc::new(SystemClock), false).await;
         let lease = lease.expect("a lease");
         let state = Arc::new(State::new(Arc::new(SystemClock), Path::new("/"), Period::seconds(60)));
         state.leased(lease.token(), lease.fence());
-        state
+        (state, lease)
     }
 
     fn kinds(found: &[Finding]) -> Vec<ConditionKind> {
@@ -96,9 +96,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_lease_past_its_time_is_unready() {
-        let status = leased(Duration::from_secs(3600)).await.status();
+        let (state, _lease) = leased(Duration::from_secs(3600)).await;
+        let status = state.status();
         assert_eq!(readiness(&status), Readiness { ready: true, reasons: Vec::new() });
-        let state = leased(Duration::ZERO).await;
+        let (state, _lease) = leased(Duration::ZERO).await;
         let found = readiness(&state.status());
         assert!(!found.ready && found.reasons[0].contains("expired before it was renewed"), "{found:?}");
         state.stopped();
@@ -107,7 +108,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_task_raises_is_a_reason() {
-        let state = leased(Duration::from_secs(3600)).await;
+        let (state, _lease) = leased(Duration::from_secs(3600)).await;
         state.raise(ConditionKind::InstanceNotCaptured, Subject::Sidecar, "no restore point holds the change");
         let found = readiness(&state.status());
         assert!(!found.ready && found.reasons[0].starts_with("no restore point holds the change; "), "{found:?}");
@@ -117,7 +118,8 @@ mod tests {
 
     #[tokio::test]
     async fn each_part_of_a_status_counts() {
-        let mut status = leased(Duration::from_secs(3600)).await.status();
+        let (state, _lease) = leased(Duration::from_secs(3600)).await;
+        let mut status = state.status();
         let alert = Period::seconds(60);
         status.databases = vec![FollowedStatus {
             identity: Identity([0; 32]),

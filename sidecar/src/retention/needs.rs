@@ -133,11 +133,7 @@ struct Line {
 }
 
 impl Look<'_> {
-    async fn database(
-        &mut self,
-        points: &[Promised<'_>],
-        tails: Option<&Tails>,
-    ) -> Result<(), RepositoryError> {
+    async fn database(&mut self, points: &[Promised<'_>], tails: Option<&Tails>) -> Result<(), RepositoryError> {
         let current = self.timelines.last().map(|timeline| timeline.timeline);
         let mut lines = Vec::new();
         for timeline in self.timelines {

@@ -167,18 +167,23 @@ async fn as_s3(request: &Request, careless: bool, objects: &Objects) -> Answer {
     let done = (200, "binary/octet-stream", String::new());
     match request.method.as_str() {
         "PUT" => {
-            let holds = match (request.header("if-none-match"), request.header("if-match")) {
+            let holds = |held: Option<&Bytes>| match (request.header("if-none-match"), request.header("if-match")) {
                 (Some(_), _) => held.is_none(),
-                (_, Some(wanted)) => held.as_ref().map(tag).as_deref() == Some(wanted),
+                (_, Some(wanted)) => held.map(tag).as_deref() == Some(wanted),
                 _ => true,
             };
-            if !holds {
+            if !holds(held.as_ref()) {
                 return error(412, "PreconditionFailed");
             }
             if careless {
                 crate::clock::Clock::sleep(&crate::clock::SystemClock, std::time::Duration::from_millis(50)).await;
             }
-            objects.lock().insert(request.path.clone(), request.body.clone());
+            let mut objects = objects.lock();
+            // One that takes care looks and writes at once.
+            if !careless && !holds(objects.get(&request.path)) {
+                return error(412, "PreconditionFailed");
+            }
+            objects.insert(request.path.clone(), request.body.clone());
             done
         }
         "GET" | "HEAD" => match held {
