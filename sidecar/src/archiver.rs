@@ -123,6 +123,11 @@ impl Followed {
         metrics::ARCHIVED_BYTES.add(stored_bytes as u64, &[self.label()]);
     }
 
+    /// Nothing more is archived, because of this.
+    pub(crate) fn failed(&self, error: &str) {
+        self.inner.lock().error = Some(error.to_owned());
+    }
+
     /// The database's name, on every metric about it.
     pub fn label(&self) -> KeyValue {
         KeyValue::new("database", self.name.clone())

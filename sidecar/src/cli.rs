@@ -387,6 +387,16 @@ impl Context<'_> {
         Ok(Repository::open(self.url()?, &self.config().repository, keys).await?)
     }
 
+    /// The repository, to read, if it is the one that is remembered.
+    async fn expected_repository(&self) -> Result<Repository, Failure> {
+        let (url, config) = (self.url()?, &self.config().repository);
+        let opened = Repository::open(url, config, Keyring::new(&[], &config.identity_files)?).await;
+        Ok(match self.remembered() {
+            Some(remembered) => remembered.check(url, opened)?,
+            None => opened?,
+        })
+    }
+
     /// What is remembered of repositories for the data directory that the configuration names, if it names one.
     fn remembered(&self) -> Option<Remembered> {
         let data_dir = self.config().spacetimedb_config.db_path.as_ref()?;

@@ -154,11 +154,13 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
         observe_module(&options, &state, &streams, &clock, &stop).map(|(part, task)| watch(part, Ends::WhenDone, task));
     let publishing = publish(Arc::clone(&state), Arc::clone(&clock), stop_serving.clone());
     let publishing = watch("the gauges", Ends::WhenStopped, Box::pin(publishing));
-    let desk = Arc::new(Desk::new(Arc::clone(&state), Arc::clone(&clock), supervising.switch()));
-    let answering = Box::pin(control::run(Arc::clone(&desk), state_dir.clone()));
-    let answering = watch(control::PART, Ends::WhenStopped, answering);
     // Nobody else's: what another daemon, which is alive, tells here of itself is left alone while this one waits.
     let claim = Arc::new(Mutex::new(state_dir.claim()));
+    let desk =
+        Desk::new(Arc::clone(&state), Arc::clone(&clock), supervising.switch(), Arc::clone(&claim), stop.clone());
+    let desk = Arc::new(desk);
+    let answering = Box::pin(control::run(Arc::clone(&desk), state_dir.clone()));
+    let answering = watch(control::PART, Ends::WhenStopped, answering);
     let writing = StatusFile { dir: state_dir.clone(), state: Arc::clone(&state), claim: Arc::clone(&claim) };
     let writing = writing.keep(Arc::clone(&clock), stop_serving.clone());
     let writing = watch("the status file", Ends::WhenStopped, Box::pin(writing));
@@ -343,7 +345,7 @@ impl Run<'_> {
         // Followers stop after the server, so that its last writes are archived too; and with this, however it ends.
         let stop_followers = CancellationToken::new();
         let _stop_followers = stop_followers.clone().drop_guard();
-        let renewing = pin!(renew(&lease, self.clock.as_ref()));
+        let renewing = pin!(renew(&lease, &self.state, self.clock.as_ref()));
         let result = self.work(&daemon, &lease, &positions, &stop_followers, renewing).await;
         daemon.followers.abort();
         let is_lost = matches!(result, Err(DaemonError::Repository(RepositoryError::Locked { .. })));
@@ -468,18 +470,24 @@ async fn publish(state: Arc<State>, clock: Arc<dyn Clock>, stop: CancellationTok
 }
 
 /// Prolongs the lease until another has taken it, which is what this returns.
-async fn renew(lease: &Lease, clock: &dyn Clock) -> DaemonError {
+async fn renew(lease: &Lease, state: &State, clock: &dyn Clock) -> DaemonError {
     loop {
         clock.sleep(lease.renewal_interval()).await;
         let count = |outcome| metrics::LEASE_RENEWALS.add(1, &[KeyValue::new("outcome", outcome)]);
         match lease.renew().await {
-            Ok(()) => count("ok"),
+            Ok(()) => {
+                count("ok");
+                state.clear(ConditionKind::RepositoryMissing, &Subject::Sidecar);
+            }
             Err(error @ (RepositoryError::Locked { .. } | RepositoryError::LeaseLost { expired: false })) => {
                 count("lost");
                 return error.into();
             }
             Err(error) => {
                 count("failed");
+                if error.is_other_repository() {
+                    state.raise(ConditionKind::RepositoryMissing, Subject::Sidecar, error.to_string());
+                }
                 tracing::warn!(%error, "the lease was not renewed and is tried again");
             }
         }
@@ -570,14 +578,9 @@ impl Daemon {
         let looked = self.look(positions, stop_followers).await;
         stop_followers.cancel();
         self.followers.join().await;
-        let status = self.state.status();
-        let failed = status.databases.into_iter().find_map(|database| {
+        let failed = self.state.status().databases.into_iter().find_map(|database| {
             database.error.map(|error| format!("database {} is not archived to its end: {error}", database.name))
         });
-        let mut conditions = status.conditions.into_iter();
-        let ended = conditions.find(|found| found.kind == ConditionKind::TaskEnded && found.database.is_some());
-        failed
-            .or_else(|| ended.map(|found| found.message))
-            .or_else(|| looked.err().filter(|_| self.followers.is_empty()).map(|error| error.to_string()))
+        failed.or_else(|| looked.err().filter(|_| self.followers.is_empty()).map(|error| error.to_string()))
     }
 }

@@ -92,7 +92,9 @@ pub enum RepositoryError {
     NotEmpty { url: String, found: String },
     #[error(transparent)]
     Crypto(#[from] CryptoError),
-    #[error("which repositories were archived to cannot be told: {0}; mend that, so that none is made by mistake")]
+    #[error(
+        "which repositories were archived to cannot be told: {0}; mend that, or say with `inner-universe repository init --replace` that the address is right"
+    )]
     Forgotten(FileError),
 }
 
@@ -479,7 +481,7 @@ impl Marker {
             return Ok(());
         }
         let bytes = std::fs::read(&self.path).map_err(gone)?;
-        let found = document::read::<RepositoryInfo>(&bytes).map_err(|error| RepositoryError::damaged(&key, error))?.id;
+        let found = document::read::<RepositoryInfo>(&bytes).map_err(|error| store::failed(&key, error))?.id;
         if found != self.id {
             return Err(RepositoryError::Replaced { url: self.url.clone(), expected: self.id, found });
         }

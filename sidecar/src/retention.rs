@@ -22,7 +22,6 @@ use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::manifest::{self, Marked, RemovedLog, Retention};
 use crate::repository::ranges::{merged, without};
 use crate::repository::{Repository, RepositoryError, paths};
-use crate::retention::clock_check::StoreClock;
 use crate::retention::needs::{Listing, Needs};
 use crate::retention::policy::{Candidate, Policy, Reason, choose};
 
@@ -231,8 +230,8 @@ pub async fn apply(
     }
     let now = clock.now();
     if !plan.trusts_clock && !plan.unneeded.is_empty() {
-        let store = StoreClock::look(repository, now).await?;
-        if let Some(doubt) = store.doubt(plan.clock_doubt.clone()) {
+        let doubt = plan.clock_doubt.clone();
+        if let Some(doubt) = doubt.or(clock_check::doubt_of_store(repository, now).await?) {
             return Err(RetentionError::ClockInDoubt(doubt));
         }
     }
@@ -257,7 +256,10 @@ pub async fn apply(
     let is_due = |id: &RestorePointId| plan.due.iter().any(|due| due.object == paths::restore_point(*id).as_ref());
     if let Some(pinned) = pins.into_iter().find(is_due) {
         // Nothing is gone, so the document before says what is.
-        repository.delete(&paths::retention(id)).await?;
+        match repository.delete(&paths::retention(id)).await {
+            Err(RepositoryError::Denied { .. }) => settle(repository, &document, now).await?,
+            deleted => deleted?,
+        }
         return Err(RetentionError::Pinned(pinned));
     }
     let mut due = plan.due.clone();
@@ -287,9 +289,7 @@ pub async fn apply(
         }
     }
     if report.refused.iter().any(|object| order(object) == RESTORE_POINTS) {
-        // They are there, and no longer on their way out: whoever pins one next is not told so.
-        let settled = Retention { id: RestorePointId::after(Some(id), now), deleting: Vec::new(), ..document };
-        repository.put_document(&paths::retention(settled.id), &settled).await?;
+        settle(repository, &document, now).await?;
     }
     // The one before stays beside the newest: without either, nobody knows what is missing on purpose.
     for key in older.into_iter().rev().skip(1) {
@@ -308,6 +308,13 @@ pub async fn apply(
         }
     }
     Ok(report)
+}
+
+/// Says that nothing is being deleted any more: whoever pins a restore point that is still there need not worry.
+async fn settle(repository: &Repository, document: &Retention, now: Timestamp) -> Result<(), RepositoryError> {
+    let id = RestorePointId::after(Some(document.id), now);
+    let settled = Retention { id, deleting: Vec::new(), ..document.clone() };
+    repository.put_document(&paths::retention(id), &settled).await.map(drop)
 }
 
 /// What is needed and no longer there. Compaction deletes its inputs meanwhile: a log object is missing only if no others hold its

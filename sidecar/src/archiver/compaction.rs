@@ -5,14 +5,17 @@
 //! back whole and found to hold the same commits; a crash at any moment leaves inputs, output, or both, and both read the same.
 //! It holds no state: what is left to do shows in the names.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::backup::{BackupError, OBJECT_SIZE, Work, blocking};
-use crate::ids::{Identity, TimelineId};
+use crate::clock::Stopwatch;
+use crate::ids::{Identity, RestorePointId, TimelineId};
 use crate::repository::chain::LogEntry;
 use crate::repository::large::LargePut;
 use crate::repository::log_object::{LogHeader, Merge};
@@ -35,6 +38,10 @@ const LEVEL: i32 = 3;
 /// Memory for objects that are put together in it, of all databases, in KiB: a body and its copy.
 const MEMORY_KIB: u32 = 2 * (LEVEL_1_BYTES >> 10) as u32;
 static MEMORY: Semaphore = Semaphore::const_new(MEMORY_KIB as usize);
+
+/// Since when a repository refuses to delete. What is asked again is proven first, which reads whole objects.
+static REFUSED: Mutex<BTreeMap<RestorePointId, Stopwatch>> = Mutex::new(BTreeMap::new());
+const REFUSED_PAUSE: Duration = Duration::from_secs(6 * 60 * 60);
 
 /// What a pass did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -264,6 +271,10 @@ impl Compaction<'_> {
         damage: &mut Option<BackupError>,
     ) -> Result<(), BackupError> {
         let repository = &self.work.repository;
+        let waits = |since: &Stopwatch| since.elapsed_seconds() < REFUSED_PAUSE.as_secs_f64();
+        if REFUSED.lock().get(&repository.info.id).is_some_and(waits) {
+            return Ok(());
+        }
         let (chain, entries) = repository.own_chain(&self.database, self.timeline).await?;
         // Those that a larger one holds count too: the grace of their inputs began when they were written.
         let outputs = entries.iter().filter(|entry| entry.level > 0 && !is_odd(&chain, entry));
@@ -308,7 +319,9 @@ impl Compaction<'_> {
                     Ok(()) => done.deleted += 1,
                     // A bucket that lets nobody delete keeps them, which costs room and loses nothing.
                     Err(error @ RepositoryError::Denied { .. }) => {
-                        tracing::debug!(%error, "a merged object stays");
+                        tracing::warn!(%error, "merged objects stay, and nobody asks to delete them for some hours");
+                        REFUSED.lock().insert(repository.info.id, Stopwatch::start());
+                        return Ok(());
                     }
                     Err(error) => return Err(error.into()),
                 }

@@ -537,7 +537,9 @@ async fn find_fork(
             continue;
         }
         let shared = shared_links(dir, &header).await?.unwrap_or(0).min(counts);
-        if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last)) {
+        if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last))
+            && best.is_none_or(|(_, before): (_, ChainTip)| before.next < tip.next)
+        {
             best = Some((entry.timeline, tip));
         }
         if shared == counts {

@@ -13,6 +13,7 @@ use crate::cli::server::ListenArgs;
 use crate::cli::signals::{ALL, cancel_when_told};
 use crate::cli::{Context, while_held};
 use crate::config::Config;
+use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup, own_token};
@@ -213,6 +214,13 @@ async fn open(context: &Context<'_>, config: &Config) -> Result<Repository, Fail
     Ok(Repository::open(url, &config.repository, context.keyring(&[])?).await?)
 }
 
+/// Does a daemon archive the data directory, and so hold the lease?
+async fn archives(setup: &Setup) -> bool {
+    let answer = control::ask(&setup.state_dir.socket(), &Request::Archiving).await;
+    // One of another release does not know the question.
+    !matches!(answer, Ok(None | Some(Answer::NotArchiving(_))))
+}
+
 /// Works with whoever keeps the repository: the daemon if one runs, else a lease of our own. Told to stop, it ends the
 /// server that it has started, and the next run goes on.
 async fn with_keeper<T>(
@@ -226,7 +234,7 @@ async fn with_keeper<T>(
     let Some(url) = setup.config.repository.url.clone() else {
         return Ok(until_told(setup, work(setup), &stop).await??);
     };
-    if setup.data_dir.is_some() && tokio::net::UnixStream::connect(setup.state_dir.socket()).await.is_ok() {
+    if setup.data_dir.is_some() && archives(setup).await {
         setup.keeper = Keeper::Daemon { url };
         return Ok(until_told(setup, work(setup), &stop).await??);
     }

@@ -38,8 +38,8 @@ struct Initialised {
     recipients: Vec<String>,
     conditional_create: bool,
     conditional_update: bool,
-    /// True if of writers at the same moment one wins.
-    conditional_race: bool,
+    /// True if of writers at the same moment one wins; null where that is not known.
+    conditional_race: Option<bool>,
 }
 
 pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<ExitStatus, Failure> {
@@ -67,11 +67,21 @@ pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<Ex
     };
     context.warn_of_store(&repository);
     if let Some(remembered) = &remembered {
+        if args.replace {
+            remembered.set_aside_unreadable()?;
+        }
         remembered.remember(url, &repository.info)?;
     }
     let conditional = repository.conditional();
-    let conditional_race = repository.race().await?.is_decided();
-    if conditional.create && conditional.update && !conditional_race {
+    // What it cannot tell keeps nobody from using the store.
+    let conditional_race = match repository.race().await {
+        Ok(race) => Some(race.is_decided()),
+        Err(error) => {
+            context.output.warn(&format!("whether several writers of a race win is not known: {error}"));
+            None
+        }
+    };
+    if conditional.create && conditional.update && conditional_race == Some(false) {
         context.output.warn(
             "the store honours conditional writes one at a time, and lets several of a race win: run only one sidecar, or use \
              a store that honours If-None-Match and If-Match",

@@ -197,7 +197,7 @@ fn store_checks(repository: &RepositoryConfig) -> Vec<(&'static str, String)> {
         };
         if archives {
             let message = format!(
-                "`{class}` is an archive tier: objects there are not read before somebody restores them; take a class that                  is read at once, such as STANDARD_IA or GLACIER_IR"
+                "`{class}` is an archive tier: objects there are not read before somebody restores them; take a class that is read at once, such as STANDARD_IA or GLACIER_IR"
             );
             problems.push(("repository.storage_class", message));
         }

@@ -14,19 +14,20 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
 
 use crate::backup::{BackupError, BackupReport};
 use crate::clock::{Clock, patience};
 use crate::daemon::Daemon;
 use crate::daemon::conditions::{ConditionKind, Subject};
-use crate::daemon::state::{State, StateDir};
+use crate::daemon::state::{Claim, State, StateDir};
 #[cfg(feature = "client")]
 use crate::deploy::record::DeploymentRecord;
 use crate::durable::{FileError, OnPath};
 #[cfg(feature = "client")]
 use crate::export::{ExportOptions, ExportReport};
 use crate::retention::PruneReport;
-use crate::standalone::supervisor::Switch;
+use crate::standalone::supervisor::{Switch, Switched};
 
 /// No request is longer.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -47,6 +48,8 @@ pub enum Request {
         #[serde(default)]
         trust_clock: bool,
     },
+    /// Does the daemon archive now?
+    Archiving,
     /// The server that the daemon watches is to run, or to be stopped until it is to run again.
     Server { run: bool },
     /// A record of a deployment, for the repository at `url`.
@@ -89,13 +92,22 @@ pub(super) struct Desk {
     clock: Arc<dyn Clock>,
     /// Stops and starts the server that is watched, where one is.
     server: Option<Switch>,
+    /// Of the state directory, and so of the socket.
+    claim: Arc<Mutex<Option<Claim>>>,
+    stop: CancellationToken,
     /// `None` while nothing is archived.
     daemon: Mutex<Option<Arc<Daemon>>>,
 }
 
 impl Desk {
-    pub fn new(state: Arc<State>, clock: Arc<dyn Clock>, server: Option<Switch>) -> Self {
-        Self { state, clock, server, daemon: Mutex::default() }
+    pub fn new(
+        state: Arc<State>,
+        clock: Arc<dyn Clock>,
+        server: Option<Switch>,
+        claim: Arc<Mutex<Option<Claim>>>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self { state, clock, server, claim, stop, daemon: Mutex::default() }
     }
 
     /// The daemon archives from now on; `None` while archiving is interrupted.
@@ -105,17 +117,27 @@ impl Desk {
 
     async fn switch(&self, run: bool) -> Answer {
         let Some(switch) = &self.server else { return Answer::Elsewhere };
+        let stopping = || Answer::Failed("the daemon is stopping, and its server with it".into());
+        if run && self.stop.is_cancelled() {
+            return stopping();
+        }
         tokio::select! {
             switched = switch.set(run) => match switched {
-                true => Answer::Done,
-                // It was started elsewhere.
-                false => Answer::Elsewhere,
+                Switched::Done => Answer::Done,
+                Switched::Elsewhere => Answer::Elsewhere,
+                Switched::Overruled => Answer::Failed("another command asked for the opposite meanwhile".into()),
             },
+            () = self.stop.cancelled(), if run => stopping(),
             // Told to stop, it ends within its own time or is killed.
             () = self.clock.sleep(START_LIMIT), if run => Answer::Failed(format!(
                 "the server was not started within {START_LIMIT:?}, and is tried again; see the daemon's log"
             )),
         }
+    }
+
+    /// Why nothing is archived.
+    fn reason(&self) -> String {
+        self.state.status().last_error.unwrap_or_else(|| "it waits for its lease".into())
     }
 
     fn serving(&self) -> Option<Arc<Daemon>> {
@@ -124,8 +146,8 @@ impl Desk {
 
     /// Is there no other daemon on this data directory, whose socket it would be?
     fn is_alone(&self) -> bool {
-        // One server has one sidecar that watches it, and one lease one holder.
-        self.server.is_some() || self.daemon.lock().is_some()
+        let watches = self.server.is_some() && self.claim.lock().is_some();
+        watches || self.daemon.lock().is_some()
     }
 }
 
@@ -189,7 +211,7 @@ async fn attend(desk: &Desk, mut stream: UnixStream) -> std::io::Result<()> {
     let answer = match (serde_json::from_slice(&bytes), desk.serving()) {
         (Ok(Request::Server { run }), _) => desk.switch(run).await,
         (Ok(request), Some(daemon)) => answer(&daemon, request).await,
-        (Ok(_), None) => Answer::NotArchiving(desk.state.status().last_error.unwrap_or_default()),
+        (Ok(_), None) => Answer::NotArchiving(desk.reason()),
         (Err(error), _) => {
             Answer::Failed(format!("the daemon does not understand: {error}; are both of the same release?"))
         }
@@ -223,6 +245,7 @@ async fn answer(daemon: &Daemon, request: Request) -> Answer {
             Ok(report) => Answer::Pruned(report),
             Err(error) => Answer::Failed(error.to_string()),
         },
+        Request::Archiving => Answer::Done,
         // Answered whether or not anything is archived.
         Request::Server { .. } => Answer::Elsewhere,
         #[cfg(feature = "client")]

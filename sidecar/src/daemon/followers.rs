@@ -1,6 +1,7 @@
 //! One follower for each database of the data directory: its archiver, its snapshots, its compaction. Databases come and go.
 
 use std::collections::{BTreeMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -266,7 +267,8 @@ impl Daemon {
             Archiver::new(Arc::clone(&work), Arc::clone(&followed), replica.log_path(), settings, stop.clone());
         let archiver = archiver.keeping(promised);
         let part = Part { work, followed, state: Arc::clone(&self.state), stop: stop.clone() };
-        self.run_part(&part, "the archiver", Ends::WhenStopped, archiver.run());
+        let archiving = archive_to_the_end(archiver, Arc::clone(&part.followed));
+        self.run_part(&part, "the archiver", Ends::WhenStopped, archiving);
         let state = Arc::clone(&self.state);
         let positions = write_positions(positions.clone(), state, Arc::clone(&part.followed), written);
         self.run_part(&part, "the record of positions", Ends::WhenStopped, positions);
@@ -327,6 +329,14 @@ impl Daemon {
             Err(BackupError::Empty(_)) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Runs an archiver. One that panics leaves its log unarchived, which is the log's error.
+async fn archive_to_the_end(archiver: Archiver, followed: Arc<Followed>) {
+    if let Err(panic) = AssertUnwindSafe(archiver.run()).catch_unwind().await {
+        followed.failed("its archiver ended with an error of its own");
+        std::panic::resume_unwind(panic);
     }
 }
 

@@ -206,6 +206,8 @@ impl Schedule {
         };
         let clock = Arc::clone(&self.daemon.clock);
         clock.sleep(draw_jitter(self.jitter)).await;
+        let before = self.progress.lock().outcome.last_run;
+        let begun = Begun { schedule: &self, before, is_done: false };
         self.keep(|progress| {
             progress.is_running = true;
             progress.outcome.repository = Some(self.daemon.repository.info.id);
@@ -215,6 +217,7 @@ impl Schedule {
         if let Err(message) = &result {
             tracing::error!(schedule = self.task.name(), error = %message, "a scheduled run failed");
         }
+        begun.done();
         self.count(if result.is_ok() { "ok" } else { "failed" });
         self.keep(|progress| {
             progress.is_running = false;
@@ -312,6 +315,34 @@ impl Schedule {
             last_success: outcome.last_success,
         });
         progress
+    }
+}
+
+/// A run that is under way. One that is cut off, as archiving is interrupted or ends, is made up for.
+struct Begun<'a> {
+    schedule: &'a Schedule,
+    /// When the run before began.
+    before: Option<Timestamp>,
+    is_done: bool,
+}
+
+impl Begun<'_> {
+    fn done(mut self) {
+        self.is_done = true;
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        if self.is_done {
+            return;
+        }
+        tracing::warn!(schedule = self.schedule.task.name(), "a scheduled run was cut off and will be made up for");
+        self.schedule.count("cut_off");
+        self.schedule.keep(|progress| {
+            progress.is_running = false;
+            progress.outcome.last_run = self.before;
+        });
     }
 }
 

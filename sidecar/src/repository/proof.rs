@@ -188,7 +188,7 @@ impl Search<'_> {
         async move {
             let Some(objects) = self.objects.get(&timeline) else { return Ok(None) };
             for other in objects.iter().filter(|other| other.first <= offset && offset <= other.last) {
-                if !self.tried.insert((other.key(), offset)) {
+                if self.tried.contains(&(other.key(), offset)) {
                     continue;
                 }
                 let header = match self.repository.log_header(&other.key()).await {
@@ -196,7 +196,8 @@ impl Search<'_> {
                     Err(error) if error.is_damage() => continue,
                     Err(error) => return Err(error),
                 };
-                if !header.place_after(offset).is(&place) {
+                // What leads elsewhere may be wanted for another place.
+                if !header.place_after(offset).is(&place) || !self.tried.insert((other.key(), offset)) {
                     continue;
                 }
                 if let Some(mut found) = self.before(other, &header).await? {

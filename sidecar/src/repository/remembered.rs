@@ -57,6 +57,17 @@ impl Remembered {
         }
     }
 
+    /// Moves a file that cannot be read out of the way, for whoever says which repository is meant.
+    ///
+    /// # Errors
+    /// When it cannot be moved.
+    pub fn set_aside_unreadable(&self) -> Result<(), FileError> {
+        let Err(error) = self.all() else { return Ok(()) };
+        let aside = self.0.with_extension("json.unreadable");
+        tracing::warn!(%error, to = %aside.display(), "which repositories are known cannot be read, and is moved aside");
+        std::fs::rename(&self.0, &aside).on("move aside", &self.0)
+    }
+
     /// Remembers the repository at `url`, in place of any other there.
     ///
     /// # Errors
@@ -203,5 +214,8 @@ mod tests {
         let refused = remembered.open_or_create(&url, &config, Keyring::default(), &SystemClock).await.err().unwrap();
         assert!(refused.to_string().contains("repositories.json"), "{refused}");
         assert!(remembered.remember(&url, &made.info).is_err() && !dir.path().join("repository").exists());
+        remembered.set_aside_unreadable().unwrap();
+        remembered.remember(&url, &made.info).unwrap();
+        assert!(dir.path().join("repositories.json.unreadable").exists());
     }
 }

@@ -25,6 +25,8 @@ use object_store::{
     UpdateVersion,
 };
 use opentelemetry::KeyValue;
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::field::Empty;
 use tracing::{Instrument as _, Span};
 
@@ -42,12 +44,17 @@ use crate::repository::{RepositoryError, paths};
 /// The slowest store that still counts as answering.
 const SLOWEST_BYTES_PER_SECOND: u64 = 32 << 10;
 
+/// Threads that look at a repository's disk at once.
+const DISK_THREADS: usize = 2;
+
 /// A connected store with its deadlines.
 #[derive(Clone)]
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
     /// Where a `file://` store lies: its lease cannot be replaced conditionally through [`ObjectStore`].
     local: Option<Arc<Directory>>,
+    /// A disk that hangs takes no more threads than this allows.
+    disk: Arc<Semaphore>,
     timeout: Duration,
     /// Of bulk objects.
     storage_class: Option<String>,
@@ -144,6 +151,7 @@ impl Store {
         Self {
             objects,
             local: None,
+            disk: Arc::new(Semaphore::new(DISK_THREADS)),
             timeout: Duration::from_secs(30),
             storage_class: None,
             requests: Arc::default(),
@@ -196,7 +204,18 @@ impl Store {
         key: &Key,
         work: impl FnOnce() -> Result<T, RepositoryError> + Send + 'static,
     ) -> Result<T, RepositoryError> {
-        match tokio::time::timeout(self.timeout, tokio::task::spawn_blocking(work)).await {
+        let disk = Arc::clone(&self.disk);
+        let working = async {
+            // Never closed.
+            let turn = disk.acquire_owned().await.ok();
+            let work = move || {
+                let _turn = turn;
+                work()
+            };
+            // What has not begun in time never does.
+            AbortOnDropHandle::new(tokio::task::spawn_blocking(work)).await
+        };
+        match tokio::time::timeout(self.timeout, working).await {
             Ok(done) => done.unwrap_or_else(|error| Err(failed(key, error))),
             Err(_) => Err(RepositoryError::Timeout { key: key.to_string(), after: self.timeout }),
         }

@@ -517,6 +517,12 @@ pub(super) async fn at_time(
         }
     }
     for entry in chain.entries.iter().skip(within) {
+        // A clock that was set back across a fork.
+        let max = repository.log_header(&entry.key()).await?.max_time_until(entry.last);
+        if max.is_some_and(|max| max <= micros) {
+            found = Some((entry.last, max));
+            continue;
+        }
         let later = |link: &Link| link.max_time.is_some_and(|max| max > micros) || link.last > entry.last;
         found = walk(repository, entry, found, later, |_, max| max.is_some_and(|max| max > micros)).await?;
         // The latest time of a link counts for all of it: where the chain leaves a link inside, that time may lie behind.

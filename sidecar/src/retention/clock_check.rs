@@ -51,41 +51,13 @@ pub(super) fn doubt(
     None
 }
 
-/// What the store's own clock says of this machine's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum StoreClock {
-    /// They tell the same time, so no pause is a reason to doubt it.
-    Agrees,
-    /// They do not; how.
-    Contradicts(String),
-    /// It has none of its own.
-    Silent,
-}
-
-impl StoreClock {
-    /// By the time that the store gave the lease, which its holder renews every few seconds.
-    pub(super) async fn look(repository: &Repository, now: Timestamp) -> Result<Self, RepositoryError> {
-        let Some(stored) = repository.modified_at(&paths::lease()).await? else { return Ok(Self::Silent) };
-        Ok(match now.duration_since(stored).abs() > SKEW_MAX {
-            true => Self::Contradicts(format!(
-                "this machine's clock says {} where the store's says {}",
-                rounded(now),
-                rounded(stored)
-            )),
-            // Files on this machine are dated by the clock that is in doubt.
-            false if repository.is_local() => Self::Silent,
-            false => Self::Agrees,
-        })
-    }
-
-    /// What remains of a `doubt`, and what the store adds to it.
-    pub(super) fn doubt(self, doubt: Option<String>) -> Option<String> {
-        match self {
-            Self::Agrees => None,
-            Self::Contradicts(how) => doubt.or(Some(how)),
-            Self::Silent => doubt,
-        }
-    }
+/// As [`doubt`], by the time that the store gave the lease, which its holder renews every few seconds. That it agrees clears no
+/// doubt: the store may run on the same machine, by the same clock.
+pub(super) async fn doubt_of_store(repository: &Repository, now: Timestamp) -> Result<Option<String>, RepositoryError> {
+    let Some(stored) = repository.modified_at(&paths::lease()).await? else { return Ok(None) };
+    let apart = now.duration_since(stored).abs();
+    Ok((apart > SKEW_MAX)
+        .then(|| format!("this machine's clock says {} where the store's says {}", rounded(now), rounded(stored))))
 }
 
 fn rounded(at: Timestamp) -> Timestamp {
@@ -132,17 +104,6 @@ mod tests {
         assert!(!is_doubted(&paused, Some(109), 30, 110));
         assert!(is_doubted(&paused, Some(30), 30, 129));
         assert!(!is_doubted(&paused, Some(30), 30, 130));
-    }
-
-    #[test]
-    fn a_store_with_a_clock_of_its_own_decides() {
-        let doubt = || Some("a pause".to_owned());
-        assert_eq!(StoreClock::Agrees.doubt(doubt()), None);
-        assert_eq!(StoreClock::Silent.doubt(doubt()), doubt());
-        assert_eq!(StoreClock::Silent.doubt(None), None);
-        let contradicts = || StoreClock::Contradicts("apart".to_owned());
-        assert_eq!(contradicts().doubt(None), Some("apart".to_owned()));
-        assert!(contradicts().doubt(doubt()).is_some());
     }
 
     #[test]

@@ -386,7 +386,7 @@ impl Look<'_> {
             let middle = within + (later - within) / 2;
             let Some(entry) = entries.get(middle) else { break };
             let is_later = match self.repository.log_header(&entry.key()).await {
-                Ok(header) => header.tip_until(entry.last).max_time.is_some_and(|max| max > start.as_microsecond()),
+                Ok(header) => header.max_time_until(entry.last).is_some_and(|max| max > start.as_microsecond()),
                 // What cannot be read is kept, and all after it.
                 Err(error) if error.is_damage() => true,
                 Err(error) => return Err(error),

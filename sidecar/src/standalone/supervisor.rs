@@ -187,10 +187,9 @@ impl Server {
                     clock.sleep(LOOK_INTERVAL).await;
                 }
             }
-            Self::Elsewhere { pid } => {
-                // A look at the lock could get in the way of a server that starts.
-                let process = pid.and_then(ProcessId::of);
-                while process.as_ref().is_some_and(ProcessId::is_alive) || !watched.is_unlocked() {
+            // Its process may be of another container, where this number is another process's.
+            Self::Elsewhere { .. } => {
+                while !watched.is_unlocked() {
                     clock.sleep(LOOK_INTERVAL).await;
                 }
             }
@@ -235,17 +234,29 @@ enum Running {
     Elsewhere,
 }
 
+/// What came of a [`Switch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Switched {
+    Done,
+    /// The server was started elsewhere, and is not ours to stop.
+    Elsewhere,
+    /// Somebody asked for the opposite meanwhile.
+    Overruled,
+}
+
 impl Switch {
-    /// Returns once the server has ended, or was started; `false` for one that was started elsewhere.
-    pub async fn set(&self, run: bool) -> bool {
+    /// Returns once the server has ended, or was started.
+    pub async fn set(&self, run: bool) -> Switched {
         if *self.running.borrow() == Running::Elsewhere {
-            return false;
+            return Switched::Elsewhere;
         }
+        let (mut running, mut wanted) = (self.running.clone(), self.wanted.subscribe());
         let _ = self.wanted.send(run);
-        let mut running = self.running.clone();
-        // An error means that nobody watches any more, and then nothing runs.
-        let _ = running.wait_for(|running| (*running != Running::No) == run).await;
-        true
+        tokio::select! {
+            // An error means that nobody watches any more, and then nothing runs.
+            _ = running.wait_for(|running| (*running != Running::No) == run) => Switched::Done,
+            Ok(_) = wanted.wait_for(|wanted| *wanted != run) => Switched::Overruled,
+        }
     }
 }
 
@@ -405,7 +416,10 @@ impl Watch {
             let ran = Stopwatch::start();
             self.tell(Some(&server), last_exit.clone());
             let status = match self.watch(&mut server, &mut signals).await? {
-                Ended::WithUs => return Ok(()),
+                Ended::WithUs => {
+                    let _ = self.runs.send_replace(Running::No);
+                    return Ok(());
+                }
                 Ended::ForAWhile => {
                     tracing::info!("the server was stopped as asked, until it is asked for again");
                     self.tell(None, None);
