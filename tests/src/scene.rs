@@ -30,6 +30,7 @@ impl Scene {
         let sidecar = Sidecar::at(&scratch.path().join("repository"));
         let mut scene = Self { scratch, server, owner, sidecar, identity };
         scene.sidecar = scene.sidecar.clone().configured(scene.settings(name, &[]));
+        scene.sidecar.has_repository(&scene.server.data_dir);
         scene
     }
 

@@ -41,6 +41,7 @@ impl Stage {
         let (data, port) = (scratch.path().join("data"), free_port());
         let mut stage = Self { sidecar: Sidecar::at(&scratch.path().join("repository")), scratch, data, port };
         stage.configure(more);
+        stage.sidecar.has_repository(&stage.data);
         stage
     }
 

@@ -39,6 +39,9 @@ pub enum Signal {
     Logs,
 }
 
+/// Why records are rejected, as metrics tell it.
+pub const REASONS: [&str; 3] = ["refused", "too_large", "partial_success"];
+
 impl Signal {
     pub const ALL: [Self; 3] = [Self::Traces, Self::Metrics, Self::Logs];
 

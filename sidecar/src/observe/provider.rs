@@ -67,6 +67,13 @@ impl Telemetry {
         let provider = builder.build();
         global::set_meter_provider(provider.clone());
         metrics::observe_gauges();
+        // From zero on, so that the first rejection counts as an increase.
+        for signal in otlp::Signal::ALL {
+            for reason in otlp::REASONS {
+                let labels = [KeyValue::new("signal", signal.name()), KeyValue::new("reason", reason)];
+                metrics::REJECTED.add(0, &labels);
+            }
+        }
         Ok(Self { registry, provider })
     }
 

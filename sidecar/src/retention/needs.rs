@@ -7,7 +7,7 @@ use object_store::path::Path as Key;
 
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::chain::{LogChain, LogEntry};
-use crate::repository::log_object::LogHeader;
+use crate::repository::log_object::{LogHeader, check_name};
 use crate::repository::manifest::{DatabasePoint, RestorePoint, SnapshotManifest, Timeline};
 use crate::repository::proof::Proof;
 use crate::repository::timeline::{ChainChoice, ancestry};
@@ -238,7 +238,8 @@ impl Look<'_> {
 
     fn wrong_with(&self, header: &LogHeader, entry: &LogEntry, before: Option<&(LogEntry, LogHeader)>) -> Vec<String> {
         let mut problems = Vec::new();
-        if header.object_len() != entry.size || header.database != self.database {
+        let is_named = check_name(&entry.key(), header).is_ok();
+        if !is_named || header.object_len() != entry.size || header.database != self.database {
             problems.push(format!("{} is not what its header says", entry.key()));
         }
         if before.is_some_and(|(before, other)| header.contradicts(entry, other, before)) {

@@ -200,6 +200,7 @@ async fn an_encrypted_export_in_s3_is_replayed_with_its_key_alone() {
     let mut settings = scene.settings("iu", &[("REPOSITORY__RECIPIENTS", &recipient)]);
     settings.extend(s3.settings());
     let sealed = Sidecar::with(&format!("s3://{BUCKET}/exports")).configured(settings);
+    sealed.has_repository(&scene.server.data_dir);
     let report = sealed.run(["export", "all"]).ok();
     assert!(report["tables"].as_array().expect("tables").iter().any(|table| table["table"] == "event_log"));
     assert_eq!(sealed.run(["export", "event-log"]).ok()["tables"][0]["rows"], 0, "manifests are read without the key");

@@ -42,6 +42,14 @@ impl Deployment {
         serde_json::from_str(&out).unwrap_or_else(|error| panic!("{command}: {error}: {out}"))
     }
 
+    /// Ids and labels.
+    fn restore_points(&self) -> Vec<(String, String)> {
+        let list = self.sidecar("backup list");
+        let text = |point: &Value, field: &str| point[field].as_str().unwrap_or_default().to_owned();
+        let points = list["restore_points"].as_array().expect("restore points").iter();
+        points.map(|point| (text(point, "id"), text(point, "label"))).collect()
+    }
+
     fn volume(&self, name: &str) -> PathBuf {
         self.host.dir.join(".volumes").join(name)
     }
@@ -315,6 +323,7 @@ fn without_its_key_an_archive_cannot_be_read_and_a_new_one_begins() {
     let Some(deployment) = Deployment::new() else { return };
     deployment.create(&["a"]);
     deployment.archived();
+    let before = deployment.restore_points();
     // Somebody has put another key in its place.
     let other = "docker run --rm --user \"$(id -u):$(id -g)\" --volume \"$PWD/secrets:/secrets\" inner-universe:0.1.0 \
                  key generate --output /secrets/other && mv -f secrets/other secrets/age_identity && chmod 444 secrets/age_identity";
@@ -322,7 +331,9 @@ fn without_its_key_an_archive_cannot_be_read_and_a_new_one_begins() {
     let drill = deployment.host.shell("docker compose run --rm drill");
     assert!(!drill.status.success(), "{drill:?}");
     deployment.follow("lost-encryption-key", &[]);
-    assert!(deployment.sidecar("backup list")["restore_points"].as_array().is_some_and(|points| points.len() == 1));
+    let points = deployment.restore_points();
+    assert!(points.iter().any(|(_, label)| label == "under-a-new-key"), "{points:?}");
+    assert!(points.iter().all(|point| !before.contains(point)), "it begins anew: {points:?}");
 }
 
 #[test]
