@@ -62,6 +62,7 @@ async fn every_event_is_exported_once_in_both_formats_while_more_arrive_and_the_
     // All of it in one go, elsewhere.
     let mut elsewhere = scene.sidecar.clone();
     elsewhere.repository = format!("file://{}", path(&scene.scratch.path().join("elsewhere")));
+    elsewhere.has_repository(&scene.server.data_dir);
     let peak = peak_memory(&elsewhere, &["export", "event-log"]);
     println!("{} MiB were resident at most", peak >> 20);
     assert!(peak <= 96 << 20, "{peak} bytes were resident");
@@ -456,13 +457,19 @@ async fn imported_events_that_no_export_held_are_never_trimmed() {
         let settings = [&[("EXPORT__TRIM_AFTER", "0s")], more].concat();
         scene.sidecar_with("iu", &settings)
     };
+    // What stays is told in the report and in the log.
+    let kept = |sidecar: &Sidecar, arguments: &[&str]| {
+        let run = sidecar.run([&["export", "event-log"], arguments].concat());
+        assert!(run.code == 0 && run.stderr.contains("trim_stopped"), "{} {}", run.code, run.stderr);
+        run.json
+    };
     // Nothing goes that is in no configured format, or that the collector lacks.
     let parquet = trimming(&[("EXPORT__FORMATS", "parquet")]);
-    let report = parquet.run(["export", "event-log", "--format", "ndjson"]).ok();
+    let report = kept(&parquet, &["--format", "ndjson"]);
     assert_eq!(report["trimmed_through"], Value::Null, "{report}");
     assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("parquet")), "{report}");
     let streamed = trimming(&[("TELEMETRY__OTLP_ENDPOINT", "http://127.0.0.1:9")]);
-    let report = streamed.run(["export", "event-log"]).ok();
+    let report = kept(&streamed, &[]);
     assert_eq!(report["trimmed_through"], Value::Null, "{report}");
     assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("collector")), "{report}");
     let report = trimming(&[]).run(["export", "event-log"]).ok();
@@ -476,7 +483,7 @@ async fn imported_events_that_no_export_held_are_never_trimmed() {
     scene.call("import_events", json!([imported])).await;
     scene.call("create_entity", json!(["late", "star", "{}"])).await;
     let before = scene.owner.rows("iu", &["event_log"]).await;
-    let report = trimming(&[]).run(["export", "event-log"]).ok();
+    let report = kept(&trimming(&[]), &[]);
     assert_eq!((&report["tables"][0]["rows"], &report["trimmed_through"]), (&json!(1), &Value::Null), "{report}");
     assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("event 1000 ")), "{report}");
     assert_eq!(scene.owner.rows("iu", &["event_log"]).await, before);
