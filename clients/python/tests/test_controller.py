@@ -76,6 +76,8 @@ def controller_of(tmp_path: Path, config: dict[str, dict[str, object]]) -> Inner
 @pytest_asyncio.fixture
 async def controller(tmp_path: Path) -> AsyncIterator[InnerUniverseController]:
     controller = controller_of(tmp_path, seed(tmp_path))
+    report = await controller.init_repository()
+    assert report["created"] and not (await controller.init_repository())["created"]
     yield controller
     await controller.stop()
 
@@ -187,6 +189,7 @@ async def test_a_subscription_outlives_its_server_and_tells_what_changed(control
 async def test_caching_is_what_the_configuration_says(tmp_path: Path) -> None:
     controller = controller_of(tmp_path, seed(tmp_path, enable_caching=False))
     try:
+        await controller.init_repository()
         await controller.deploy()
         client = await started(controller)
         await client.call("create_entity", "a", "thing", "{}")

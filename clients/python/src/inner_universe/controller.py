@@ -71,6 +71,11 @@ class InnerUniverseController:
             self.config = {}
             self._file = Path(config)
 
+    async def init_repository(self, *, replace: bool = False) -> Report:
+        """Makes the repository that the configuration names, once: nothing else but a first backup does. One that is there is
+        used; with `replace` also in the place of another that this data directory was archived to."""
+        return await self.run("repository", "init", *_flags(replace=replace))
+
     async def deploy(self) -> Report:
         """Deploys the module: builds it if the configuration says so, publishes it, sets it up and verifies it."""
         return {"status": "deployed", **await self.run("deploy")}
