@@ -10,6 +10,7 @@ use inner_universe::datadir::log::{Batch, LogReader, segment_name};
 use inner_universe::datadir::snapshot::ObjectKind;
 use inner_universe::ids::{ContentHash, Identity, Offset, TimelineId};
 use inner_universe::repository::crypto::Keyring;
+use inner_universe::repository::hashing::Hashing;
 use inner_universe::repository::log_object::{self, ChainTip, LogContent};
 use inner_universe::repository::pack::{EntryKind, PackBuilder};
 
@@ -76,11 +77,11 @@ fn paths(c: &mut Criterion) {
 
     let mut chain = group(c, "chain hash", bytes.len());
     let origin = ChainTip::origin(&DATABASE, Offset(0));
-    chain.bench_function("ours", |b| b.iter(|| log_object::link(&origin.chain, black_box(&bytes))));
+    chain.bench_function("ours", |b| b.iter(|| log_object::link(&origin.chain, black_box(&bytes), Hashing::Plain)));
     chain.bench_function("bound: blake3", |b| b.iter(|| blake3::hash(black_box(&bytes))));
     chain.finish();
 
-    let after = origin.extend(&batch, &bytes);
+    let after = origin.extend(&batch, &bytes, Hashing::Plain);
     let content = LogContent {
         database: DATABASE,
         timeline: TimelineId::FIRST,

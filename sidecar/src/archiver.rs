@@ -32,7 +32,7 @@ use crate::buffers::Buffer;
 use crate::clock::patience;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
-use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::ids::{Identity, Offset, TimelineId};
 use crate::observe::composed::{int, time_of};
 use crate::observe::metrics;
 use crate::observe::own::{Earlier, traced, work_span};
@@ -365,7 +365,7 @@ impl Archiver {
 
     /// Opens the log after `tip`; `None` when its last commit is not the archive's.
     async fn open(&self, tip: ChainTip) -> Result<Option<LogReader>, BackupError> {
-        let dir = self.dir.clone();
+        let (dir, hashing) = (self.dir.clone(), self.work.repository.hashing()?);
         let open = move || {
             let last = Offset(tip.next.0.saturating_sub(1));
             let reaches_back = segments(&dir)?.first().is_some_and(|segment| segment.first <= last);
@@ -375,7 +375,7 @@ impl Archiver {
             let mut reader = LogReader::open(&dir, last)?;
             let mut commit = Vec::new();
             let batch = reader.next_batch(1, &mut commit)?;
-            let same = batch.is_some_and(|batch| batch.last == last) && ContentHash::of(&commit) == expected;
+            let same = batch.is_some_and(|batch| batch.last == last) && hashing.name_of(&commit) == expected;
             Ok(same.then_some(reader))
         };
         Ok(blocking(open).await??)

@@ -486,7 +486,7 @@ async fn seal_restore_point(
         server_version: data.metadata()?.map(|metadata| metadata.version),
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         instance,
-        instance_state: capture.state,
+        instance_state: work.repository.hashing()?.name(capture.state),
         has_keys: capture.has_keys,
         databases,
         promises,
@@ -501,7 +501,7 @@ async fn seal_restore_point(
 async fn upload_instance(work: &Work, capture: &Capture) -> Result<crate::ids::ContentHash, BackupError> {
     if let Some(id) = work.repository.restore_point_ids().await?.last()
         && let Ok(newest) = work.repository.restore_point(*id).await
-        && newest.instance_state == capture.state
+        && newest.instance_state == work.repository.hashing()?.name(capture.state)
         && newest.has_keys == capture.has_keys
         && work.repository.exists(&paths::instance(newest.instance)).await?
     {

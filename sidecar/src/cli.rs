@@ -387,14 +387,11 @@ impl Context<'_> {
         Ok(Repository::open(self.url()?, &self.config().repository, keys).await?)
     }
 
-    /// The repository, to read, if it is the one that is remembered.
-    async fn expected_repository(&self) -> Result<Repository, Failure> {
+    /// The repository, to read, if it is the one that is remembered for a data directory.
+    async fn repository_of(&self, data: &DataDir) -> Result<Repository, Failure> {
         let (url, config) = (self.url()?, &self.config().repository);
         let opened = Repository::open(url, config, Keyring::new(&[], &config.identity_files)?).await;
-        Ok(match self.remembered() {
-            Some(remembered) => remembered.check(url, opened)?,
-            None => opened?,
-        })
+        Ok(Remembered::in_dir(&StateDir::locate(self.config(), data.root())).check(url, opened)?)
     }
 
     /// What is remembered of repositories for the data directory that the configuration names, if it names one.

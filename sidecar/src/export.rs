@@ -404,7 +404,8 @@ impl Exporter<'_> {
     ) -> Result<Option<bool>, ExportError> {
         let Some(row) = rows::at(&mut self.link, table, number).await? else { return Ok(None) };
         let row = crate::database::cell::convert_row(row, &table.columns, columns);
-        Ok(Some(row.is_ok_and(|row| ContentHash::of(&line_of(columns, &row)) == hash)))
+        let hashing = self.repository.hashing()?;
+        Ok(Some(row.is_ok_and(|row| hashing.name_of(&line_of(columns, &row)) == hash)))
     }
 
     /// Reads rows into files until there are enough, or none.
@@ -413,7 +414,7 @@ impl Exporter<'_> {
         let time = table.columns.iter().position(|column| column.name == TIME && column.shape == Shape::Timestamp);
         let today = date_of_micros(self.clock.now().as_microsecond());
         let (mut first, mut last) = (None, 0);
-        let mut hash = ContentHash::of(&[]);
+        let (mut hash, hashing) = (ContentHash::of(&[]), self.repository.hashing()?);
         while spool.text_bytes() < STEP_BYTES {
             let read = rows.next(&mut self.link, table).await?;
             let (Some((from, _)), Some((to, _))) = (read.first(), read.last()) else { break };
@@ -425,7 +426,7 @@ impl Exporter<'_> {
                     let date = time.and_then(|index| date_of(row.get(index)?)).unwrap_or(today);
                     let line = line_of(&columns, &row);
                     if number == last {
-                        hash = ContentHash::of(&line);
+                        hash = hashing.name_of(&line);
                     }
                     spool.push(date, number, row, &line)?;
                 }

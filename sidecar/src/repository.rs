@@ -10,6 +10,7 @@ mod contents;
 pub mod crypto;
 mod directory;
 pub mod document;
+pub mod hashing;
 pub mod instance;
 pub(crate) mod large;
 pub mod lease;
@@ -40,6 +41,7 @@ use crate::datadir::bytes::Malformed;
 use crate::durable::FileError;
 use crate::ids::RestorePointId;
 use crate::repository::crypto::{CryptoError, Keyring};
+use crate::repository::hashing::{HashKey, Hashing};
 use crate::repository::large::LargePut;
 use crate::repository::lease::Fence;
 use crate::repository::manifest::RepositoryInfo;
@@ -193,10 +195,10 @@ impl Repository {
             Err(error) => return Err(error),
         };
         let info: RepositoryInfo = document::read(&bytes).map_err(|error| RepositoryError::damaged(&key, error))?;
-        if info.format > manifest::FORMAT {
-            return Err(RepositoryError::UnknownFormat { found: info.format, known: manifest::FORMAT });
+        if info.format > manifest::KEYED_FORMAT {
+            return Err(RepositoryError::UnknownFormat { found: info.format, known: manifest::KEYED_FORMAT });
         }
-        let keys = keys.with_recipients(&info.recipients)?;
+        let keys = keys.with_recipients(&info.recipients)?.with_hash_key(info.hash_key.as_deref())?;
         let conditional = Conditional { create: true, update: true };
         let marker = store.local().map(|dir| Arc::new(Marker::new(url, dir.join(key.as_ref()), info.id)));
         Ok(Self { store, conditional, fence: None, marker, info, keys })
@@ -223,17 +225,25 @@ impl Repository {
             if let Some(found) = found.find(|key| !is_ours(key)) {
                 return Err(RepositoryError::NotEmpty { url: url.into(), found: found.to_string() });
             }
+            let hash_key = keys.seals().then(HashKey::generate);
             let info = RepositoryInfo {
-                format: manifest::FORMAT,
+                format: if hash_key.is_some() { manifest::KEYED_FORMAT } else { manifest::FORMAT },
                 id: RestorePointId(ulid::Ulid::new()),
                 created_at: clock.now(),
                 recipients: keys.recipient_names(),
+                hash_key: hash_key.map(|key| key.seal(&keys)).transpose()?,
             };
-            opened = match store.put(&key, document::write(&info).into(), PutMode::Create).await {
+            let made = match store.put(&key, document::write(&info).into(), PutMode::Create).await {
                 // Somebody else made it at the same moment: theirs is the one.
                 Ok(_) | Err(RepositoryError::Conflict { .. }) => Self::open_in(store.clone(), url, keys).await,
                 Err(error) => Err(error),
             };
+            opened = made.map(|mut opened| {
+                if let Some(key) = hash_key.filter(|_| opened.info == info) {
+                    opened.keys.remember(key);
+                }
+                opened
+            });
         }
         let mut opened = opened?;
         opened.conditional = store.probe(&key).await?;
@@ -248,6 +258,14 @@ impl Repository {
     /// Does it lie on a disk of this machine?
     pub(crate) fn is_local(&self) -> bool {
         self.store.local().is_some()
+    }
+
+    /// How content is named where names stand in clear.
+    ///
+    /// # Errors
+    /// When that takes a key that is not on this machine.
+    pub fn hashing(&self) -> Result<Hashing, RepositoryError> {
+        Ok(self.keys.hashing()?)
     }
 
     /// The same repository, whose writes fail once `fence` says so.

@@ -30,6 +30,7 @@ use crate::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::Silent;
 use crate::repository::chain::LogEntry;
 use crate::repository::crypto::Keyring;
+use crate::repository::hashing::Hashing;
 use crate::repository::log_object::{ChainTip, LogContent};
 use crate::repository::manifest::{DatabasePoint, FORMAT, RestorePoint};
 use crate::repository::proof::Proof;
@@ -283,7 +284,7 @@ impl World {
             if hides { ", after an incomplete listing" } else { "" }
         ));
         if ending == Ending::Late {
-            let after = tip.extend(&batch, &commits);
+            let after = tip.extend(&batch, &commits, Hashing::Plain);
             let archived_at = self.clock.now().as_microsecond();
             let content =
                 LogContent { database: DATABASE, timeline, batch, before: tip, after, archived_at, commits: &commits };

@@ -17,6 +17,7 @@ use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::repository::chain::{LogChain, LogEntry};
+use crate::repository::hashing::Hashing;
 use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
 use crate::repository::manifest::{Timeline, TimelineReason};
 use crate::repository::timeline::ChainChoice;
@@ -171,7 +172,8 @@ pub(crate) async fn upload(
     dir: &Path,
 ) -> Result<Uploaded, BackupError> {
     let (sender, receiver) = mpsc::channel::<Run>(1);
-    let reader = tokio::spawn(read_runs(dir.to_owned(), from, sender));
+    let hashing = work.repository.hashing()?;
+    let reader = tokio::spawn(read_runs(dir.to_owned(), from, hashing, sender));
     let encoded =
         futures::stream::unfold(
             receiver,
@@ -237,7 +239,8 @@ pub(crate) async fn write_batch(
     batch: Batch,
     commits: Vec<u8>,
 ) -> Result<ChainTip, BackupError> {
-    let after = before.extend(&batch, &commits);
+    let hashing = work.repository.hashing()?;
+    let after = before.extend(&batch, &commits, hashing);
     let run = Run { batch, before, after, commits: commits.into(), _room: None, underway: None };
     let encoded = {
         let work = Arc::clone(work);
@@ -277,7 +280,12 @@ impl Run {
 }
 
 /// Reads the log in runs of an object each. No thread is held while there is no room: what makes room needs one too.
-async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> Result<Uploaded, BackupError> {
+async fn read_runs(
+    dir: PathBuf,
+    from: ChainTip,
+    hashing: Hashing,
+    sender: mpsc::Sender<Run>,
+) -> Result<Uploaded, BackupError> {
     let (mut reader, mut more) = {
         let dir = dir.clone();
         let open = move || {
@@ -300,7 +308,7 @@ async fn read_runs(dir: PathBuf, from: ChainTip, sender: mpsc::Sender<Run>) -> R
             let mut commits = Buffer::take();
             commits.reserve(OBJECT_SIZE + READ_SIZE);
             let batch = reader.next_batch(OBJECT_SIZE, &mut commits)?;
-            let batch = batch.map(|batch| (before.extend(&batch, &commits), batch));
+            let batch = batch.map(|batch| (before.extend(&batch, &commits, hashing), batch));
             Ok::<_, DataDirError>((reader, batch, commits))
         });
         let (read, batch, commits) = read.await??;
@@ -372,7 +380,10 @@ pub(crate) async fn find_continuation(
     let tail_header = repository.log_header(&tail.key()).await?;
     // Of an object that a fork leaves in its middle, only what lies before the fork is of this history.
     let within = tail_header.links.partition_point(|link| link.last <= tail.last);
-    if lost.is_none() && within > 0 && shared_links(dir, &tail_header).await?.is_some_and(|shared| shared >= within) {
+    if lost.is_none()
+        && within > 0
+        && shared_links(dir, &tail_header, repository.hashing()?).await?.is_some_and(|shared| shared >= within)
+    {
         let (timeline, tip) = (current.timeline, tail_header.tip_until(tail.last));
         return Ok(Some(Continuation { timeline, tip, has_past: true, events: Vec::new() }));
     }
@@ -514,6 +525,7 @@ async fn find_fork(
     entries: &[LogEntry],
     log_start: Offset,
 ) -> Result<Option<(TimelineId, ChainTip)>, BackupError> {
+    let hashing = repository.hashing()?;
     let reached = entries.partition_point(|entry| entry.last < log_start);
     let mut left: Vec<&LogEntry> = entries.iter().skip(reached).collect();
     let mut best = None;
@@ -536,7 +548,7 @@ async fn find_fork(
             left.remove(middle);
             continue;
         }
-        let shared = shared_links(dir, &header).await?.unwrap_or(0).min(counts);
+        let shared = shared_links(dir, &header, hashing).await?.unwrap_or(0).min(counts);
         if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last))
             && best.is_none_or(|(_, before): (_, ChainTip)| before.next < tip.next)
         {
@@ -552,14 +564,18 @@ async fn find_fork(
 }
 
 /// How many of an object's links the log at `dir` agrees with, from the first on; `None` when the log starts after it.
-pub(crate) async fn shared_links(dir: &Path, header: &LogHeader) -> Result<Option<usize>, BackupError> {
+pub(crate) async fn shared_links(
+    dir: &Path,
+    header: &LogHeader,
+    hashing: Hashing,
+) -> Result<Option<usize>, BackupError> {
     let (dir, header) = (dir.to_owned(), header.clone());
     Ok(blocking(move || match segments(&dir)?.first() {
         Some(segment) if segment.first > header.last => Ok(None),
         Some(segment) if segment.first > header.first => {
-            count_links_by_last_commit(&dir, &header, segment.first).map(Some)
+            count_links_by_last_commit(&dir, &header, segment.first, hashing).map(Some)
         }
-        Some(_) => count_links_by_chain(&dir, &header).map(Some),
+        Some(_) => count_links_by_chain(&dir, &header, hashing).map(Some),
         None => Ok(Some(0)),
     })
     .await?
@@ -567,7 +583,12 @@ pub(crate) async fn shared_links(dir: &Path, header: &LogHeader) -> Result<Optio
 }
 
 /// Does the log at `dir` hold link `index` of an object? `false` also when the log does not reach that far, in either direction.
-pub(crate) async fn holds_link(dir: &Path, header: &LogHeader, index: usize) -> Result<bool, BackupError> {
+pub(crate) async fn holds_link(
+    dir: &Path,
+    header: &LogHeader,
+    index: usize,
+    hashing: Hashing,
+) -> Result<bool, BackupError> {
     let Some(expected) = header.links.get(index) else { return Ok(false) };
     let before = index.checked_sub(1).and_then(|before| header.tip_at(before));
     let single = LogHeader {
@@ -578,11 +599,11 @@ pub(crate) async fn holds_link(dir: &Path, header: &LogHeader, index: usize) -> 
         parts: Vec::new(),
         ..header.clone()
     };
-    Ok(shared_links(dir, &single).await? == Some(1))
+    Ok(shared_links(dir, &single, hashing).await? == Some(1))
 }
 
 /// The log reaches back to the object's start: every byte is compared.
-fn count_links_by_chain(dir: &Path, header: &LogHeader) -> Result<usize, DataDirError> {
+fn count_links_by_chain(dir: &Path, header: &LogHeader, hashing: Hashing) -> Result<usize, DataDirError> {
     let mut reader = LogReader::open(dir, header.first)?;
     if reader.position() != header.first {
         return Ok(0);
@@ -597,7 +618,7 @@ fn count_links_by_chain(dir: &Path, header: &LogHeader) -> Result<usize, DataDir
                 None => return Ok(agreed),
             }
         }
-        chain = link(&chain, &pending[..wanted]);
+        chain = link(&chain, &pending[..wanted], hashing);
         if chain != expected.chain {
             return Ok(agreed);
         }
@@ -608,7 +629,12 @@ fn count_links_by_chain(dir: &Path, header: &LogHeader) -> Result<usize, DataDir
 
 /// The log was pruned and starts inside the object: the last commit of each link is compared, which carries offset, time
 /// and caller.
-fn count_links_by_last_commit(dir: &Path, header: &LogHeader, log_start: Offset) -> Result<usize, DataDirError> {
+fn count_links_by_last_commit(
+    dir: &Path,
+    header: &LogHeader,
+    log_start: Offset,
+    hashing: Hashing,
+) -> Result<usize, DataDirError> {
     for (index, expected) in header.links.iter().enumerate().rev() {
         if expected.last < log_start {
             break;
@@ -617,7 +643,7 @@ fn count_links_by_last_commit(dir: &Path, header: &LogHeader, log_start: Offset)
         let mut commit = Vec::new();
         if let Some(batch) = reader.next_batch(1, &mut commit)?
             && batch.last == expected.last
-            && ContentHash::of(&commit) == expected.last_commit
+            && hashing.name_of(&commit) == expected.last_commit
         {
             return Ok(index + 1);
         }

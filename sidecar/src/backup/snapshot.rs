@@ -14,6 +14,7 @@ use crate::datadir::log::segments;
 use crate::datadir::snapshot::{self, Manifest, ObjectKind, SnapshotDir};
 use crate::datadir::{DataDirError, ReplicaDir};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
+use crate::repository::hashing::Hashing;
 use crate::repository::manifest::{FORMAT, HistoryProof, PackUse, SnapshotManifest};
 use crate::repository::pack::{EntryKind, PackBuilder};
 use crate::repository::timeline::ancestry;
@@ -175,7 +176,7 @@ impl Place<'_> {
         let index = header.links.partition_point(|link| link.last < wanted);
         let Some(link) = header.links.get(index).filter(|link| link.last <= entry.last) else { return Ok(None) };
         let proof = HistoryProof { at: link.last, chain: link.chain, last_commit: link.last_commit };
-        Ok(holds_link(&dir, &header, index).await?.then_some(proof))
+        Ok(holds_link(&dir, &header, index, work.repository.hashing()?).await?.then_some(proof))
     }
 }
 
@@ -195,18 +196,19 @@ async fn upload(
         let reason = format!("it belongs to database {}", manifest.identity);
         return Err(DataDirError::Damaged { path: source.path().to_owned(), at: 0, reason }.into());
     }
+    let hashing = work.repository.hashing()?;
     let mut uses: HashMap<ContentHash, PackUse> = HashMap::new();
     let mut missing = Vec::new();
     for (hash, kind) in &manifest.objects {
-        match known.packs.get(hash) {
+        match known.packs.get(&hashing.name(*hash)) {
             Some((pack, stored_bytes)) => {
                 let fresh = || PackUse { pack: *pack, stored_bytes: *stored_bytes, entries: Vec::new() };
-                uses.entry(*pack).or_insert_with(fresh).entries.push(*hash);
+                uses.entry(*pack).or_insert_with(fresh).entries.push(hashing.name(*hash));
             }
             None => missing.push((*hash, *kind)),
         }
     }
-    let native_manifest = ContentHash::of(&native);
+    let native_manifest = hashing.name_of(&native);
     let (new, raw_new) = upload_packs(work, place.database, Unread::new(source, native, missing)).await?;
     uses.extend(new.into_iter().map(|pack| (pack.pack, pack)));
     let mut packs: Vec<PackUse> = uses.into_values().collect();
@@ -218,7 +220,7 @@ async fn upload(
         offset,
         replica: manifest.replica_id,
         native_manifest,
-        raw_bytes: raw_new + shared_bytes(&manifest, &known),
+        raw_bytes: raw_new + shared_bytes(&manifest, &known, hashing),
         history: Some(history),
         packs,
     };
@@ -268,7 +270,9 @@ async fn upload_packs(
         blocking(move || {
             let _room = _room;
             let (id, bytes) = builder.finish(work.level, &work.repository.keys)?;
-            Ok::<_, RepositoryError>((id, bytes, builder.hashes(), builder.raw_len()))
+            let hashing = work.repository.hashing()?;
+            let entries: Vec<_> = builder.hashes().into_iter().map(|hash| hashing.name(hash)).collect();
+            Ok::<_, RepositoryError>((id, bytes, entries, builder.raw_len()))
         })
     })
     .buffered(WORKERS + 1)
@@ -300,9 +304,9 @@ async fn upload_packs(
 }
 
 /// An estimate of what shared objects take on disk: they are pages, all of one size.
-fn shared_bytes(manifest: &Manifest, known: &Known) -> u64 {
+fn shared_bytes(manifest: &Manifest, known: &Known, hashing: Hashing) -> u64 {
     const PAGE: u64 = 66 << 10;
-    PAGE * manifest.objects.iter().filter(|(hash, _)| known.packs.contains_key(hash)).count() as u64
+    PAGE * manifest.objects.iter().filter(|(hash, _)| known.packs.contains_key(&hashing.name(*hash))).count() as u64
 }
 
 /// A pack's entries, before they are compressed.

@@ -6,18 +6,25 @@ use super::*;
 use crate::clock::SystemClock;
 use crate::datadir::commit::{SegmentHeader, encode};
 use crate::datadir::log::segment_name;
+use crate::ids::ContentHash;
 use crate::progress::Silent;
-use crate::repository::crypto::Keyring;
+use crate::repository::RepositoryError;
+use crate::repository::crypto::{CryptoError, Keyring};
 use crate::repository::store::Store;
 
 /// A server with the databases `first` and `second`, whose replicas are 1 and 2.
 struct Instance {
     dir: tempfile::TempDir,
+    store: Store,
     repository: Repository,
 }
 
 impl Instance {
     async fn new() -> Self {
+        Self::sealed_to(Keyring::default()).await
+    }
+
+    async fn sealed_to(keys: Keyring) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let control = sled::Config::default().path(dir.path().join("control-db")).open().expect("a control database");
         let insert = |tree: &str, key: &[u8], value: &[u8]| {
@@ -38,8 +45,8 @@ impl Instance {
         }
         control.flush().expect("flush");
         let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
-        let repository = Repository::open_or_create_in(store, "memory://", Keyring::default(), &SystemClock).await;
-        Self { dir, repository: repository.expect("a repository") }
+        let repository = Repository::open_or_create_in(store.clone(), "memory://", keys, &SystemClock).await;
+        Self { dir, store, repository: repository.expect("a repository") }
     }
 
     fn replica(&self, id: u64) -> PathBuf {
@@ -125,4 +132,67 @@ async fn a_damaged_log_makes_it_incomplete() {
     let report = instance.back_up().await.expect("the other is backed up");
     assert!(!report.complete && report.problems[0].contains("is damaged at byte"), "{:?}", report.problems);
     assert_eq!(held(&report), vec![("first", 9), ("second", 8)]);
+}
+
+/// Everything that a repository holds, as bytes and as text.
+async fn stored(repository: &Repository) -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for (key, _) in repository.list(&object_store::path::Path::default()).await.expect("a listing") {
+        all.push(key.to_string().into_bytes());
+        all.push(repository.get(&key).await.expect("an object").to_vec());
+    }
+    all
+}
+
+/// How many of these hashes stand somewhere, as they are or in hexadecimal.
+fn found(hashes: &[ContentHash], stored: &[Vec<u8>]) -> usize {
+    let stands = |hash: &&ContentHash| {
+        let text = hash.to_string();
+        let forms = [&hash.0[..], text.as_bytes()];
+        stored.iter().any(|bytes| forms.iter().any(|form| bytes.windows(form.len()).any(|window| window == *form)))
+    };
+    hashes.iter().filter(stands).count()
+}
+
+#[tokio::test]
+async fn encrypted_archives_hold_no_hash_of_what_they_encrypt() {
+    use age::secrecy::ExposeSecret as _;
+    let plain = Instance::new().await;
+    plain.write_log(1);
+    plain.write_log(2);
+    plain.back_up().await.expect("a backup");
+    let database = Identity([1; 32]);
+    let (chain, _) = plain.repository.own_chain(&database, TimelineId::FIRST).await.expect("a chain");
+    let header = plain.repository.log_header(&chain.entries[0].key()).await.expect("a header");
+    let newest = plain.repository.restore_point_ids().await.expect("restore points")[0];
+    let newest = plain.repository.restore_point(newest).await.expect("a restore point");
+    let link = header.links[0];
+    let hashes = [link.chain, link.last_commit, link.history_after(), newest.instance_state];
+    assert_eq!(found(&hashes, &stored(&plain.repository).await), hashes.len(), "the search finds what is there");
+
+    let identity = age::x25519::Identity::generate();
+    let recipients = [identity.to_public().to_string()];
+    let sealing = || Keyring::new(&recipients, &[]).expect("a keyring");
+    let sealed = Instance::sealed_to(sealing()).await;
+    sealed.write_log(1);
+    sealed.write_log(2);
+    sealed.back_up().await.expect("a backup");
+    assert_eq!(found(&hashes, &stored(&sealed.repository).await), 0);
+
+    // Who neither remembers the key nor has an identity can continue nothing; an identity opens everything.
+    let store = sealed.store.clone();
+    let again =
+        Instance { repository: Repository::open_in(store.clone(), "", sealing()).await.expect("open"), ..sealed };
+    let refused = again.back_up().await.expect_err("no key");
+    assert!(matches!(&refused, BackupError::Repository(RepositoryError::Crypto(CryptoError::NoHashKey))), "{refused}");
+    let file = again.dir.path().join("identity.txt");
+    std::fs::write(&file, identity.to_string().expose_secret()).expect("write");
+    let keys = Keyring::new(&[], &[file]).expect("a keyring");
+    let again = Instance { repository: Repository::open_in(store, "", keys).await.expect("open"), ..again };
+    let report = again.back_up().await.expect("a backup");
+    assert_eq!(held(&report), [("first", 9), ("second", 9)]);
+    assert_eq!(report.databases[0].timeline, TimelineId::FIRST, "it continues what was archived");
+    let (chain, _) = again.repository.own_chain(&database, TimelineId::FIRST).await.expect("a chain");
+    let read = crate::restore::log_source::read_all(&again.repository, database, chain.entries).await.expect("a log");
+    assert_eq!(read.len() as u64, header.raw_len);
 }

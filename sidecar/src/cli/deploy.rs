@@ -247,7 +247,7 @@ async fn with_keeper<T>(
         false => remembered.open(&url, config, context.keyring(&[])?).await?,
     };
     let lease = context.lease(&repository, force).await?;
-    setup.keeper = Keeper::Own(lease.fenced());
+    setup.keeper = Keeper::Own(Box::new(lease.fenced()));
     let result = while_held(&lease, clock.as_ref(), until_told(setup, work(setup), &stop)).await;
     lease.release().await;
     Ok(result??)

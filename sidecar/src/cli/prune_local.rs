@@ -21,7 +21,7 @@ pub struct PruneLocalArgs {
 
 pub async fn run(context: &Context<'_>, args: PruneLocalArgs) -> Result<ExitStatus, Failure> {
     let data = args.data.open(context)?;
-    let repository = context.repository().await?;
+    let repository = context.repository_of(&data).await?;
     let progress = context.output.progress();
     let plan = local::plan(&repository, &data, usize::from(args.keep_snapshots), progress.as_ref()).await?;
     let report = if args.apply { local::apply(&plan, context.clock.as_ref()).await? } else { plan };

@@ -70,7 +70,7 @@ pub async fn run(context: &Context<'_>, command: RepositoryCommand) -> Result<Ex
         if args.replace {
             remembered.set_aside_unreadable()?;
         }
-        remembered.remember(url, &repository.info)?;
+        remembered.remember(url, &repository)?;
     }
     let conditional = repository.conditional();
     // What it cannot tell keeps nobody from using the store.

@@ -41,7 +41,7 @@ pub async fn run(context: &Context<'_>, args: StatusArgs) -> Result<ExitStatus, 
         return Ok(if readiness.ready { ExitStatus::Ok } else { ExitStatus::Findings });
     }
     let data = args.data.open(context)?;
-    let repository = context.expected_repository().await?;
+    let repository = context.repository_of(&data).await?;
     if !args.watch {
         let report = status::status(&repository, &data, context.config(), context.clock.as_ref()).await?;
         context.output.result(&report, describe);

@@ -311,10 +311,10 @@ impl Daemon {
             let control = ControlDbCopy::take(&data)?;
             Ok::<_, BackupError>(crate::repository::instance::Capture::take(&data, &control, key_dir.as_deref())?)
         });
-        let capture = capture.await??;
+        let state = self.repository.hashing()?.name(capture.await??.state);
         if let Some(id) = self.repository.restore_point_ids().await?.last() {
             match self.repository.restore_point(*id).await {
-                Ok(newest) if newest.instance_state == capture.state => return Ok(()),
+                Ok(newest) if newest.instance_state == state => return Ok(()),
                 Ok(_) => {}
                 Err(error) if error.is_permanent() => {}
                 Err(error) => return Err(error.into()),

@@ -56,6 +56,8 @@ pub(super) async fn wait_for_repository(
                     tracing::warn!("the store ignores or refuses conditional writes; only one sidecar may run");
                 }
                 state.clear(ConditionKind::RepositoryMissing, &Subject::Sidecar);
+                // Nothing could be continued without it.
+                repository.hashing()?;
                 return Ok(Some(repository));
             }
             Err(error) if error.is_permanent() => return Err(error.into()),

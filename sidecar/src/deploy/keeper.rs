@@ -17,7 +17,7 @@ pub enum Keeper {
     /// The daemon on this data directory, which writes to this repository.
     Daemon { url: String },
     /// The repository, under a lease that is held meanwhile.
-    Own(Repository),
+    Own(Box<Repository>),
 }
 
 impl Keeper {

@@ -70,7 +70,7 @@ impl Exporter<'_> {
     async fn end_capture(&mut self, table: &Table, rows: Captured) -> Result<TableReport, ExportError> {
         let Captured { spool, hasher, captured, last, .. } = rows;
         let newest = Series::newest(self.repository, self.database, &table.name).await?;
-        let hash = ContentHash(*hasher.finalize().as_bytes());
+        let hash = self.repository.hashing()?.name(ContentHash(*hasher.finalize().as_bytes()));
         let mut series = newest;
         let mut cursor = Cursor::first(table, None, None);
         let mut formats = self.options.formats.clone();

@@ -94,7 +94,7 @@ impl Exporter<'_> {
         let (first, last) = (source.first, source.last);
         let changed = || ExportError::NotToBeCopied { table: table.name.clone(), first, last, format };
         let mut rows = Rows::between(first, last);
-        let mut hash = ContentHash::of(&[]);
+        let (mut hash, hashing) = (ContentHash::of(&[]), self.repository.hashing()?);
         loop {
             let read = rows.next(&mut self.link, table).await?;
             if read.is_empty() {
@@ -103,7 +103,7 @@ impl Exporter<'_> {
             for (number, row) in read {
                 let row = convert_row(row, &table.columns, &step.columns).map_err(|_| changed())?;
                 let line = line_of(&step.columns, &row);
-                hash = ContentHash::of(&line);
+                hash = hashing.name_of(&line);
                 spool.push(source.date, number, row, &line)?;
             }
         }

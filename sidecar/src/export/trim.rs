@@ -212,6 +212,7 @@ impl Exporter<'_> {
         let series = Series::newest(self.repository, self.database, "event_log").await?;
         let trimmed = series.positions(self.repository).await?.trimmed;
         let (first, last) = manifest.content.numbers();
+        let hashing = self.repository.hashing()?;
         let Content::Range { last_row, .. } = &manifest.content else { return Ok(Some(from)) };
         if trimmed.is_some_and(|trimmed| from <= trimmed) || until < last {
             return Ok(Some(from));
@@ -222,7 +223,7 @@ impl Exporter<'_> {
             let Some((_, newest)) = read.last() else { break };
             count += read.len() as u64;
             let newest = convert_row(newest.clone(), &table.columns, &manifest.columns).unwrap_or_default();
-            hash = ContentHash::of(&line_of(&manifest.columns, &newest));
+            hash = hashing.name_of(&line_of(&manifest.columns, &newest));
         }
         let all = if from <= first { count == manifest.rows } else { count <= manifest.rows };
         Ok((!all || hash != *last_row).then_some(from))

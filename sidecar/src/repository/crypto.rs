@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::durable::{FileError, OnPath};
+use crate::repository::hashing::{HashKey, Hashing};
 
 /// What can be wrong with keys or sealed bytes.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,11 @@ pub enum CryptoError {
     WrongIdentity,
     #[error("the sealed bytes are damaged: {0}")]
     Damaged(String),
+    #[error(
+        "the key of this repository's hashes is not on this machine; `inner-universe repository init --identity FILE` reads it \
+         from the repository once, and remembers it beside the data directory's other notes"
+    )]
+    NoHashKey,
     #[error("sealing failed: {0}")]
     Seal(String),
     #[error(transparent)]
@@ -35,6 +41,17 @@ pub enum CryptoError {
 pub struct Keyring {
     recipients: Vec<age::x25519::Recipient>,
     identities: Vec<age::x25519::Identity>,
+    hashing: KnownHashing,
+}
+
+/// What is known of a repository's hashes.
+#[derive(Debug, Clone, Copy, Default)]
+enum KnownHashing {
+    #[default]
+    Plain,
+    Keyed(HashKey),
+    /// They have a key that is not here.
+    Unknown,
 }
 
 impl Keyring {
@@ -43,7 +60,8 @@ impl Keyring {
     /// # Errors
     /// When a text is no recipient or a file holds no identity.
     pub fn new(recipients: &[String], identity_files: &[PathBuf]) -> Result<Self, CryptoError> {
-        let mut keys = Self { recipients: parse_recipients(recipients)?, identities: Vec::new() };
+        let mut keys =
+            Self { recipients: parse_recipients(recipients)?, identities: Vec::new(), hashing: KnownHashing::Plain };
         for path in identity_files {
             let text = std::fs::read_to_string(path).on("read", path)?;
             let refuse =
@@ -74,12 +92,54 @@ impl Keyring {
         self.recipients.iter().map(ToString::to_string).collect()
     }
 
-    /// Are bodies sealed?
+    /// Takes the key of a repository's hashes out of what the repository holds of it, if an identity opens that.
+    pub(super) fn with_hash_key(mut self, sealed: Option<&str>) -> Result<Self, CryptoError> {
+        self.hashing = match sealed {
+            None => KnownHashing::Plain,
+            Some(sealed) if self.can_open() => match HashKey::open(sealed, &self) {
+                Ok(key) => KnownHashing::Keyed(key),
+                // Whoever needs it is told then.
+                Err(CryptoError::WrongIdentity) => KnownHashing::Unknown,
+                Err(error) => return Err(error),
+            },
+            Some(_) => KnownHashing::Unknown,
+        };
+        Ok(self)
+    }
+
+    /// Takes a key that this machine remembers, if one is missing.
+    pub(super) fn remember(&mut self, key: HashKey) {
+        if matches!(self.hashing, KnownHashing::Unknown) {
+            self.hashing = KnownHashing::Keyed(key);
+        }
+    }
+
+    /// The key of the repository's hashes, where there is one and it is here.
+    pub(super) fn hash_key(&self) -> Option<HashKey> {
+        match self.hashing {
+            KnownHashing::Keyed(key) => Some(key),
+            KnownHashing::Plain | KnownHashing::Unknown => None,
+        }
+    }
+
+    /// How content is named where names stand in clear.
+    ///
+    /// # Errors
+    /// When that takes a key that is not here.
+    pub fn hashing(&self) -> Result<Hashing, CryptoError> {
+        match self.hashing {
+            KnownHashing::Plain => Ok(Hashing::Plain),
+            KnownHashing::Keyed(key) => Ok(Hashing::Keyed(key)),
+            KnownHashing::Unknown => Err(CryptoError::NoHashKey),
+        }
+    }
+
     /// Is there any identity to open with?
     pub fn can_open(&self) -> bool {
         !self.identities.is_empty()
     }
 
+    /// Are bodies sealed?
     pub fn seals(&self) -> bool {
         !self.recipients.is_empty()
     }
@@ -137,11 +197,11 @@ mod tests {
     #[test]
     fn sealed_bytes_open_only_with_the_right_identity() {
         let right = age::x25519::Identity::generate();
-        let keys = Keyring { recipients: vec![right.to_public()], identities: vec![right] };
+        let keys = Keyring { recipients: vec![right.to_public()], identities: vec![right], ..Keyring::default() };
         let sealed = keys.seal(b"secret".to_vec()).unwrap();
         assert!(!sealed.windows(6).any(|window| window == b"secret"));
         assert_eq!(keys.open(&sealed).unwrap(), b"secret");
-        let wrong = Keyring { recipients: Vec::new(), identities: vec![age::x25519::Identity::generate()] };
+        let wrong = Keyring { identities: vec![age::x25519::Identity::generate()], ..Keyring::default() };
         assert!(matches!(wrong.open(&sealed), Err(CryptoError::WrongIdentity)));
         assert!(matches!(Keyring::default().open(&sealed), Err(CryptoError::NoIdentity)));
         let mut cut = sealed;

@@ -49,10 +49,11 @@ impl Repository {
         let part = open.header.part_of_link(index);
         let stored = self.log_part(&open, part).await?;
         let commits = open.header.decode_part(&open.key, part, &stored, &self.keys)?;
+        let hashing = self.hashing()?;
         let mut rest: &[u8] = &commits;
         while let Frame::Commit(commit) = Frame::parse(open.header.log_version, rest) {
             if commit.last() >= at {
-                return Ok((commit.last() == at).then(|| ContentHash::of(commit.bytes)));
+                return Ok((commit.last() == at).then(|| hashing.name_of(commit.bytes)));
             }
             rest = &rest[commit.bytes.len()..];
         }

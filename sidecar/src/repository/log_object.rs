@@ -19,6 +19,7 @@ use crate::datadir::commit::Frame;
 use crate::datadir::log::{Batch, Times};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
 use crate::repository::crypto::{CryptoError, Keyring};
+use crate::repository::hashing::Hashing;
 use crate::repository::{InObject, RepositoryError, codec, paths};
 
 pub use cut::{PartSpan, Place};
@@ -49,22 +50,22 @@ impl ChainTip {
     }
 
     /// After one more run of commits.
-    pub fn extend(&self, batch: &Batch, commits: &[u8]) -> Self {
+    pub fn extend(&self, batch: &Batch, commits: &[u8], hashing: Hashing) -> Self {
         Self {
             next: Offset(batch.last.0 + 1),
-            chain: link(&self.chain, commits),
+            chain: link(&self.chain, commits, hashing),
             max_time: self.max_time.max(batch.times.max),
-            last_commit: Some(ContentHash::of(&commits[commits.len().saturating_sub(batch.last_len)..])),
-            history: history::after(self.history, batch.log_version, commits),
+            last_commit: Some(hashing.name_of(&commits[commits.len().saturating_sub(batch.last_len)..])),
+            history: history::after(self.history, batch.log_version, commits, hashing),
         }
     }
 }
 
 /// The chain hash after `commits`.
-pub fn link(previous: &ContentHash, commits: &[u8]) -> ContentHash {
+pub fn link(previous: &ContentHash, commits: &[u8], hashing: Hashing) -> ContentHash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&previous.0).update(commits);
-    ContentHash(*hasher.finalize().as_bytes())
+    hashing.name(ContentHash(*hasher.finalize().as_bytes()))
 }
 
 /// What an object is made from.
@@ -115,7 +116,7 @@ impl LogContent<'_> {
                 last: self.batch.last,
                 raw_len: self.commits.len() as u64,
                 chain: self.after.chain,
-                last_commit: ContentHash::of(&self.commits[self.commits.len().saturating_sub(self.batch.last_len)..]),
+                last_commit: self.after.last_commit.unwrap_or(ContentHash::ZERO),
                 max_time: self.after.max_time,
                 history: Some(self.after.history),
             }],
@@ -176,7 +177,7 @@ impl LogHeader {
         let (_, first, links) = self.span(index);
         check_frames(self.log_version, first, links, &commits).in_object(key)?;
         let before = self.place_before(first).history;
-        check_history(self.log_version, before, links, &commits).in_object(key)?;
+        check_history(self.log_version, before, links, &commits, keys.hashing()?).in_object(key)?;
         Ok(commits)
     }
 
@@ -211,7 +212,7 @@ impl LogHeader {
         let (chain, _, links) = self.span(index);
         let raw_len = links.iter().fold(0u64, |sum, link| sum.saturating_add(link.raw_len));
         let commits = decompress(compressed, raw_len).map_err(|error| RepositoryError::damaged(key, error))?;
-        check_chain(chain, links, &commits).in_object(key)?;
+        check_chain(chain, links, &commits, keys.hashing()?).in_object(key)?;
         Ok(commits)
     }
 }
@@ -268,13 +269,13 @@ fn runs<'a>(links: &'a [Link], commits: &'a [u8]) -> impl Iterator<Item = (&'a L
     })
 }
 
-fn check_chain(mut chain: ContentHash, links: &[Link], commits: &[u8]) -> Result<(), Malformed> {
+fn check_chain(mut chain: ContentHash, links: &[Link], commits: &[u8], hashing: Hashing) -> Result<(), Malformed> {
     let raw_len = links.iter().fold(0u64, |sum, link| sum.saturating_add(link.raw_len));
     if commits.len() as u64 != raw_len {
         return Err(Malformed { at: 0, reason: "the body is not as long as its header says".into() });
     }
     for (expected, at, run) in runs(links, commits) {
-        chain = link(&chain, run);
+        chain = link(&chain, run, hashing);
         if chain != expected.chain {
             return Err(Malformed { at: at as u64, reason: "the commits do not match the chain".into() });
         }
@@ -288,10 +289,11 @@ fn check_history(
     mut before: Option<ContentHash>,
     links: &[Link],
     commits: &[u8],
+    hashing: Hashing,
 ) -> Result<(), Malformed> {
     for (link, at, run) in runs(links, commits) {
         if let (Some(start), Some(expected)) = (before, link.history)
-            && history::after(start, log_version, run) != expected
+            && history::after(start, log_version, run, hashing) != expected
         {
             return Err(Malformed { at: at as u64, reason: "the commits do not match the history hash".into() });
         }
@@ -342,7 +344,7 @@ mod tests {
             times: Times::default(),
             last_len: commits.len() / 4,
         };
-        let after = before.extend(&batch, &commits);
+        let after = before.extend(&batch, &commits, Hashing::Plain);
         let content = LogContent {
             database,
             timeline: TimelineId::FIRST,

@@ -8,6 +8,8 @@ use crate::repository::chain::Hole;
 
 /// The repository format this release writes.
 pub const FORMAT: u32 = 1;
+/// The format of a repository whose hashes have a key: releases that know no keys refuse it.
+pub const KEYED_FORMAT: u32 = 2;
 
 /// `repository.json`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +19,10 @@ pub struct RepositoryInfo {
     pub created_at: Timestamp,
     /// age recipients that every body is sealed to; empty for a plain repository.
     pub recipients: Vec<String>,
+    /// The key of hashes that stand in clear, encrypted to the recipients, as base64; none in a repository that is not encrypted,
+    /// or was made before there were keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash_key: Option<String>,
 }
 
 /// `timeline.json`

@@ -101,7 +101,7 @@ impl Repository {
         let keys = self.keys.clone();
         let cut = tokio::task::spawn_blocking(move || {
             let mut commits = open.header.decode_part(&open.key, index, &stored, &keys)?;
-            Ok::<_, RepositoryError>(open.header.cut_part(index, &mut commits, Offset(0), offset))
+            Ok::<_, RepositoryError>(open.header.cut_part(index, &mut commits, (Offset(0), offset), keys.hashing()?))
         });
         let span = cut.await.map_err(|error| RepositoryError::damaged(&entry.key(), error))??;
         // A commit of several transactions may reach over the offset.

@@ -14,6 +14,7 @@ use crate::config::RepositoryConfig;
 use crate::durable::{self, FileError, OnPath};
 use crate::ids::RestorePointId;
 use crate::repository::crypto::Keyring;
+use crate::repository::hashing::HashKey;
 use crate::repository::manifest::RepositoryInfo;
 use crate::repository::{Repository, RepositoryError};
 
@@ -23,11 +24,15 @@ pub struct Known {
     pub id: RestorePointId,
     /// age recipients that bodies are encrypted to.
     pub recipients: Vec<String>,
+    /// The key of its hashes, which without an identity nobody can read from the repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hash_key: Option<String>,
 }
 
-impl From<&RepositoryInfo> for Known {
-    fn from(info: &RepositoryInfo) -> Self {
-        Self { id: info.id, recipients: info.recipients.clone() }
+impl From<&Repository> for Known {
+    fn from(repository: &Repository) -> Self {
+        let RepositoryInfo { id, recipients, .. } = repository.info.clone();
+        Self { id, recipients, hash_key: repository.keys.hash_key().map(HashKey::to_text) }
     }
 }
 
@@ -72,9 +77,13 @@ impl Remembered {
     ///
     /// # Errors
     /// When the file cannot be read or written.
-    pub fn remember(&self, url: &str, info: &RepositoryInfo) -> Result<(), FileError> {
-        let mut all = self.all()?;
-        if all.insert(url.to_owned(), info.into()).as_ref() == Some(&info.into()) {
+    pub fn remember(&self, url: &str, repository: &Repository) -> Result<(), FileError> {
+        let (mut all, mut known) = (self.all()?, Known::from(repository));
+        if let Some(before) = all.get(url).filter(|before| before.id == known.id) {
+            // What is known of it once is kept.
+            known.hash_key = known.hash_key.or_else(|| before.hash_key.clone());
+        }
+        if all.insert(url.to_owned(), known.clone()) == Some(known) {
             return Ok(());
         }
         let bytes = serde_json::to_vec_pretty(&all).unwrap_or_default();
@@ -118,7 +127,7 @@ impl Remembered {
 
     /// Remembers a repository that was opened. That this fails stops nothing: the next run remembers it.
     pub fn note(&self, url: &str, repository: &Repository) {
-        if let Err(error) = self.remember(url, &repository.info) {
+        if let Err(error) = self.remember(url, repository) {
             tracing::warn!(%error, "failed to remember the repository");
         }
     }
@@ -134,7 +143,12 @@ impl Remembered {
         });
         let Some(known) = known else { return found };
         match found {
-            Ok(found) if Known::from(&found.info) == known => Ok(found),
+            Ok(mut found) if (&found.info.id, &found.info.recipients) == (&known.id, &known.recipients) => {
+                if let Some(key) = known.hash_key.as_deref().and_then(HashKey::from_text) {
+                    found.keys.remember(key);
+                }
+                Ok(found)
+            }
             Ok(found) if found.info.id == known.id => Err(RepositoryError::OtherRecipients {
                 url: url.into(),
                 expected: known.recipients,
@@ -153,6 +167,7 @@ impl Remembered {
 mod tests {
     use super::*;
     use crate::clock::SystemClock;
+    use crate::repository::hashing::Hashing;
 
     async fn make(url: &str) -> Repository {
         let config = RepositoryConfig::default();
@@ -203,7 +218,8 @@ mod tests {
         let url = url::Url::from_file_path(dir.path().join("repository")).unwrap().to_string();
         let remembered = Remembered::in_dir(dir.path());
         let made = make(&url).await;
-        let sealed = RepositoryInfo { recipients: vec!["age1example".into()], ..made.info.clone() };
+        let mut sealed = made.clone();
+        sealed.info.recipients = vec!["age1example".into()];
         remembered.remember(&url, &sealed).unwrap();
         let plain = remembered.open(&url, &RepositoryConfig::default(), Keyring::default()).await.err().unwrap();
         assert!(matches!(plain, RepositoryError::OtherRecipients { .. }), "{plain}");
@@ -213,9 +229,36 @@ mod tests {
         let config = RepositoryConfig::default();
         let refused = remembered.open_or_create(&url, &config, Keyring::default(), &SystemClock).await.err().unwrap();
         assert!(refused.to_string().contains("repositories.json"), "{refused}");
-        assert!(remembered.remember(&url, &made.info).is_err() && !dir.path().join("repository").exists());
+        assert!(remembered.remember(&url, &made).is_err() && !dir.path().join("repository").exists());
         remembered.set_aside_unreadable().unwrap();
-        remembered.remember(&url, &made.info).unwrap();
+        remembered.remember(&url, &made).unwrap();
         assert!(dir.path().join("repositories.json.unreadable").exists());
+    }
+
+    #[tokio::test]
+    async fn the_key_of_hashes_is_remembered() {
+        use age::secrecy::ExposeSecret as _;
+        let dir = tempfile::tempdir().unwrap();
+        let url = url::Url::from_file_path(dir.path().join("repository")).unwrap().to_string();
+        let identity = age::x25519::Identity::generate();
+        let recipients = [identity.to_public().to_string()];
+        let sealing = || Keyring::new(&recipients, &[]).unwrap();
+        let config = RepositoryConfig::default();
+        let here = Remembered::in_dir(dir.path());
+        let made = here.open_or_create(&url, &config, sealing(), &SystemClock).await.unwrap();
+        let hashing = made.hashing().unwrap();
+        assert_ne!(hashing, Hashing::Plain);
+        assert_eq!(here.open(&url, &config, sealing()).await.unwrap().hashing().unwrap(), hashing);
+        // Another machine knows it once it has seen it with an identity.
+        let elsewhere = tempfile::tempdir().unwrap();
+        let there = Remembered::in_dir(elsewhere.path());
+        assert!(there.open(&url, &config, sealing()).await.unwrap().hashing().is_err());
+        let file = elsewhere.path().join("identity.txt");
+        std::fs::write(&file, identity.to_string().expose_secret()).unwrap();
+        let opening = Keyring::new(&[], &[file]).unwrap();
+        assert_eq!(there.open(&url, &config, opening).await.unwrap().hashing().unwrap(), hashing);
+        assert_eq!(there.open(&url, &config, sealing()).await.unwrap().hashing().unwrap(), hashing);
+        let info = std::fs::read_to_string(dir.path().join("repository/repository.json")).unwrap();
+        assert!(info.contains("\"format\":2,") && !info.contains(&made.keys.hash_key().unwrap().to_text()), "{info}");
     }
 }

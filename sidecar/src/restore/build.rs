@@ -154,6 +154,7 @@ impl Build<'_> {
                 async move {
                     let write = move || {
                         let _held = held;
+                        let hashing = keys.hashing().map_err(RepositoryError::from)?;
                         let mut wanted: HashSet<ContentHash> = pack.entries.into_iter().collect();
                         let mut written = 0;
                         let all = wanted.clone();
@@ -162,10 +163,10 @@ impl Build<'_> {
                             &pack.pack,
                             &bytes,
                             &keys,
-                            |hash| all.contains(hash),
+                            |hash| all.contains(&hashing.name(*hash)),
                             |hash, kind, entry| {
                                 // One hash may stand twice in a pack's history; it is one file.
-                                if wanted.remove(&hash) {
+                                if wanted.remove(&hashing.name(hash)) {
                                     writer.write(&hash, kind, entry)?;
                                     written += entry.len();
                                 }

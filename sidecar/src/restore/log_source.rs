@@ -176,7 +176,7 @@ impl LogSource<'_> {
             // Each commit is looked at when it is read back.
             let mut commits = open.header.unpack_part(&open.key, index, &stored, &keys)?;
             // Where a chain leaves or enters an object inside, the rest belongs to another history or is held by another object.
-            let span = open.header.cut_part(index, &mut commits, entry.first, entry.last);
+            let span = open.header.cut_part(index, &mut commits, (entry.first, entry.last), keys.hashing()?);
             Ok(Decoded { header: open.header, span, commits })
         };
         blocking(unpack).await

@@ -327,7 +327,9 @@ async fn is_same(
     // An object that the local log holds only a part of is compared by its last commits.
     // The link in which the object is left counts too, though more of it is compared than is needed.
     let links = (open.header.links.partition_point(|link| link.last < entry.last) + 1).min(open.header.links.len());
-    let same = shared_links(&replica.log_path(), &open.header).await?.is_some_and(|shared| shared >= links);
+    let same = shared_links(&replica.log_path(), &open.header, repository.hashing()?)
+        .await?
+        .is_some_and(|shared| shared >= links);
     Ok((!same).then(|| format!("{} holds another history than the local log", entry.key())))
 }
 

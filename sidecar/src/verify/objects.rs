@@ -136,7 +136,7 @@ impl Walk<'_> {
         let (owned, keys) = (key.clone(), self.repository.keys.clone());
         let checked = tokio::task::spawn_blocking(move || {
             pack::check(&id, &bytes).map_err(|malformed| RepositoryError::damaged(&owned, malformed))?;
-            let mut entries = HashSet::new();
+            let (mut entries, hashing) = (HashSet::new(), keys.hashing()?);
             pack::read(
                 &owned,
                 &id,
@@ -144,7 +144,7 @@ impl Walk<'_> {
                 &keys,
                 |_| true,
                 |hash, _: EntryKind, _| {
-                    entries.insert(hash);
+                    entries.insert(hashing.name(hash));
                     Ok::<_, RepositoryError>(())
                 },
             )?;

@@ -7,6 +7,7 @@ use inner_universe::datadir::commit::encode;
 use inner_universe::datadir::log::{Batch, Times};
 use inner_universe::ids::{Identity, Offset, TimelineId};
 use inner_universe::repository::crypto::Keyring;
+use inner_universe::repository::hashing::Hashing;
 use inner_universe::repository::log_object::{ChainTip, Link, LogContent, LogHeader};
 
 use crate::daemon::Daemon;
@@ -107,7 +108,7 @@ fn one(tip: &mut ChainTip, level: u8, last: u64) -> Vec<u8> {
         let times = Times { first: Some(at(n)), last: Some(at(n)), max: Some(at(n)) };
         let batch =
             Batch { log_version: 1, first: Offset(n), last: Offset(n), commits: 1, times, last_len: commit.len() };
-        *tip = tip.extend(&batch, &commit);
+        *tip = tip.extend(&batch, &commit, Hashing::Plain);
         links.push(Link {
             last: Offset(n),
             raw_len: commit.len() as u64,

@@ -18,6 +18,7 @@ use inner_universe::datadir::log::{Batch, Times};
 use inner_universe::ids::{ContentHash, Identity, Offset, RestorePointId, TimelineId};
 use inner_universe::progress::Silent;
 use inner_universe::repository::crypto::Keyring;
+use inner_universe::repository::hashing::Hashing;
 use inner_universe::repository::log_object::{ChainTip, LogContent};
 use inner_universe::repository::manifest::{
     DatabasePoint, FORMAT, PackUse, RestorePoint, SnapshotManifest, Timeline, TimelineReason,
@@ -109,7 +110,7 @@ impl Life {
         let commits = encode(1, offset, 0, 1, &record(micros, b"what an hour brings"));
         let times = Times { first: Some(micros), last: Some(micros), max: Some(micros) };
         let batch = Batch { log_version: 1, first: offset, last: offset, commits: 1, times, last_len: commits.len() };
-        let after = self.tip.extend(&batch, &commits);
+        let after = self.tip.extend(&batch, &commits, Hashing::Plain);
         let content = LogContent {
             database: DATABASE,
             timeline: TimelineId::FIRST,

@@ -3,6 +3,7 @@
 use crate::buffers::Buffer;
 use crate::ids::{ContentHash, Offset};
 use crate::repository::chain::LogEntry;
+use crate::repository::hashing::Hashing;
 use crate::repository::log_object::{Link, LogHeader, history};
 
 /// The commits of a part, or some of them.
@@ -96,7 +97,13 @@ impl LogHeader {
 
     /// Cuts the opened part `index` to the transactions from `first` to `last`, both included. Commits are never split: one that
     /// reaches over an end of the range is left out.
-    pub fn cut_part(&self, index: usize, commits: &mut Buffer, first: Offset, last: Offset) -> PartSpan {
+    pub fn cut_part(
+        &self,
+        index: usize,
+        commits: &mut Buffer,
+        (first, last): (Offset, Offset),
+        hashing: Hashing,
+    ) -> PartSpan {
         let whole = self.whole_part(index);
         if first <= whole.first && whole.last() <= last {
             return whole;
@@ -106,7 +113,7 @@ impl LogHeader {
             Kept { at: 0, here: whole.before, next: starts, bytes: 0..0, span: PartSpan { next: starts, ..whole } };
         kept.span.after = whole.before;
         for link in links {
-            if !kept.take(link, self.log_version, commits, first, last) {
+            if !kept.take(link, self.log_version, commits, (first, last), hashing) {
                 break;
             }
         }
@@ -131,7 +138,14 @@ struct Kept {
 
 impl Kept {
     /// Looks at one more link. Returns false behind the end of the range.
-    fn take(&mut self, link: &Link, log_version: u8, commits: &[u8], first: Offset, last: Offset) -> bool {
+    fn take(
+        &mut self,
+        link: &Link,
+        log_version: u8,
+        commits: &[u8],
+        (first, last): (Offset, Offset),
+        hashing: Hashing,
+    ) -> bool {
         let end = self.at.saturating_add(usize::try_from(link.raw_len).unwrap_or(usize::MAX));
         let run = commits.get(self.at..end).unwrap_or_default();
         let within = if link.last < first || (self.next >= first && link.last <= last) {
@@ -141,7 +155,7 @@ impl Kept {
             // Inside a link only the history hash tells where the history stands, if the link has one.
             let start = self.here.history.filter(|_| link.history.is_some());
             let at = self.at;
-            history::walk(start.unwrap_or(ContentHash([0; 32])), log_version, run).all(|boundary| {
+            history::walk(start.unwrap_or(ContentHash([0; 32])), log_version, run, hashing).all(|boundary| {
                 if boundary.last > last {
                     return false;
                 }

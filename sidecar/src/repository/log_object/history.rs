@@ -8,6 +8,7 @@
 //! same length and the same CRC32C. The bytes themselves are proven by the chain hash of the object that holds them.
 
 use crate::ids::{ContentHash, Identity, Offset};
+use crate::repository::hashing::Hashing;
 
 /// Where a commit's header has the number of its transactions.
 const fn count_at(log_version: u8) -> usize {
@@ -42,7 +43,12 @@ pub struct Boundary {
 
 /// Walks the commits of a run. Frames are taken as they are: whether they are whole is checked elsewhere. Ends early where the
 /// bytes cannot be commits.
-pub fn walk(before: ContentHash, log_version: u8, commits: &[u8]) -> impl Iterator<Item = Boundary> + '_ {
+pub fn walk(
+    before: ContentHash,
+    log_version: u8,
+    commits: &[u8],
+    hashing: Hashing,
+) -> impl Iterator<Item = Boundary> + '_ {
     let (count_at, len_at) = (count_at(log_version), count_at(log_version) + 2);
     let header = len_at + 4;
     let (mut history, mut at) = (before, 0usize);
@@ -58,7 +64,7 @@ pub fn walk(before: ContentHash, log_version: u8, commits: &[u8]) -> impl Iterat
         input[32..40].copy_from_slice(first);
         input[40..48].copy_from_slice(&(whole as u64).to_le_bytes());
         input[48..].copy_from_slice(checksum);
-        history = ContentHash::of(&input);
+        history = hashing.name_of(&input);
         at += whole;
         let first = u64::from_le_bytes(first.try_into().ok()?);
         let count = u16::from_le_bytes(frame.get(count_at..len_at)?.try_into().ok()?);
@@ -68,8 +74,8 @@ pub fn walk(before: ContentHash, log_version: u8, commits: &[u8]) -> impl Iterat
 }
 
 /// The history hash after a run of whole commits.
-pub(super) fn after(before: ContentHash, log_version: u8, commits: &[u8]) -> ContentHash {
-    walk(before, log_version, commits).last().map_or(before, |boundary| boundary.history)
+pub(super) fn after(before: ContentHash, log_version: u8, commits: &[u8], hashing: Hashing) -> ContentHash {
+    walk(before, log_version, commits, hashing).last().map_or(before, |boundary| boundary.history)
 }
 
 #[cfg(test)]
@@ -83,16 +89,17 @@ mod tests {
             let commits: Vec<Vec<u8>> =
                 (0..9u8).map(|n| encode(version, Offset(u64::from(n)), 0, 1, &vec![n; usize::from(n) * 7])).collect();
             let start = origin(&Identity([3; 32]));
-            let whole = after(start, version, &commits.concat());
+            let after = |before, commits: &[u8]| after(before, version, commits, Hashing::Plain);
+            let whole = after(start, &commits.concat());
             for cut in 0..=commits.len() {
-                let first = after(start, version, &commits[..cut].concat());
-                assert_eq!(after(first, version, &commits[cut..].concat()), whole, "cut at {cut}");
+                let first = after(start, &commits[..cut].concat());
+                assert_eq!(after(first, &commits[cut..].concat()), whole, "cut at {cut}");
             }
             let other = encode(version, Offset(4), 0, 1, &[9; 28]);
             let mut changed = commits.clone();
             changed[4] = other;
-            assert_ne!(after(start, version, &changed.concat()), whole);
-            assert_ne!(after(start, version, &commits[..8].concat()), whole);
+            assert_ne!(after(start, &changed.concat()), whole);
+            assert_ne!(after(start, &commits[..8].concat()), whole);
         }
     }
 
@@ -100,8 +107,8 @@ mod tests {
     fn bytes_that_are_not_commits_end_the_walk() {
         let commits = encode(1, Offset(0), 0, 1, b"records");
         for cut in 0..commits.len() {
-            assert_eq!(walk(ContentHash([0; 32]), 1, &commits[..cut]).count(), 0, "cut at {cut}");
+            assert_eq!(walk(ContentHash([0; 32]), 1, &commits[..cut], Hashing::Plain).count(), 0, "cut at {cut}");
         }
-        assert_eq!(walk(ContentHash([0; 32]), 1, &[0xff; 64]).count(), 0);
+        assert_eq!(walk(ContentHash([0; 32]), 1, &[0xff; 64], Hashing::Plain).count(), 0);
     }
 }
