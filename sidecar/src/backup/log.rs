@@ -3,6 +3,8 @@
 //! Whether the log continues the archive is decided by content: the archive's last commits are hashed again from the log.
 //! Where they differ a new timeline begins at the last link that both share, and the old timeline stays as it is.
 
+mod shared;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,14 +13,16 @@ use object_store::path::Path as Key;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
+use crate::backup::log::shared::find_fork;
+pub(crate) use crate::backup::log::shared::{holds_link, shared_links};
 use crate::backup::{BackupError, OBJECT_SIZE, READ_SIZE, WORKERS, Work, blocking};
 use crate::buffers::Buffer;
 use crate::datadir::DataDirError;
 use crate::datadir::log::{Batch, LogReader, Tail, TornHeader, segments};
 use crate::ids::{ContentHash, Identity, Offset, TimelineId};
-use crate::repository::chain::{LogChain, LogEntry};
+use crate::repository::chain::LogChain;
 use crate::repository::hashing::Hashing;
-use crate::repository::log_object::{ChainTip, LogContent, LogHeader, link};
+use crate::repository::log_object::{ChainTip, LogContent, LogHeader};
 use crate::repository::manifest::{Timeline, TimelineReason};
 use crate::repository::timeline::ChainChoice;
 use crate::repository::{Repository, RepositoryError, paths};
@@ -515,140 +519,6 @@ async fn begin(work: &Work, database: Identity, beginning: Beginning) -> Result<
     work.tally.wrote_object(bytes);
     let tip = beginning.fork.unwrap_or_else(|| ChainTip::origin(&database, beginning.start));
     Ok(Continuation { timeline: beginning.id, tip, has_past: beginning.fork.is_some(), events: Vec::new() })
-}
-
-/// The youngest object and link that the log at `dir` still agrees with. Objects before it agree too, since each link's
-/// hash covers the one before; so the search halves. Objects that lie wholly before the log's start prove nothing.
-async fn find_fork(
-    repository: &Repository,
-    dir: &Path,
-    entries: &[LogEntry],
-    log_start: Offset,
-) -> Result<Option<(TimelineId, ChainTip)>, BackupError> {
-    let hashing = repository.hashing()?;
-    let reached = entries.partition_point(|entry| entry.last < log_start);
-    let mut left: Vec<&LogEntry> = entries.iter().skip(reached).collect();
-    let mut best = None;
-    while !left.is_empty() {
-        let middle = left.len() / 2;
-        let entry = left[middle];
-        let header = match repository.log_header(&entry.key()).await {
-            Ok(header) => header,
-            // It tells nothing: the fork is looked for among the others.
-            Err(error) if error.is_damage() => {
-                left.remove(middle);
-                continue;
-            }
-            Err(error) => return Err(error.into()),
-        };
-        // An object that an earlier fork leaves in its middle holds another history behind that fork.
-        let counts = header.links.partition_point(|link| link.last <= entry.last);
-        if counts == 0 {
-            // So does one that is left inside its first link.
-            left.remove(middle);
-            continue;
-        }
-        let shared = shared_links(dir, &header, hashing).await?.unwrap_or(0).min(counts);
-        if let Some(tip) = shared.checked_sub(1).and_then(|last| header.tip_at(last))
-            && best.is_none_or(|(_, before): (_, ChainTip)| before.next < tip.next)
-        {
-            best = Some((entry.timeline, tip));
-        }
-        if shared == counts {
-            left.drain(..=middle);
-        } else {
-            left.truncate(middle);
-        }
-    }
-    Ok(best)
-}
-
-/// How many of an object's links the log at `dir` agrees with, from the first on; `None` when the log starts after it.
-pub(crate) async fn shared_links(
-    dir: &Path,
-    header: &LogHeader,
-    hashing: Hashing,
-) -> Result<Option<usize>, BackupError> {
-    let (dir, header) = (dir.to_owned(), header.clone());
-    Ok(blocking(move || match segments(&dir)?.first() {
-        Some(segment) if segment.first > header.last => Ok(None),
-        Some(segment) if segment.first > header.first => {
-            count_links_by_last_commit(&dir, &header, segment.first, hashing).map(Some)
-        }
-        Some(_) => count_links_by_chain(&dir, &header, hashing).map(Some),
-        None => Ok(Some(0)),
-    })
-    .await?
-    .map_err(|error: DataDirError| error)?)
-}
-
-/// Does the log at `dir` hold link `index` of an object? `false` also when the log does not reach that far, in either direction.
-pub(crate) async fn holds_link(
-    dir: &Path,
-    header: &LogHeader,
-    index: usize,
-    hashing: Hashing,
-) -> Result<bool, BackupError> {
-    let Some(expected) = header.links.get(index) else { return Ok(false) };
-    let before = index.checked_sub(1).and_then(|before| header.tip_at(before));
-    let single = LogHeader {
-        first: before.map_or(header.first, |tip| tip.next),
-        last: expected.last,
-        previous_chain: before.map_or(header.previous_chain, |tip| tip.chain),
-        links: vec![*expected],
-        parts: Vec::new(),
-        ..header.clone()
-    };
-    Ok(shared_links(dir, &single, hashing).await? == Some(1))
-}
-
-/// The log reaches back to the object's start: every byte is compared.
-fn count_links_by_chain(dir: &Path, header: &LogHeader, hashing: Hashing) -> Result<usize, DataDirError> {
-    let mut reader = LogReader::open(dir, header.first)?;
-    if reader.position() != header.first {
-        return Ok(0);
-    }
-    let mut chain = header.previous_chain;
-    let (mut pending, mut batch_bytes) = (Vec::new(), Vec::new());
-    for (agreed, expected) in header.links.iter().enumerate() {
-        let wanted = usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
-        while pending.len() < wanted {
-            match reader.next_batch(READ_SIZE.min(wanted - pending.len()), &mut batch_bytes)? {
-                Some(_) => pending.extend_from_slice(&batch_bytes),
-                None => return Ok(agreed),
-            }
-        }
-        chain = link(&chain, &pending[..wanted], hashing);
-        if chain != expected.chain {
-            return Ok(agreed);
-        }
-        pending.drain(..wanted);
-    }
-    Ok(header.links.len())
-}
-
-/// The log was pruned and starts inside the object: the last commit of each link is compared, which carries offset, time
-/// and caller.
-fn count_links_by_last_commit(
-    dir: &Path,
-    header: &LogHeader,
-    log_start: Offset,
-    hashing: Hashing,
-) -> Result<usize, DataDirError> {
-    for (index, expected) in header.links.iter().enumerate().rev() {
-        if expected.last < log_start {
-            break;
-        }
-        let mut reader = LogReader::open(dir, expected.last)?;
-        let mut commit = Vec::new();
-        if let Some(batch) = reader.next_batch(1, &mut commit)?
-            && batch.last == expected.last
-            && hashing.name_of(&commit) == expected.last_commit
-        {
-            return Ok(index + 1);
-        }
-    }
-    Ok(0)
 }
 
 #[cfg(test)]
