@@ -450,7 +450,7 @@ async fn a_format_that_was_left_out_is_exported_later_and_every_row_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn imported_events_that_no_export_held_are_never_trimmed() {
+async fn imported_events_are_trimmed_only_once_an_export_holds_them() {
     let scene = Scene::new("iu", "inner_universe_module").await;
     load_events(&scene.owner, 2, 6_000).await;
     let trimming = |more: &[(&str, &str)]| {
@@ -482,9 +482,12 @@ async fn imported_events_that_no_export_held_are_never_trimmed() {
     }
     scene.call("import_events", json!([imported])).await;
     scene.call("create_entity", json!(["late", "star", "{}"])).await;
-    let before = scene.owner.rows("iu", &["event_log"]).await;
-    let report = kept(&trimming(&[]), &[]);
-    assert_eq!((&report["tables"][0]["rows"], &report["trimmed_through"]), (&json!(1), &Value::Null), "{report}");
-    assert!(report["not_trimmed"].as_str().is_some_and(|reason| reason.contains("event 1000 ")), "{report}");
-    assert_eq!(scene.owner.rows("iu", &["event_log"]).await, before);
+    let before = scene.owner.rows("iu", &["event_log"]).await["event_log"].len();
+    let run = trimming(&[]).run(["export", "event-log"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    // Numbers that held other events begin a new series. All are exported there before any goes.
+    assert!(run.stderr.contains("goes on in a new series"), "{}", run.stderr);
+    assert_eq!(run.json["tables"][0]["rows"], before, "{}", run.json);
+    let left = scene.owner.rows("iu", &["event_log"]).await["event_log"].len();
+    assert_eq!((left, &run.json["trimmed_through"]), (0, &run.json["tables"][0]["through"]), "{}", run.json);
 }
