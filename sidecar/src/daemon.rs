@@ -303,7 +303,7 @@ impl Run<'_> {
         }
     }
 
-    /// Tells whoever answers for the daemon; `None` while archiving is interrupted.
+    /// Announces the daemon to the socket and the interface; `None` while archiving is interrupted.
     fn serves(&self, daemon: Option<&Arc<Daemon>>) {
         self.desk.serves(daemon.cloned());
         self.interface.serves(daemon.cloned());

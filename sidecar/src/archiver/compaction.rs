@@ -182,7 +182,7 @@ impl Compaction<'_> {
                     repository.delete(&key).await?;
                     error
                 }
-                // Whoever made it may have deleted inputs since.
+                // The process that made it may have deleted inputs since.
                 false => self.give_up(&output, error).await?,
             });
         }
@@ -317,7 +317,7 @@ impl Compaction<'_> {
             for input in held {
                 match repository.delete(&input.key()).await {
                     Ok(()) => done.deleted += 1,
-                    // A bucket that lets nobody delete keeps them, which costs room and loses nothing.
+                    // A bucket that refuses deletes keeps them: that costs space and loses nothing.
                     Err(error @ RepositoryError::Denied { .. }) => {
                         tracing::warn!(%error, "merged objects stay, and nobody asks to delete them for some hours");
                         REFUSED.lock().insert(repository.info.id, Stopwatch::start());

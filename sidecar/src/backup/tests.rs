@@ -179,7 +179,7 @@ async fn encrypted_archives_hold_no_hash_of_what_they_encrypt() {
     sealed.back_up().await.expect("a backup");
     assert_eq!(found(&hashes, &stored(&sealed.repository).await), 0);
 
-    // Who neither remembers the key nor has an identity can continue nothing; an identity opens everything.
+    // Without the remembered key or an identity nothing can be continued; an identity opens everything.
     let store = sealed.store.clone();
     let again =
         Instance { repository: Repository::open_in(store.clone(), "", sealing()).await.expect("open"), ..sealed };

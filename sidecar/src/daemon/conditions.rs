@@ -204,7 +204,7 @@ impl Conditions {
         self.0.lock().retain(|(_, subject), _| *subject != gone);
     }
 
-    /// Clears what tasks found about a database whose tasks are begun anew.
+    /// Clears what tasks found about a database whose tasks are started again.
     pub fn forget_tasks(&self, database: &str) {
         let again = Subject::Database(database.to_owned());
         self.0.lock().retain(|(_, subject), held| *subject != again || held.source != Source::Task);
