@@ -5,6 +5,7 @@
 
 pub mod cell;
 pub mod control;
+pub mod description;
 pub mod link;
 pub mod schema;
 pub mod shape;

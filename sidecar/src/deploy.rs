@@ -27,11 +27,9 @@ pub mod verify;
 
 use std::sync::Arc;
 
-use spacetimedb_lib::db::raw_def::v9::RawModuleDefV9;
-
 use crate::clock::Stopwatch;
 use crate::database::control::Preview;
-use crate::database::schema::Schema;
+use crate::database::description::Description;
 use crate::deploy::begin::begin;
 use crate::deploy::configure::Changes;
 use crate::deploy::host::Host;
@@ -181,7 +179,7 @@ async fn run(
 /// What is on the server, held against what is to be there.
 struct Found {
     database: Database,
-    described: Option<RawModuleDefV9>,
+    described: Option<Description>,
     migration: Migration,
     /// Shown to the server where its release wants to see that a publish breaks clients knowingly.
     token: Option<String>,
@@ -314,18 +312,18 @@ async fn compare(
     }
     found.migration = match database.preview(module.bytes.clone()).await? {
         Preview::Refused { reason } => Migration::Breaking { reasons: vec![reason] },
-        Preview::Migrates { plan, breaks_clients, token } => {
+        Preview::Migrates { is_major_upgrade: true, .. } if !setup.major_upgrade => {
+            return Err(DeployError::MajorUpgrade);
+        }
+        Preview::Migrates { steps, breaks_clients, token, .. } => {
             if breaks_clients {
                 found.problems.push("clients with older bindings are disconnected and must be generated anew".into());
                 found.token = Some(token);
             }
-            Migration::Additive { steps: vec![plan] }
+            Migration::of_steps(steps)
         }
         Preview::NotServed => match &found.described {
-            Some(new) => {
-                let old = verify::raw(&database.schema().await?).map_err(SourceError::Answer)?;
-                Migration::between(old, new.clone())
-            }
+            Some(new) => Migration::between(&database.description().await?, new),
             None => Migration::Unknown { reason: "no server binary is here to read the module with".into() },
         },
     };
@@ -336,7 +334,7 @@ async fn compare(
 }
 
 async fn look_at_settings(setup: &Setup, database: &Database) -> Result<Changes, DeployError> {
-    let schema = Schema::parse(&database.schema().await?).map_err(SourceError::Answer)?;
+    let schema = database.description().await?.into();
     Ok(configure::changes(database, &schema, &setup.config).await?)
 }
 

@@ -404,7 +404,7 @@ impl Run<'_> {
         };
         let read = async {
             let database = Database::new(&config.spacetimedb_config, &config.server_config, &name)?;
-            database.schema().await
+            database.description().await
         };
         let wrote = wrote.await;
         if let (Err(reason), None) = (&wrote, &config.spacetimedb_config.token_file) {

@@ -32,6 +32,10 @@ pub struct DeployArgs {
     /// Leave what a failed step has changed as it is
     #[arg(long)]
     no_rollback: bool,
+    /// Publish although the module is built for the server's next major release, which clients with older bindings may not
+    /// understand
+    #[arg(long)]
+    major_upgrade: bool,
     /// Take the lease from another sidecar; only when that one is dead
     #[arg(long)]
     force: bool,
@@ -158,6 +162,7 @@ impl TargetArgs {
             token_path,
             keeper: Keeper::Nobody,
             rollback,
+            major_upgrade: false,
             watch,
             clock: Arc::clone(&context.clock),
             progress: context.output.progress(),
@@ -174,6 +179,7 @@ pub async fn run(context: &Context<'_>, args: DeployArgs) -> Result<ExitStatus, 
     match args.command {
         None => {
             let mut setup = args.target.setup(context, !args.no_rollback)?;
+            setup.major_upgrade = args.major_upgrade;
             let report =
                 with_keeper(context, &mut setup, args.force, async |setup| deploy::deploy(setup).await).await?;
             for problem in &report.problems {

@@ -261,7 +261,10 @@ impl From<DeployError> for Failure {
             | DeployError::NoModuleDir
             | DeployError::Module { .. }
             | DeployError::NotOwner { .. } => ExitStatus::Usage,
-            DeployError::Breaking(_) | DeployError::NeedsData(_) | DeployError::CannotStop => ExitStatus::Refused,
+            DeployError::Breaking(_)
+            | DeployError::MajorUpgrade
+            | DeployError::NeedsData(_)
+            | DeployError::CannotStop => ExitStatus::Refused,
             DeployError::Busy => ExitStatus::Locked,
             DeployError::NothingToUndo(_) => ExitStatus::NothingToRestore,
             DeployError::Standalone(error) => of_standalone(error),

@@ -78,8 +78,7 @@ impl Link {
     /// # Errors
     /// When the server cannot be asked, or its answer is not understood.
     pub async fn schema(&self) -> Result<Schema, LinkError> {
-        let json = self.database.schema().await?;
-        Ok(Schema::parse(&json).map_err(SourceError::Answer)?)
+        Ok(self.database.description().await?.into())
     }
 
     /// The rows that a statement selects, each in binary form, in no order. Statements are of the form of subscriptions:

@@ -2,11 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use spacetimedb_lib::db::raw_def::v9::{RawConstraintDataV9, RawModuleDefV9, RawTableDefV9, TableAccess};
-use spacetimedb_sats::AlgebraicType;
-use spacetimedb_sats::serde::SerdeWrapper;
-
-use crate::database::shape::{self, Field, Shape};
+use crate::database::description::{Description, TableDescription};
+use crate::database::shape::{Field, Shape};
 
 /// A table that can be exported.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,6 +15,8 @@ pub struct Table {
     pub primary_key: Option<usize>,
     /// Only the owner may read it.
     pub private: bool,
+    /// Its rows are in the log only.
+    pub is_event: bool,
 }
 
 impl Table {
@@ -42,12 +41,7 @@ impl Schema {
     /// # Errors
     /// When the text is no description of a module.
     pub fn parse(json: &[u8]) -> Result<Self, String> {
-        let SerdeWrapper(module): SerdeWrapper<RawModuleDefV9> =
-            serde_json::from_slice(json).map_err(|error| format!("the module's schema: {error}"))?;
-        let tables = module.tables.iter().map(|raw| (raw.name.to_string(), table(raw, &module))).collect();
-        let parameters = |params| shape::fields(params, &module.typespace);
-        let reducers = module.reducers.iter().map(|raw| (raw.name.to_string(), parameters(&raw.params))).collect();
-        Ok(Self { tables, reducers })
+        Ok(Description::parse(json)?.into())
     }
 
     /// `None` when the module has no such table.
@@ -65,18 +59,23 @@ impl Schema {
     }
 }
 
-fn table(raw: &RawTableDefV9, module: &RawModuleDefV9) -> Result<Table, String> {
-    let Some(AlgebraicType::Product(row)) = module.typespace.get(raw.product_type_ref) else {
-        return Err("its rows are not described".into());
-    };
-    let columns = shape::fields(row, &module.typespace)?;
-    let unique = raw.constraints.iter().filter_map(|constraint| match &constraint.data {
-        RawConstraintDataV9::Unique(unique) => unique.columns.as_singleton(),
-        _ => None,
-    });
-    let unique = unique.map(|column| usize::from(column.0));
-    let sequence = unique.filter(|column| columns.get(*column).is_some_and(|column| column.shape == Shape::U64)).min();
-    let primary_key = raw.primary_key.as_singleton().map(|column| usize::from(column.0));
-    let private = matches!(raw.table_access, TableAccess::Private);
-    Ok(Table { name: raw.name.to_string(), columns, sequence, primary_key, private })
+impl From<Description> for Schema {
+    fn from(module: Description) -> Self {
+        let tables = module.tables.into_iter().map(|(name, table)| (name.clone(), Table::of(name, table))).collect();
+        Self { tables, reducers: module.reducers }
+    }
+}
+
+impl Table {
+    fn of(name: String, described: TableDescription) -> Result<Self, String> {
+        let columns = described.columns?;
+        let unique = described.unique.iter().filter_map(|columns| match columns[..] {
+            [column] => Some(column),
+            _ => None,
+        });
+        let sequence =
+            unique.filter(|column| columns.get(*column).is_some_and(|column| column.shape == Shape::U64)).min();
+        let TableDescription { primary_key, private, is_event, .. } = described;
+        Ok(Self { name, columns, sequence, primary_key, private, is_event })
+    }
 }

@@ -4,15 +4,12 @@ use serde::Serialize;
 
 use crate::deploy::begin::{complete, end_orphan, take_back};
 use crate::deploy::journal::{Journal, Step};
-use crate::deploy::migration::Migration;
 use crate::deploy::module::Module;
 use crate::deploy::record::{self, DeploymentRecord};
 use crate::deploy::report::Steps;
 use crate::deploy::{DeployError, Outcome, Setup, rollback, verify};
 use crate::ids::{ContentHash, RestorePointId};
-use crate::observe::server::SourceError;
 use crate::repository::{Repository, RepositoryError};
-use crate::standalone::command::Binary;
 
 /// Every deployment of a database, oldest first. Field names are stable.
 #[derive(Debug, Serialize)]
@@ -190,15 +187,8 @@ async fn take_older(
         let previous = journal.previous.ok_or_else(|| DeployError::NothingToUndo(setup.name.clone()))?;
         let bytes = record::program(Some(repository), setup.dir(), &previous).await?;
         setup.keep_program(&previous, &bytes)?;
-        if let Ok(binary) = Binary::find(&setup.config) {
-            let older = Module { path: record::local(setup.dir(), &previous), bytes: bytes.clone(), hash: previous };
-            let described = super::blocking(move || older.describe(&binary)).await??;
-            let served = verify::raw(&database.schema().await?).map_err(SourceError::Answer)?;
-            if let Migration::Breaking { reasons } = Migration::between(served, described) {
-                return Err(DeployError::NeedsData(reasons.join("; ")));
-            }
-        }
-        database.publish(bytes, None).await?;
+        let older = Module { path: record::local(setup.dir(), &previous), bytes, hash: previous };
+        rollback::publish_older(setup, &database, older).await?;
         let seen = verify::verify(&database, &previous, None, journal.id).await?;
         format!("the program before runs again, rows stay: {seen}")
     };

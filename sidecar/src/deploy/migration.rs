@@ -5,6 +5,8 @@ use spacetimedb_lib::db::raw_def::v9::RawModuleDefV9;
 use spacetimedb_schema::auto_migrate::{AutoMigrateStep, ponder_auto_migrate};
 use spacetimedb_schema::def::ModuleDef;
 
+use crate::database::description::Description;
+
 /// A comparison of two schemas.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
@@ -22,8 +24,23 @@ pub enum Migration {
 }
 
 impl Migration {
-    /// Compares by the rules of the server's own release family.
-    pub fn between(old: RawModuleDefV9, new: RawModuleDefV9) -> Self {
+    /// Compares by the rules of the 1.2.0 family, for a server that does not preview a publish itself.
+    pub fn between(old: &Description, new: &Description) -> Self {
+        let (Some(old_9), Some(new_9)) = (&old.version_9, &new.version_9) else {
+            return match new.differences(old) {
+                differences if differences.is_empty() => Self::None,
+                differences => Self::Unknown { reason: differences.join("; ") },
+            };
+        };
+        Self::by_rules((**old_9).clone(), (**new_9).clone())
+    }
+
+    /// As the server has previewed it.
+    pub fn of_steps(steps: Vec<String>) -> Self {
+        if steps.is_empty() { Self::None } else { Self::Additive { steps } }
+    }
+
+    fn by_rules(old: RawModuleDefV9, new: RawModuleDefV9) -> Self {
         let parsed = |raw: RawModuleDefV9| ModuleDef::try_from(raw).map_err(|errors| lines(&errors.to_string()));
         let (old, new) = match (parsed(old), parsed(new)) {
             (Ok(old), Ok(new)) => (old, new),
@@ -31,10 +48,7 @@ impl Migration {
             (Err(reasons), _) => return Self::Unknown { reason: reasons.join("; ") },
         };
         match ponder_auto_migrate(&old, &new) {
-            Ok(plan) => {
-                let steps: Vec<_> = plan.steps.iter().filter_map(describe).collect();
-                if steps.is_empty() { Self::None } else { Self::Additive { steps } }
-            }
+            Ok(plan) => Self::of_steps(plan.steps.iter().filter_map(describe).collect()),
             Err(errors) => Self::Breaking { reasons: lines(&errors.to_string()) },
         }
     }

@@ -4,17 +4,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde::Deserialize;
-use spacetimedb_lib::RawModuleDef;
-use spacetimedb_lib::db::raw_def::v9::RawModuleDefV9;
-use spacetimedb_sats::serde::SerdeWrapper;
 
 use crate::config::ModuleConfig;
+use crate::database::control::HostType;
+use crate::database::description::Description;
 use crate::deploy::DeployError;
 use crate::ids::ContentHash;
 use crate::standalone::command::Binary;
 
 const TARGET: &str = "wasm32-unknown-unknown";
-const WASM_MAGIC: &[u8] = b"\0asm";
 /// What is quoted of a build that failed.
 const QUOTED_LINES: usize = 15;
 
@@ -36,7 +34,7 @@ impl Module {
     /// Builds the module if the configuration says so, and reads it.
     ///
     /// # Errors
-    /// When it does not compile, or is not there, or is no WebAssembly.
+    /// When it does not compile, or is not there, or is neither WebAssembly nor JavaScript.
     pub fn prepare(config: &ModuleConfig) -> Result<Self, DeployError> {
         let built = match config.build_module {
             true => Some(build(config)?),
@@ -49,24 +47,35 @@ impl Module {
     }
 
     /// # Errors
-    /// When it is not there, or is no WebAssembly.
+    /// When it is not there, or is neither WebAssembly nor JavaScript.
     pub fn read(path: &Path) -> Result<Self, DeployError> {
         let refuse = |reason: String| DeployError::Module { path: path.to_owned(), reason };
         let bytes = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
-        if !bytes.starts_with(WASM_MAGIC) {
-            return Err(refuse("it is no WebAssembly; give the .wasm file that cargo has built".into()));
+        let is_script =
+            path.extension().is_some_and(|extension| ["js", "mjs", "cjs"].iter().any(|js| extension == *js));
+        if HostType::of(&bytes) == HostType::Js && !(is_script && std::str::from_utf8(&bytes).is_ok()) {
+            let reason = "it is neither WebAssembly nor a bundle of JavaScript; give the .wasm file that cargo has built, or \
+                          the bundle.js of `spacetime build`";
+            return Err(refuse(reason.into()));
         }
         Ok(Self { path: path.to_owned(), hash: program_hash(&bytes), bytes })
+    }
+
+    pub fn host_type(&self) -> HostType {
+        HostType::of(&self.bytes)
     }
 
     /// What the module declares, as the server's binary reads it.
     ///
     /// # Errors
     /// When the binary does not read it: it would not run it either.
-    pub fn describe(&self, binary: &Binary) -> Result<RawModuleDefV9, DeployError> {
+    pub fn describe(&self, binary: &Binary) -> Result<Description, DeployError> {
         let refuse = |reason: String| DeployError::Module { path: self.path.clone(), reason };
         // Its ending is how the binary knows what it is.
-        let file = tempfile::Builder::new().suffix(".wasm").tempfile().map_err(|error| refuse(error.to_string()))?;
+        let file = tempfile::Builder::new()
+            .suffix(self.host_type().suffix())
+            .tempfile()
+            .map_err(|error| refuse(error.to_string()))?;
         std::fs::write(file.path(), &self.bytes).map_err(|error| refuse(error.to_string()))?;
         let mut command = Command::new(&binary.path);
         let output = command.arg("extract-schema").arg(file.path()).stdin(Stdio::null()).output();
@@ -75,12 +84,7 @@ impl Module {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(refuse(format!("the server does not read it: {}", last_lines(&said, 3))));
         }
-        let described: SerdeWrapper<RawModuleDef> =
-            serde_json::from_slice(&output.stdout).map_err(|error| refuse(error.to_string()))?;
-        match described.0 {
-            RawModuleDef::V9(described) => Ok(described),
-            _ => Err(refuse("it is described in a form that is not known here".into())),
-        }
+        Description::parse(&output.stdout).map_err(refuse)
     }
 }
 

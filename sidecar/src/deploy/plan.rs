@@ -5,14 +5,13 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::database::control::Preview;
-use crate::database::schema::Schema;
 use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::configure::{self, Changes};
 use crate::deploy::migration::Migration;
 use crate::deploy::module::Module;
-use crate::deploy::{DeployError, Mode, Setup, blocking, verify};
+use crate::deploy::{DeployError, Mode, Setup, blocking};
 use crate::ids::{ContentHash, Identity};
-use crate::observe::server::{Database, SourceError};
+use crate::observe::server::Database;
 use crate::standalone::command::Binary;
 
 /// A deployment before it is made. Field names are stable.
@@ -83,7 +82,7 @@ pub async fn plan(setup: &Setup) -> Result<DeployPlan, DeployError> {
         Some(module) => compare(setup, &database, module.clone()).await?,
     };
     if plan.running.is_some() && plan.running == plan.module {
-        let schema = Schema::parse(&database.schema().await?).map_err(SourceError::Answer)?;
+        let schema = database.description().await?.into();
         plan.changes = configure::changes(&database, &schema, config).await?;
         if plan.changes.is_empty() {
             plan.steps = vec!["server", "compare"];
@@ -95,7 +94,10 @@ pub async fn plan(setup: &Setup) -> Result<DeployPlan, DeployError> {
 async fn compare(setup: &Setup, database: &Database, module: Module) -> Result<Migration, DeployError> {
     match database.preview(module.bytes.clone()).await? {
         Preview::Refused { reason } => return Ok(Migration::Breaking { reasons: vec![reason] }),
-        Preview::Migrates { plan, .. } => return Ok(Migration::Additive { steps: vec![plan] }),
+        Preview::Migrates { steps, is_major_upgrade, .. } => {
+            let upgrade = is_major_upgrade.then(|| "the module is upgraded to the server's major release".to_owned());
+            return Ok(Migration::of_steps(upgrade.into_iter().chain(steps).collect()));
+        }
         Preview::NotServed => {}
     }
     let binary = match Binary::find(&setup.config) {
@@ -103,6 +105,5 @@ async fn compare(setup: &Setup, database: &Database, module: Module) -> Result<M
         Err(error) => return Ok(Migration::Unknown { reason: error.to_string() }),
     };
     let described = blocking(move || module.describe(&binary)).await??;
-    let served = verify::raw(&database.schema().await?).map_err(SourceError::Answer)?;
-    Ok(Migration::between(served, described))
+    Ok(Migration::between(&database.description().await?, &described))
 }

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use object_store::path::Path as Key;
 use serde::{Deserialize, Serialize};
 
+use crate::database::control::HostType;
 use crate::deploy::{DeployError, Mode, Outcome, program};
 use crate::ids::{ContentHash, Identity, Offset, RestorePointId};
 use crate::repository::crypto::Keyring;
@@ -19,6 +20,9 @@ pub struct DeploymentRecord {
     pub database: Identity,
     pub name: String,
     pub module: ContentHash,
+    /// What runs the module.
+    #[serde(default)]
+    pub host_type: HostType,
     /// `None` for the first.
     pub previous: Option<ContentHash>,
     pub mode: Mode,

@@ -35,6 +35,11 @@ pub enum DeployError {
     Silent { data_dir: PathBuf, error: SourceError },
     #[error("the server would refuse the module, nothing was changed: {0}")]
     Breaking(String),
+    #[error(
+        "the module is built for the server's next major release, so that clients with older bindings may not understand it; \
+         nothing was changed: deploy with --major-upgrade once they are ready"
+    )]
+    MajorUpgrade,
     #[error("`{name}` belongs to another identity than this token's; give the owner's with --token-file")]
     NotOwner { name: String },
     #[error("the deployment does not pass its verification: {0}")]

@@ -3,15 +3,19 @@
 //! Where the server can be stopped, its own files are cut before the publish: no write that came before is lost, and no
 //! other database is touched. Where it cannot, the older program is published again and settings are put back.
 
+use crate::database::control::Preview;
 use crate::datadir::DataDir;
 use crate::datadir::lock::{self, ServerLock};
 use crate::deploy::host::Host;
 use crate::deploy::journal::{Journal, Step};
+use crate::deploy::migration::Migration;
+use crate::deploy::module::Module;
 use crate::deploy::{DeployError, Mode, Setup, blocking, configure, cut, record};
 use crate::durable;
 use crate::ids::{ContentHash, Offset};
-use crate::observe::server::Database;
+use crate::observe::server::{Database, SourceError};
 use crate::restore::place::is_mount_point;
+use crate::standalone::command::Binary;
 
 /// Takes back what `journal` tells; returns what was done, in words. Opens a server of its own where none is given.
 ///
@@ -190,11 +194,39 @@ async fn republish(setup: &Setup, journal: &Journal, database: &Database) -> Res
     let Some(previous) = journal.previous else { return Err(DeployError::CannotStop) };
     if database.program().await? != Some(previous) {
         let bytes = record::program(None, setup.dir(), &previous).await?;
-        database.publish(bytes, None).await?;
+        let older = Module { path: record::local(setup.dir(), &previous), bytes, hash: previous };
+        publish_older(setup, database, older).await?;
         expect(database, Some(previous)).await?;
     }
     put_back(journal, database).await?;
     Ok("the older program runs again with its settings; rows that were written since stay".into())
+}
+
+/// Publishes a program that ran before.
+///
+/// # Errors
+/// [`DeployError::NeedsData`] when it does not take the tables and rows that are there.
+pub(super) async fn publish_older(setup: &Setup, database: &Database, older: Module) -> Result<(), DeployError> {
+    let token = match database.preview(older.bytes.clone()).await? {
+        Preview::Refused { reason } => return Err(DeployError::NeedsData(reason)),
+        Preview::Migrates { breaks_clients, token, .. } => breaks_clients.then_some(token),
+        Preview::NotServed => {
+            if let Ok(binary) = Binary::find(&setup.config) {
+                let read = older.clone();
+                let described = blocking(move || read.describe(&binary)).await??;
+                if let Migration::Breaking { reasons } = Migration::between(&database.description().await?, &described)
+                {
+                    return Err(DeployError::NeedsData(reasons.join("; ")));
+                }
+            }
+            None
+        }
+    };
+    match database.publish(older.bytes, token.as_deref()).await {
+        // A table that the older program does not have can go only without rows.
+        Err(SourceError::Refused { status: 400, said }) => Err(DeployError::NeedsData(said)),
+        published => Ok(published.map(drop)?),
+    }
 }
 
 async fn put_back(journal: &Journal, database: &Database) -> Result<(), DeployError> {

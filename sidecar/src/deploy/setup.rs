@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::daemon::state::StateDir;
+use crate::database::control::HostType;
 use crate::datadir::{DataDir, DataDirError};
 use crate::deploy::host::Host;
 use crate::deploy::journal::Journal;
@@ -31,6 +32,8 @@ pub struct Setup {
     pub keeper: Keeper,
     /// Take back what a failed step has changed.
     pub rollback: bool,
+    /// Publish a module of the server's next major release over one of the release before.
+    pub major_upgrade: bool,
     /// What makes this program watch the server in the background.
     pub watch: Vec<OsString>,
     pub clock: Arc<dyn Clock>,
@@ -175,12 +178,14 @@ impl Setup {
             server_version = health.and_then(|health| health.version);
             deployed_by = self.database(host).await.ok().and_then(|database| database.token_identity());
         }
+        let program = tokio::fs::read(record::local(self.dir(), &journal.module)).await;
         let record = DeploymentRecord {
             format: 1,
             id: journal.id,
             database,
             name: journal.name.clone(),
             module: journal.module,
+            host_type: program.map_or_else(|_| HostType::default(), |bytes| HostType::of(&bytes)),
             previous: journal.previous,
             mode: journal.mode,
             outcome,

@@ -1,11 +1,10 @@
 //! Is what was deployed what runs, and does it work? The program, its tables, its status, and an event there and back.
 
 use serde_json::{Value, json};
-use spacetimedb_lib::db::raw_def::v9::RawModuleDefV9;
 
+use crate::database::description::Description;
 use crate::database::schema::Schema;
 use crate::deploy::DeployError;
-use crate::deploy::migration::Migration;
 use crate::ids::{ContentHash, RestorePointId};
 use crate::observe::server::Database;
 
@@ -16,7 +15,7 @@ use crate::observe::server::Database;
 pub async fn verify(
     database: &Database,
     module: &ContentHash,
-    described: Option<&RawModuleDefV9>,
+    described: Option<&Description>,
     id: RestorePointId,
 ) -> Result<String, DeployError> {
     let wrong = |reason: String| DeployError::Verification(reason);
@@ -25,16 +24,16 @@ pub async fn verify(
         Some(program) => return Err(wrong(format!("program {program} runs, not {module}"))),
         None => return Err(wrong("no program runs".into())),
     }
-    let json = database.schema().await?;
-    let schema = Schema::parse(&json).map_err(wrong)?;
+    let served = database.description().await?;
     let mut seen = vec!["the program runs".to_owned()];
     if let Some(described) = described {
-        let served = raw(&json).map_err(wrong)?;
-        match Migration::between(served, described.clone()) {
-            Migration::None => seen.push("its tables are those of the module".into()),
-            other => return Err(wrong(format!("its tables are not those of the module: {}", other.describe()))),
+        let differences = described.differences(&served);
+        if !differences.is_empty() {
+            return Err(wrong(format!("its tables are not those of the module: {}", differences.join("; "))));
         }
+        seen.push("its tables are those of the module".into());
     }
+    let schema = Schema::from(served);
     let has = |table: &str, reducer: &str| schema.table(table).is_some() && schema.reducer(reducer).is_some();
     if has("system_status", "get_system_status") {
         let refused = |error| wrong(format!("get_system_status: {error}"));
@@ -59,14 +58,4 @@ pub async fn verify(
         seen.push("an event came back".into());
     }
     Ok(seen.join(", "))
-}
-
-/// The server's description of a module.
-///
-/// # Errors
-/// When it is none.
-pub fn raw(json: &[u8]) -> Result<RawModuleDefV9, String> {
-    let parsed: spacetimedb_sats::serde::SerdeWrapper<RawModuleDefV9> =
-        serde_json::from_slice(json).map_err(|error| error.to_string())?;
-    Ok(parsed.0)
 }

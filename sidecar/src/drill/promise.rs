@@ -8,7 +8,6 @@ use futures::future::BoxFuture;
 
 use crate::backup::Witness;
 use crate::config::Config;
-use crate::database::schema::Schema;
 use crate::ids::{ContentHash, Identity};
 use crate::observe::server::{Database, SourceError};
 use crate::repository::manifest::TablePromise;
@@ -56,9 +55,10 @@ impl Witness for LiveServer {
 /// When the server cannot be asked.
 pub async fn tables(config: &Config, database: &str) -> Result<Vec<TablePromise>, SourceError> {
     let database = Database::new(&config.spacetimedb_config, &config.server_config, database)?;
-    let schema = Schema::parse(&database.schema().await?).map_err(SourceError::Answer)?;
+    let module = database.description().await?;
     let mut tables = Vec::new();
-    for name in schema.table_names() {
+    // Rows of event tables are in no table.
+    for (name, _) in module.tables.iter().filter(|(_, table)| !table.is_event) {
         match table(&database, name, config.drill.promise_rows).await {
             Ok(found) => tables.push(found),
             // Private, and not ours.

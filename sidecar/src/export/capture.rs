@@ -139,7 +139,14 @@ impl Exporter<'_> {
             rows.push(vec![text("spacetimedb"), text("config.toml"), text(&server)]);
         }
         let columns = ["program", "name", "content"].map(column).into();
-        let table = Table { name: CONFIGURATION.into(), columns, sequence: None, primary_key: None, private: true };
+        let table = Table {
+            name: CONFIGURATION.into(),
+            columns,
+            sequence: None,
+            primary_key: None,
+            private: true,
+            is_event: false,
+        };
         let captured = self.begin_capture(&table).await?.with(rows).await?;
         self.end_capture(&table, captured).await
     }

@@ -30,7 +30,14 @@ pub fn table(names: &[&str]) -> Table {
     let column = |name: &str, shape: Shape| Field { name: name.into(), shape };
     let mut columns = vec![column("sequence", Shape::U64), column("event_id", Shape::String)];
     columns.extend(names.iter().map(|name| column(name, Shape::String)));
-    Table { name: "event_log".into(), columns, sequence: Some(0), primary_key: Some(0), private: false }
+    Table {
+        name: "event_log".into(),
+        columns,
+        sequence: Some(0),
+        primary_key: Some(0),
+        private: false,
+        is_event: false,
+    }
 }
 
 pub fn row(number: u64, text: &str) -> Vec<Cell> {

@@ -9,6 +9,7 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
+use crate::database::description::Description;
 use crate::outbound;
 
 /// What can go wrong with the server.
@@ -25,6 +26,8 @@ pub enum SourceError {
          token_file"
     )]
     Refused { status: u16, said: String },
+    #[error("the server refused: {0}")]
+    Locked(String),
     #[error("the server's answer is not understood: {0}")]
     Answer(String),
     #[error("the subscription to the event log ended: {0}")]
@@ -242,12 +245,17 @@ impl Database {
         }
     }
 
-    /// The module's schema, as the server describes it.
+    /// What the module declares.
     ///
     /// # Errors
-    /// When the server cannot be asked, or knows no such database.
-    pub async fn schema(&self) -> Result<bytes::Bytes, SourceError> {
-        self.get("schema?version=9").await
+    /// When the server cannot be asked, knows no such database, or describes it in a form that is not known here.
+    pub async fn description(&self) -> Result<Description, SourceError> {
+        let json = match self.get("schema?version=10").await {
+            // Servers before 2.0.4 know version 9 only.
+            Err(SourceError::Refused { status: 400, .. }) => self.get("schema?version=9").await?,
+            described => described?,
+        };
+        Description::parse(&json).map_err(SourceError::Answer)
     }
 
     /// Calls a reducer that takes no arguments.
@@ -297,8 +305,7 @@ impl Database {
             bytes.extend_from_slice(&chunk);
         }
         if !status.is_success() {
-            let said = String::from_utf8_lossy(&bytes).chars().take(300).collect();
-            return Err(SourceError::Refused { status: status.as_u16(), said });
+            return Err(refused(status, &bytes));
         }
         let rows: Vec<serde_json::Value> = parse(&bytes)?;
         Ok(Some(rows.iter().map(ToString::to_string).collect()))
@@ -336,10 +343,18 @@ impl Database {
         let status = answer.status();
         let bytes = answer.bytes().await.map_err(unreachable)?;
         if !status.is_success() {
-            let said = String::from_utf8_lossy(&bytes).chars().take(300).collect();
-            return Err(SourceError::Refused { status: status.as_u16(), said });
+            return Err(refused(status, &bytes));
         }
         Ok(bytes)
+    }
+}
+
+fn refused(status: http::StatusCode, body: &[u8]) -> SourceError {
+    let said: String = String::from_utf8_lossy(body).trim().chars().take(300).collect();
+    match status {
+        // Its words name the command that unlocks.
+        http::StatusCode::FORBIDDEN if said.starts_with("Database is locked") => SourceError::Locked(said),
+        status => SourceError::Refused { status: status.as_u16(), said },
     }
 }
 
