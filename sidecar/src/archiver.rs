@@ -287,6 +287,9 @@ impl Archiver {
             if pending.is_empty() && !read.more {
                 self.caught_up(tip);
                 if stopping || self.is_decided(&stuck) {
+                    if !stopping && !self.waiting.is_empty() && self.is_left_behind(timeline).await? {
+                        return Ok(Ended::Anew);
+                    }
                     let fault = self.followed.progress().damage;
                     self.answer(Some((timeline, has_past.then_some(tip))), fault);
                 }
@@ -361,6 +364,12 @@ impl Archiver {
         );
         self.followed.event(self.work.clock.now(), LogEvent { kind: LogEventKind::Damage, message: text });
         Ok(())
+    }
+
+    /// Has another writer begun a newer timeline? Retention would remove what we write on ours.
+    async fn is_left_behind(&self, timeline: TimelineId) -> Result<bool, BackupError> {
+        let timelines = self.work.repository.timelines(&self.followed.identity).await?;
+        Ok(timelines.last().is_some_and(|newest| newest.timeline > timeline))
     }
 
     /// Opens the log after `tip`; `None` when its last commit is not the archive's.

@@ -134,6 +134,9 @@ pub(crate) struct Work {
 
 /// Tells what the live server has.
 pub trait Witness: Send + Sync {
+    /// Does what asking for the tables of `databases` takes, so that the log tells of it beforehand. Returns true if
+    /// something was written to them.
+    fn prepare<'a>(&'a self, databases: &'a [Identity]) -> BoxFuture<'a, bool>;
     /// The tables of a database as they are now; `None` where it cannot be asked.
     fn tables(&self, database: Identity) -> BoxFuture<'_, Option<Vec<TablePromise>>>;
 }
@@ -222,6 +225,13 @@ pub(crate) async fn create_from(
     let stopwatch = Stopwatch::start();
     if options.key_dir.is_some() && !work.repository.keys.seals() && !options.allow_plain_keys {
         return Err(BackupError::PlainKeys);
+    }
+    if let Some(witness) = &work.witness {
+        let databases = copy_control_db(data).await?.databases;
+        let databases: Vec<_> = databases.iter().map(|database| database.identity).collect();
+        if witness.prepare(&databases).await {
+            work.clock.sleep(SETTLE).await;
+        }
     }
     let mut found = Found::default();
     let mut archived: Vec<(Identity, LogArchive)> = Vec::new();

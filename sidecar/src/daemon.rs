@@ -41,6 +41,8 @@ use crate::daemon::followers::Followers;
 use crate::daemon::schedule::ScheduleError;
 use crate::daemon::state::{Claim, State, StateDir};
 use crate::daemon::waits::{Asking, wait_for_data_dir, wait_for_lease, wait_for_repository};
+#[cfg(feature = "client")]
+use crate::database::reader::Readers;
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::FileError;
 use crate::observe::calls::CallStreams;
@@ -215,6 +217,8 @@ pub async fn run(options: DaemonOptions, clock: Arc<dyn Clock>, stop: Cancellati
 struct Streams {
     calls: Arc<CallStreams>,
     module_logs: Arc<ModuleLogs>,
+    #[cfg(feature = "client")]
+    readers: Arc<Readers>,
 }
 
 impl Streams {
@@ -222,7 +226,12 @@ impl Streams {
         let (telemetry, dir) = (&options.config.telemetry, &options.state_dir);
         let calls = CallStreams::new(telemetry, &dir.instance(), dir.path(), Arc::clone(clock))?;
         let module_logs = ModuleLogs::new(telemetry, &dir.instance(), dir.path(), Arc::clone(clock))?;
-        Ok(Self { calls: Arc::new(calls), module_logs: Arc::new(module_logs) })
+        Ok(Self {
+            calls: Arc::new(calls),
+            module_logs: Arc::new(module_logs),
+            #[cfg(feature = "client")]
+            readers: Arc::new(Readers::new(&options.config)),
+        })
     }
 }
 
@@ -238,17 +247,20 @@ fn observe_module(
     let (instance, dir) = (options.state_dir.instance(), options.state_dir.path().to_owned());
     let watching: BoxFuture<'static, ()> = {
         let (config, dir, instance) = (options.config.clone(), dir.clone(), instance.clone());
+        let readers = Arc::clone(&streams.readers);
         let (clock, stop, state) = (Arc::clone(clock), stop.clone(), Arc::clone(state));
         Box::pin(async move {
             let written = || state.log_position(config.spacetimedb_config.database.as_deref()?);
             let tell = |samples| state.module(samples);
-            crate::observe::module::run(&config, &instance, &dir, clock, written, tell, stop).await;
+            crate::observe::module::run(&config, &readers, &instance, &dir, clock, written, tell, stop).await;
         })
     };
     let streaming: BoxFuture<'static, ()> = {
-        let config = options.config.clone();
+        let (config, readers) = (options.config.clone(), Arc::clone(&streams.readers));
         let (calls, clock, stop) = (streams.calls.since(), Arc::clone(clock), stop.clone());
-        Box::pin(async move { crate::observe::events::run(&config, &instance, &dir, calls, clock, stop).await })
+        Box::pin(
+            async move { crate::observe::events::run(&config, &readers, &instance, &dir, calls, clock, stop).await },
+        )
     };
     [("the stream of events", streaming), ("the stream of the module's tables", watching)]
 }
@@ -372,6 +384,8 @@ impl Run<'_> {
             followers: Followers::default(),
             calls: Arc::clone(&self.streams.calls),
             module_logs: Arc::clone(&self.streams.module_logs),
+            #[cfg(feature = "client")]
+            readers: Arc::clone(&self.streams.readers),
             verification: self.options.state_dir.path().join("verification.json"),
             restore_points: tokio::sync::Mutex::new(()),
             verifying: tokio::sync::Mutex::new(()),
@@ -547,6 +561,8 @@ pub struct Daemon {
     followers: Followers,
     calls: Arc<CallStreams>,
     module_logs: Arc<ModuleLogs>,
+    #[cfg(feature = "client")]
+    readers: Arc<Readers>,
     /// Where what the last verification found is kept.
     verification: PathBuf,
     /// One restore point at a time.

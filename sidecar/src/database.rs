@@ -7,6 +7,7 @@ pub mod cell;
 pub mod control;
 pub mod description;
 pub mod link;
+pub mod reader;
 pub mod schema;
 pub mod shape;
 pub mod tls;

@@ -103,7 +103,7 @@ impl Doctor<'_> {
                         format!("this release was tested with {KNOWN_RELEASES}"),
                     ),
                 }
-                if !binary.bounds_page_pool() {
+                if !binary.release().bounds_page_pool() {
                     let fix = "take a newer server where memory is short; server_config.cache_size_mb has no effect on this one's pages";
                     self.add("page pool", Verdict::Warn, "this server does not let its page pool be bounded", fix);
                 }

@@ -340,7 +340,7 @@ impl Run<'_> {
         extra: u64,
         result: &mut DrillResult,
     ) -> Option<DrilledDatabase> {
-        let found = match promise::tables(config, &database.identity.to_string()).await {
+        let found = match promise::tables(config, &database.identity.to_string(), promised.unwrap_or_default()).await {
             Ok(found) => found,
             Err(error) => {
                 let message = format!("database {} cannot be read: {error}", database.name);

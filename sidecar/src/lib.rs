@@ -34,6 +34,7 @@ pub mod observe;
 mod outbound;
 pub mod process;
 pub mod progress;
+pub mod release;
 #[cfg(feature = "client")]
 pub mod replay;
 pub mod repository;

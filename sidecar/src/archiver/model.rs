@@ -350,6 +350,7 @@ impl World {
 
     /// Of an archiver that has just reported, a restore point is made.
     async fn restore_point(&mut self) {
+        self.leave_old_timelines().await;
         let Some((timeline, tip)) = self.archivers[0].filter(|(_, tip)| tip.next.0 as usize <= self.log.len()) else {
             return;
         };
@@ -379,11 +380,21 @@ impl World {
         self.restore_points.push((id, acknowledged));
     }
 
+    /// Who makes a restore point or removes objects looks first whether another has begun a newer timeline.
+    async fn leave_old_timelines(&mut self) {
+        let timelines = self.work.repository.timelines(&DATABASE).await.unwrap();
+        let newest = timelines.last().map(|newest| newest.timeline);
+        for archiver in &mut self.archivers {
+            *archiver = archiver.filter(|(timeline, _)| Some(*timeline) == newest);
+        }
+    }
+
     /// Retention keeps two restore points. What nothing keeps is not promised any more.
     async fn prune(&mut self) {
         if self.restore_points.is_empty() {
             return;
         }
+        self.leave_old_timelines().await;
         let policy = Policy { last: 2, ..Policy::default() };
         let grace = Duration::from_secs(60);
         for _ in 0..2 {

@@ -2,12 +2,13 @@
 
 use super::*;
 use crate::backup::{DEFAULT_LEVEL, Unobserved};
-use crate::clock::SystemClock;
+use crate::clock::{Clock, SystemClock};
 use crate::datadir::commit::{SegmentHeader, encode};
 use crate::datadir::log::segment_name;
 use crate::progress::Silent;
 use crate::repository::Repository;
 use crate::repository::crypto::Keyring;
+use crate::repository::manifest::{Timeline, TimelineReason};
 use crate::repository::store::Store;
 
 struct Following {
@@ -16,6 +17,7 @@ struct Following {
     flush: FlushHandle,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<()>,
+    repository: Repository,
 }
 
 impl Following {
@@ -24,8 +26,9 @@ impl Following {
         std::fs::write(dir.path().join(segment_name(Offset(0))), log).expect("write");
         let store = Store::around(Arc::new(object_store::memory::InMemory::new()));
         let repository = Repository::open_or_create_in(store, "memory://", Keyring::default(), &SystemClock).await;
+        let repository = repository.expect("a repository");
         let work = Arc::new(Work {
-            repository: repository.expect("a repository"),
+            repository: repository.clone(),
             clock: Arc::new(SystemClock),
             progress: Arc::new(Silent),
             tally: Arc::default(),
@@ -39,7 +42,7 @@ impl Following {
         let stop = CancellationToken::new();
         let (archiver, flush) =
             Archiver::new(work, Arc::clone(&followed), dir.path().to_owned(), settings, stop.clone());
-        Self { dir, followed, flush, stop, task: tokio::spawn(archiver.run()) }
+        Self { dir, followed, flush, stop, task: tokio::spawn(archiver.run()), repository }
     }
 
     fn write(&self, log: &[u8]) {
@@ -98,5 +101,28 @@ async fn an_unreadable_log_is_answered_at_once() {
     let answer = following.flush().await;
     assert_eq!(answer.tip, None);
     assert!(answer.fault.as_ref().is_some_and(|fault| fault.contains("is damaged at byte")), "{answer:?}");
+    following.end().await;
+}
+
+#[tokio::test]
+async fn a_timeline_that_another_writer_has_left_behind_is_left() {
+    let following = Following::start(&log(10)).await;
+    let first = following.flush().await;
+    assert_eq!((first.timeline, first.tip.map(|tip| tip.last)), (TimelineId(1), Some(Offset(9))));
+    let other = Timeline {
+        timeline: TimelineId(2),
+        parent: Some(TimelineId(1)),
+        fork_offset: Some(Offset(9)),
+        start: Offset(10),
+        reason: TimelineReason::Fork,
+        created_at: SystemClock.now(),
+    };
+    let database = following.followed.identity;
+    following.repository.put_timeline(&database, &other).await.expect("another's timeline");
+    let moved = following.flush().await;
+    assert_eq!((moved.timeline, moved.tip.map(|tip| tip.last)), (TimelineId(2), Some(Offset(9))));
+    let timelines = following.repository.timelines(&database).await.expect("timelines");
+    let chain = following.repository.log_chain(&database, &timelines, TimelineId(2)).await.expect("a chain");
+    assert!(chain.unbroken(Offset(0), Offset(9)).is_some(), "everything is on the newest timeline");
     following.end().await;
 }

@@ -122,7 +122,10 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
     let lease = context.lease(&repository, args.force).await?;
     let fenced = lease.fenced();
     #[cfg(feature = "client")]
-    let witness = crate::drill::promise::LiveServer::witness(context.config());
+    let witness = {
+        let readers = Arc::new(crate::database::reader::Readers::new(context.config()));
+        crate::drill::promise::LiveServer::witness(context.config(), readers)
+    };
     #[cfg(not(feature = "client"))]
     let witness = None;
     let clock = Arc::clone(&context.clock);

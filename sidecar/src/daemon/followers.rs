@@ -17,7 +17,7 @@ use crate::archiver::position::{Position, Positions};
 use crate::archiver::{Archiver, FlushHandle, Followed, Settings, compaction};
 use crate::backup::log::LogArchive;
 use crate::backup::{BackupError, LogSource, Observer, Work, blocking, snapshot};
-use crate::clock::Stopwatch;
+use crate::clock::{Clock, Stopwatch};
 use crate::daemon::conditions::{ConditionKind, Ends, Streak, Subject, watched};
 use crate::daemon::state::State;
 use crate::daemon::{Daemon, DaemonError, LOOK_INTERVAL};
@@ -62,6 +62,15 @@ impl Followers {
     /// The replicas whose logs are followed.
     pub(super) fn replicas(&self) -> HashSet<u64> {
         self.by_database.lock().values().map(|follower| follower.replica).collect()
+    }
+
+    /// Has each log archived up to its end, on its database's newest timeline. One that cannot be is waited for a while.
+    pub(super) async fn flush(&self, clock: &dyn Clock) {
+        let handles: Vec<_> = self.by_database.lock().values().map(|follower| follower.flush.clone()).collect();
+        tokio::select! {
+            _ = futures::future::join_all(handles.iter().map(FlushHandle::flush)) => {}
+            () = clock.sleep(FLUSH_LIMIT) => {}
+        }
     }
 
     /// Waits until all have ended, after they were told to.

@@ -64,7 +64,7 @@ impl Daemon {
         let mut work = self.work(Arc::new(backup::Unobserved));
         #[cfg(feature = "client")]
         {
-            work.witness = LiveServer::witness(&self.config);
+            work.witness = LiveServer::witness(&self.config, Arc::clone(&self.readers));
         }
         let work = Arc::new(work);
         let report = backup::create_from(&work, &self.followers, &self.data, &options).await?;
@@ -112,6 +112,8 @@ impl Daemon {
         let _alone = self.restore_points.lock().await;
         let policy = Policy::new(&self.config.retention, self.config.schedule.time_zone.0);
         let work = async {
+            // What is archived on a timeline that another writer has left behind is kept by nothing.
+            self.followers.flush(self.clock.as_ref()).await;
             let grace = self.config.retention.grace.0;
             let plan = retention::plan(&self.repository, &policy, grace, self.clock.now()).await?;
             retention::apply(&self.repository, &plan.trusting_clock(trust_clock), self.clock.as_ref()).await

@@ -46,6 +46,15 @@ impl LinkError {
     }
 }
 
+impl From<LinkError> for SourceError {
+    fn from(error: LinkError) -> Self {
+        match error {
+            LinkError::Server(error) => error,
+            error => Self::Query(error.to_string()),
+        }
+    }
+}
+
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 type ServerMessage = protocol::ServerMessage<protocol::BsatnFormat>;
 
@@ -54,6 +63,8 @@ pub struct Link {
     database: Database,
     socket: Option<Socket>,
     timeout: Duration,
+    /// How often a connection was opened.
+    opened: u64,
     next: u32,
     /// Calls that were sent and not answered.
     pending: VecDeque<u32>,
@@ -67,7 +78,20 @@ impl Link {
     pub fn new(config: &SpacetimedbConfig, server: &ServerConfig, name: &str) -> Result<Self, LinkError> {
         let database = Database::new(config, server, name)?;
         let timeout = Duration::from_millis(server.timeout_ms);
-        Ok(Self { database, socket: None, timeout, next: 0, pending: VecDeque::new(), answered: VecDeque::new() })
+        Ok(Self {
+            database,
+            socket: None,
+            timeout,
+            opened: 0,
+            next: 0,
+            pending: VecDeque::new(),
+            answered: VecDeque::new(),
+        })
+    }
+
+    /// How often a connection was opened.
+    pub fn opened(&self) -> u64 {
+        self.opened
     }
 
     /// What the server is asked without a connection.
@@ -162,6 +186,17 @@ impl Link {
         }
     }
 
+    /// Answers the server's pings until the connection breaks; never returns where none is open. May be dropped at any time.
+    pub async fn keep(&mut self) {
+        let Some(socket) = &mut self.socket else { return std::future::pending().await };
+        while let Some(Ok(message)) = socket.next().await {
+            if message.is_close() {
+                break;
+            }
+        }
+        self.socket = None;
+    }
+
     /// Says good-bye, so that the server need not find out.
     pub async fn close(mut self) {
         if let Some(mut socket) = self.socket.take() {
@@ -213,7 +248,10 @@ impl Link {
         };
         let opening = tokio_tungstenite::connect_async_tls_with_config(request, Some(limits), true, connector);
         match tokio::time::timeout(self.timeout, opening).await {
-            Ok(Ok((socket, _))) => Ok(socket),
+            Ok(Ok((socket, _))) => {
+                self.opened += 1;
+                Ok(socket)
+            }
             Ok(Err(SocketError::Http(answer))) => {
                 let said = answer.body().as_deref().map(String::from_utf8_lossy).unwrap_or_default().into_owned();
                 Err(SourceError::Refused { status: answer.status().as_u16(), said }.into())

@@ -8,9 +8,12 @@ use futures::future::BoxFuture;
 
 use crate::backup::Witness;
 use crate::config::Config;
+use crate::database::link::LinkError;
+use crate::database::reader::{Reader, Readers};
 use crate::ids::{ContentHash, Identity};
 use crate::observe::server::{Database, SourceError};
-use crate::repository::manifest::TablePromise;
+use crate::release::Release;
+use crate::repository::manifest::{RowForm, TablePromise};
 
 /// Sums in a hash.
 const SUMS: usize = 32;
@@ -22,21 +25,71 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The server that the configuration names.
 pub struct LiveServer {
     config: Config,
+    readers: Arc<Readers>,
 }
 
 impl LiveServer {
     /// `None` where nothing is to be promised.
-    pub fn witness(config: &Config) -> Option<Arc<dyn Witness>> {
-        (config.drill.promise_rows > 0).then(|| Arc::new(Self { config: config.clone() }) as Arc<dyn Witness>)
+    pub fn witness(config: &Config, readers: Arc<Readers>) -> Option<Arc<dyn Witness>> {
+        (config.drill.promise_rows > 0).then(|| Arc::new(Self { config: config.clone(), readers }) as Arc<dyn Witness>)
+    }
+
+    fn database(&self, name: &str) -> Result<Database, SourceError> {
+        Database::new(&self.config.spacetimedb_config, &self.config.server_config, name)
+    }
+
+    /// Does the server write to a database that is asked by SQL?
+    async fn writes_when_asked(&self) -> Result<bool, SourceError> {
+        let version = self.database("")?.server_version().await?;
+        Ok(Release::of(version.as_deref()).writes_when_asked())
+    }
+
+    /// Opens the connections to `databases` that are not open. Returns true if one was opened.
+    async fn connect(&self, databases: &[Identity]) -> Result<bool, SourceError> {
+        if !self.writes_when_asked().await? {
+            return Ok(false);
+        }
+        let mut is_new = false;
+        for database in databases {
+            let reader = self.readers.get(&database.to_string())?;
+            let before = reader.connections();
+            if let Err(error) = reader.query("SELECT * FROM st_table WHERE table_id = 1".into()).await {
+                tracing::debug!(%error, %database, "the restore point will promise nothing of it");
+            }
+            is_new |= reader.connections() > before;
+        }
+        Ok(is_new)
+    }
+
+    async fn read(&self, name: &str) -> Result<Vec<TablePromise>, SourceError> {
+        let most = self.config.drill.promise_rows;
+        let database = self.database(name)?;
+        if !self.writes_when_asked().await? {
+            return by_sql(&database, most).await;
+        }
+        let sizes = database.table_sizes(name).await?;
+        let mut tables = Vec::new();
+        for table in stored_tables(&database).await? {
+            // One of which the server has not told yet is new, and small.
+            let is_large = sizes.get(&table).is_some_and(|size| size.rows > most || size.bytes > LARGEST as u64);
+            if !is_large && let Some(found) = by_query(&self.readers.get(name)?, &table).await? {
+                tables.push(found);
+            }
+        }
+        Ok(tables)
     }
 }
 
 impl Witness for LiveServer {
+    fn prepare<'a>(&'a self, databases: &'a [Identity]) -> BoxFuture<'a, bool> {
+        let connecting = tokio::time::timeout(PATIENCE, self.connect(databases));
+        async move { matches!(connecting.await, Ok(Ok(true))) }.boxed()
+    }
+
     fn tables(&self, database: Identity) -> BoxFuture<'_, Option<Vec<TablePromise>>> {
         async move {
             let name = database.to_string();
-            let reading = tables(&self.config, &name);
-            match tokio::time::timeout(PATIENCE, reading).await {
+            match tokio::time::timeout(PATIENCE, self.read(&name)).await {
                 Ok(Ok(tables)) => Some(tables),
                 Ok(Err(error)) => {
                     tracing::debug!(%error, %database, "the restore point promises nothing of it");
@@ -49,17 +102,38 @@ impl Witness for LiveServer {
     }
 }
 
-/// Every table of a database that may be read, by name.
+/// Every table of a restored database that may be read, each in the form in which it was promised. The server is one of
+/// ours that nobody else uses, so that it may write when it is asked.
 ///
 /// # Errors
 /// When the server cannot be asked.
-pub async fn tables(config: &Config, database: &str) -> Result<Vec<TablePromise>, SourceError> {
-    let database = Database::new(&config.spacetimedb_config, &config.server_config, database)?;
+pub async fn tables(
+    config: &Config,
+    database: &str,
+    promised: &[TablePromise],
+) -> Result<Vec<TablePromise>, SourceError> {
+    let reader = Reader::new(&config.spacetimedb_config, &config.server_config, database)?;
+    let mut tables = by_sql(reader.database(), config.drill.promise_rows).await?;
+    for promise in promised.iter().filter(|promise| promise.form == RowForm::Bsatn) {
+        let found = tables.iter_mut().find(|table| table.name == promise.name);
+        if let (Some(found), Some(read)) = (found, by_query(&reader, &promise.name).await?) {
+            *found = read;
+        }
+    }
+    Ok(tables)
+}
+
+/// The names of the tables that hold rows: those of event tables are in the log alone.
+async fn stored_tables(database: &Database) -> Result<Vec<String>, SourceError> {
     let module = database.description().await?;
+    let stored = module.tables.into_iter().filter(|(_, table)| !table.is_event);
+    Ok(stored.map(|(name, _)| name).collect())
+}
+
+async fn by_sql(database: &Database, most: u64) -> Result<Vec<TablePromise>, SourceError> {
     let mut tables = Vec::new();
-    // Rows of event tables are in no table.
-    for (name, _) in module.tables.iter().filter(|(_, table)| !table.is_event) {
-        match table(&database, name, config.drill.promise_rows).await {
+    for name in stored_tables(database).await? {
+        match table_by_sql(database, &name, most).await {
             Ok(found) => tables.push(found),
             // Private, and not ours.
             Err(SourceError::Refused { .. }) => {}
@@ -69,15 +143,26 @@ pub async fn tables(config: &Config, database: &str) -> Result<Vec<TablePromise>
     Ok(tables)
 }
 
-async fn table(database: &Database, name: &str, most: u64) -> Result<TablePromise, SourceError> {
-    let rows = database.count(name).await?;
+async fn table_by_sql(database: &Database, name: &str, most: u64) -> Result<TablePromise, SourceError> {
+    let (name, form) = (name.to_owned(), RowForm::Json);
+    let rows = database.count(&name).await?;
     if rows > most {
-        return Ok(TablePromise { name: name.to_owned(), rows, hash: None });
+        return Ok(TablePromise { name, rows, form, hash: None });
     }
-    let texts = database.row_texts(name, LARGEST).await?;
+    let texts = database.row_texts(&name, LARGEST).await?;
     let rows = texts.as_ref().map_or(rows, |texts| texts.len() as u64);
     let hash = texts.map(|texts| Sums::of(texts.iter().map(String::as_bytes)).to_string());
-    Ok(TablePromise { name: name.to_owned(), rows, hash })
+    Ok(TablePromise { name, rows, form, hash })
+}
+
+/// `None` for a table that is private and not ours.
+async fn by_query(reader: &Reader, name: &str) -> Result<Option<TablePromise>, SourceError> {
+    let rows = match reader.query(format!("SELECT * FROM {name}")).await {
+        Err(LinkError::Query { .. }) => return Ok(None),
+        rows => rows?,
+    };
+    let hash = Sums::of(rows.iter().map(AsRef::as_ref)).to_string();
+    Ok(Some(TablePromise { name: name.to_owned(), rows: rows.len() as u64, form: RowForm::Bsatn, hash: Some(hash) }))
 }
 
 /// Hashes of rows, added up.

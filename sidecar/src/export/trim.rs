@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Format;
 use crate::database::cell::{Cell, convert_row};
+use crate::database::reader::Reader;
 use crate::database::schema::Table;
 use crate::database::shape::Field;
 use crate::export::archive::{Archive, Part, Pieces};
@@ -132,7 +133,8 @@ impl Exporter<'_> {
             return Ok(Err("events are streamed, and the collector has none of them yet".into()));
         };
         // A restore can have put other events in the place of those that were sent.
-        Ok(Ok(continue_from::<EventLog>(self.link.database(), cursor).await?.sequence))
+        let reader = Reader::new(&self.config.spacetimedb_config, &self.config.server_config, database)?;
+        Ok(Ok(continue_from::<EventLog>(&reader, cursor).await?.sequence))
     }
 
     fn is_young(&self, manifest: &ExportManifest, age: Duration) -> bool {

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::database::reader::{Reader, Sequenced};
 use crate::durable::{self, FileError};
 use crate::ids::ContentHash;
-use crate::observe::server::{Database, Sequenced, SourceError};
+use crate::observe::server::SourceError;
 
 /// Older places by which a history is known again, besides the newest.
 const CHECKPOINTS: usize = 24;
@@ -69,7 +70,7 @@ impl Cursor {
 ///
 /// # Errors
 /// When the server cannot be asked.
-pub async fn continue_from<R: Sequenced>(database: &Database, known: Cursor) -> Result<Cursor, SourceError> {
+pub async fn continue_from<R: Sequenced>(database: &Reader, known: Cursor) -> Result<Cursor, SourceError> {
     if known.sequence == 0 {
         return Ok(known);
     }

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, Stopwatch, patience};
 use crate::config::Config;
+use crate::database::reader::{Reader, Readers};
 use crate::durable::FileError;
 use crate::module_bindings::{EventData, EventLog, Value};
 use crate::observe::calls::Since;
@@ -29,7 +30,7 @@ use crate::observe::events::span::Spans;
 use crate::observe::metrics;
 use crate::observe::otlp::OtlpError;
 use crate::observe::records::REQUEST_BYTES;
-use crate::observe::server::{Database, SourceError};
+use crate::observe::server::SourceError;
 
 /// Sequences that one query asks for: large enough to be fast, small enough for the server and for us.
 const WINDOW: u64 = 10_000;
@@ -70,6 +71,7 @@ impl EventError {
 /// Begins when `calls` says which of the events' calls are sent from the log.
 pub async fn run(
     config: &Config,
+    readers: &Readers,
     instance: &str,
     state_dir: &Path,
     calls: watch::Receiver<Since>,
@@ -92,7 +94,7 @@ pub async fn run(
         let before = file.read().map(|cursor| cursor.sequence);
         let streaming = async {
             let (calls, clock) = (calls.clone(), Arc::clone(&clock));
-            let starting = Stream::start(config, instance, database, &file, &mut spans, calls, clock);
+            let starting = Stream::start(config, readers.get(database)?, instance, &file, &mut spans, calls, clock);
             let mut stream = tokio::select! {
                 started = starting => started?,
                 () = stop.cancelled() => return Ok(()),
@@ -118,7 +120,7 @@ pub async fn run(
 
 /// One run of the stream, until something fails.
 struct Stream<'a> {
-    source: Arc<Database>,
+    source: Reader,
     exporter: Exporter,
     spans: &'a mut Spans,
     cursor: Cursor,
@@ -133,14 +135,13 @@ struct Stream<'a> {
 impl<'a> Stream<'a> {
     async fn start(
         config: &Config,
+        source: Reader,
         instance: &str,
-        database: &str,
         file: &'a CursorFile,
         spans: &'a mut Spans,
         calls: watch::Receiver<Since>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, EventError> {
-        let source = Arc::new(Database::new(&config.spacetimedb_config, &config.server_config, database)?);
         let exporter = Exporter::new(&config.telemetry, instance)?;
         let known = file.read().unwrap_or_default();
         let cursor = continue_from::<EventLog>(&source, known).await?;
@@ -171,7 +172,7 @@ impl<'a> Stream<'a> {
 
     /// Reads what is behind in ranges of the sequence, the next one while one is sent, until a range is not full.
     async fn catch_up(&mut self) -> Result<(), EventError> {
-        let source = Arc::clone(&self.source);
+        let source = self.source.clone();
         let range = |after: u64| source.range::<EventLog>(after, after.saturating_add(WINDOW));
         let mut after = self.cursor.sequence;
         let mut events = range(after).await?;
@@ -203,7 +204,7 @@ impl<'a> Stream<'a> {
 
     /// Follows a subscription, until it breaks or something is missing from it.
     async fn live(&mut self) -> Result<(), EventError> {
-        let mut live = Live::start(&self.source, self.cursor.sequence).await?;
+        let mut live = Live::start(self.source.database(), self.cursor.sequence).await?;
         // What was written between the last query and the subscription comes with the subscription.
         let mut waiting: Vec<EventLog> = Vec::new();
         let mut received = 0;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, patience};
 use crate::config::Config;
+use crate::database::reader::{Reader, Readers, Sequenced};
 use crate::durable::FileError;
 use crate::ids::Identity;
 use crate::module_bindings::{Metric, StateVersion, SubjectKind, SystemState, SystemStatus, Value};
@@ -23,8 +24,7 @@ use crate::observe::cursor::{Cursor, CursorFile, continue_from};
 use crate::observe::metrics::{self, Sample};
 use crate::observe::otlp::{OtlpError, SendError};
 use crate::observe::records::{Record, Records};
-use crate::observe::rows::{StatusJson, system_status};
-use crate::observe::server::{Database, Sequenced, SourceError};
+use crate::observe::server::SourceError;
 
 /// How often the tables are looked at while the database is written to.
 const POLL: Duration = Duration::from_secs(2);
@@ -102,6 +102,7 @@ impl Report {
 /// database's log is, so that an idle database is left alone; `tell` takes each new report.
 pub async fn run(
     config: &Config,
+    readers: &Readers,
     instance: &str,
     state_dir: &Path,
     clock: Arc<dyn Clock>,
@@ -116,7 +117,7 @@ pub async fn run(
     let mut status_at = None;
     loop {
         let following = async {
-            let source = Database::new(&config.spacetimedb_config, &config.server_config, database)?;
+            let source = readers.get(database)?;
             let records = Records::new(&config.telemetry, instance)?.filter(|_| config.telemetry.events);
             let composer = Composer::new(database.clone());
             let mut measurements = Stream::<Metric>::start(&source, state_dir, database, records.is_some()).await?;
@@ -167,9 +168,9 @@ pub async fn run(
 }
 
 /// Has the module count, where we may, and reads what it says.
-async fn ask_status(config: &Config, source: &Database) -> Result<Option<SystemStatus>, ModuleError> {
+async fn ask_status(config: &Config, source: &Reader) -> Result<Option<SystemStatus>, ModuleError> {
     if config.spacetimedb_config.token_file.is_some() {
-        match source.call("get_system_status").await {
+        match source.database().call("get_system_status").await {
             // Who may only read still sees what others asked for.
             Err(error @ SourceError::Refused { .. }) => {
                 metrics::MODULE_ERRORS.add(1, &[]);
@@ -178,8 +179,7 @@ async fn ask_status(config: &Config, source: &Database) -> Result<Option<SystemS
             other => other?,
         }
     }
-    let rows: Vec<StatusJson> = source.all("system_status").await?;
-    Ok(rows.into_iter().next().map(system_status))
+    Ok(source.all("system_status").await?.pop())
 }
 
 /// A row that becomes a log record.
@@ -201,7 +201,7 @@ struct Stream<R> {
 }
 
 impl<R: Recorded> Stream<R> {
-    async fn start(source: &Database, state_dir: &Path, database: &str, is_sent: bool) -> Result<Self, ModuleError> {
+    async fn start(source: &Reader, state_dir: &Path, database: &str, is_sent: bool) -> Result<Self, ModuleError> {
         let file = CursorFile::new(state_dir, R::TABLE, database);
         let cursor = continue_from::<R>(source, file.read().unwrap_or_default()).await?;
         let mut read = cursor.sequence.saturating_sub(SEEN_AGAIN);
@@ -214,7 +214,7 @@ impl<R: Recorded> Stream<R> {
     /// Reads what is new, to its end.
     async fn send(
         &mut self,
-        source: &Database,
+        source: &Reader,
         records: Option<&Records>,
         composer: &Composer,
         mut see: impl FnMut(&R),
@@ -244,7 +244,7 @@ impl<R: Recorded> Stream<R> {
     }
 
     /// Is the row that was read last still there? A restore under a running server's name puts others in its place.
-    async fn check_history(&self, source: &Database) -> Result<(), ModuleError> {
+    async fn check_history(&self, source: &Reader) -> Result<(), ModuleError> {
         let Some((sequence, id)) = &self.newest else { return Ok(()) };
         match source.at::<R>(*sequence).await? {
             Some(row) if row.id() == *id => Ok(()),

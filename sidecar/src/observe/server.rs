@@ -3,10 +3,11 @@
 //! With `events/source.rs` the only room that knows how this release of the server speaks; see ARCHITECTURE.md on server
 //! versions.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use serde::de::{DeserializeOwned, Error as _};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
 use crate::database::description::Description;
@@ -30,23 +31,10 @@ pub enum SourceError {
     Locked(String),
     #[error("the server's answer is not understood: {0}")]
     Answer(String),
+    #[error("{0}")]
+    Query(String),
     #[error("the subscription to the event log ended: {0}")]
     Subscription(String),
-}
-
-/// A row of a table whose key is a sequence without holes, but for what was trimmed from its start.
-pub trait Sequenced: Sized + Send + 'static {
-    const TABLE: &'static str;
-    const KEY: &'static str;
-    /// The row in the server's JSON: products are arrays, sums a tag and a payload, times an array of microseconds.
-    type Json: DeserializeOwned + Send;
-
-    /// # Errors
-    /// What about the row is not understood.
-    fn from_json(row: Self::Json) -> Result<Self, String>;
-    fn sequence(&self) -> u64;
-    /// By which it is known again should another row come to have its sequence.
-    fn id(&self) -> String;
 }
 
 /// One database on the server.
@@ -58,16 +46,6 @@ pub struct Database {
     pub(crate) token: Option<String>,
     /// Further certificate authorities of an `https://` server.
     pub(crate) ca_file: Option<std::path::PathBuf>,
-}
-
-/// A row, made as soon as it is read: of thousands, none is in memory twice.
-struct Parsed<R>(R);
-
-impl<'de, R: Sequenced> Deserialize<'de> for Parsed<R> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let row = R::from_json(R::Json::deserialize(deserializer)?);
-        row.map(Self).map_err(|reason| D::Error::custom(format!("a row of {}: {reason}", R::TABLE)))
-    }
 }
 
 #[derive(Deserialize)]
@@ -86,33 +64,6 @@ impl Database {
             .map_err(|error| SourceError::Unreachable { url: url.clone(), reason: error.to_string() })?;
         let ca_file = config.ca_file.clone().filter(|_| url.starts_with("https://"));
         Ok(Self { client, url, name: name.to_owned(), token, ca_file })
-    }
-
-    /// Rows after `after` up to and including `until`, in order.
-    ///
-    /// # Errors
-    /// When the server cannot be asked.
-    pub async fn range<R: Sequenced>(&self, after: u64, until: u64) -> Result<Vec<R>, SourceError> {
-        self.select(&format!("{key} > {after} AND {key} <= {until}", key = R::KEY)).await
-    }
-
-    /// One row.
-    ///
-    /// # Errors
-    /// When the server cannot be asked.
-    pub async fn at<R: Sequenced>(&self, sequence: u64) -> Result<Option<R>, SourceError> {
-        Ok(self.select(&format!("{} = {sequence}", R::KEY)).await?.pop())
-    }
-
-    /// The sequence of the first row after `after`.
-    ///
-    /// # Errors
-    /// When the server cannot be asked.
-    pub async fn first_after<R: Sequenced>(&self, after: u64) -> Result<Option<u64>, SourceError> {
-        match after.checked_add(1) {
-            Some(from) => self.first_number(R::TABLE, R::KEY, from).await,
-            None => Ok(None),
-        }
     }
 
     /// The lowest number in a column that is at least `from`. The server knows no order, so the place is halved.
@@ -141,6 +92,15 @@ impl Database {
         Ok(self.number(format!("SELECT COUNT(*) AS n FROM {table}")).await?.unwrap_or(0))
     }
 
+    /// How large the database's tables are, by name, as the server's metrics told some seconds ago.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn table_sizes(&self, identity: &str) -> Result<HashMap<String, TableSize>, SourceError> {
+        let bytes = self.send(self.client.get(format!("{}/v1/metrics", self.url))).await?;
+        Ok(table_sizes(&String::from_utf8_lossy(&bytes), identity))
+    }
+
     /// The values of a statement that selects one column of text.
     ///
     /// # Errors
@@ -157,18 +117,6 @@ impl Database {
     async fn number(&self, statement: String) -> Result<Option<u64>, SourceError> {
         let rows: Vec<(u64,)> = parse(&self.sql(statement).await?)?;
         Ok(rows.first().map(|(number,)| *number))
-    }
-
-    async fn select<R: Sequenced>(&self, condition: &str) -> Result<Vec<R>, SourceError> {
-        let bytes = self.sql(format!("SELECT * FROM {} WHERE {condition}", R::TABLE)).await?;
-        // Reading ten thousand rows takes a moment that others should not have to wait for.
-        let parsed = tokio::task::spawn_blocking(move || {
-            let mut rows: Vec<R> = parse::<Parsed<R>>(&bytes)?.into_iter().map(|row| row.0).collect();
-            drop(bytes);
-            rows.sort_by_key(R::sequence);
-            Ok(rows)
-        });
-        parsed.await.map_err(|error| SourceError::Answer(error.to_string()))?
     }
 
     /// Every row of a small table.
@@ -222,11 +170,8 @@ impl Database {
     /// # Errors
     /// When it does not.
     pub async fn answers(&self) -> Result<(), SourceError> {
-        // Asked of a table that every database has; who may not read it is answered too.
-        match self.sql("SELECT COUNT(*) AS n FROM st_table".into()).await {
-            Ok(_) | Err(SourceError::Refused { status: 400..=403, .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
+        // The module is asked, and no release writes for it.
+        self.get("schema?version=9").await.map(drop)
     }
 
     /// The server's release, where it tells.
@@ -347,6 +292,32 @@ impl Database {
         }
         Ok(bytes)
     }
+}
+
+/// How large a table is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TableSize {
+    pub rows: u64,
+    /// Of its rows, without what large values keep elsewhere.
+    pub bytes: u64,
+}
+
+fn table_sizes(metrics: &str, identity: &str) -> HashMap<String, TableSize> {
+    let mut sizes: HashMap<String, TableSize> = HashMap::new();
+    let database = format!("db=\"{identity}\"");
+    for line in metrics.lines() {
+        let Some((name, rest)) = line.split_once('{') else { continue };
+        let Some((labels, value)) = rest.rsplit_once("} ") else { continue };
+        let (true, Ok(value)) = (labels.contains(&database), value.trim().parse::<f64>()) else { continue };
+        let table = labels.split_once("table_name=\"").and_then(|(_, table)| table.split_once('"'));
+        let Some((table, _)) = table else { continue };
+        match name {
+            "spacetime_data_size_table_num_rows" => sizes.entry(table.to_owned()).or_default().rows = value as u64,
+            "spacetime_data_size_bytes_used_by_rows" => sizes.entry(table.to_owned()).or_default().bytes = value as u64,
+            _ => {}
+        }
+    }
+    sizes
 }
 
 fn refused(status: http::StatusCode, body: &[u8]) -> SourceError {

@@ -244,7 +244,7 @@ mod tests {
     use super::*;
     use crate::clock::{Clock as _, SystemClock};
     use crate::repository::crypto::Keyring;
-    use crate::repository::manifest::{DatabasePromise, FORMAT, TablePromise};
+    use crate::repository::manifest::{DatabasePromise, FORMAT, RowForm, TablePromise};
     use crate::repository::store::Store;
 
     #[tokio::test]
@@ -260,7 +260,12 @@ mod tests {
         let promise = DatabasePromise {
             database: Identity([7; 32]),
             offset: Offset(3),
-            tables: vec![TablePromise { name: "secret_table".into(), rows: 1, hash: Some(hash.clone()) }],
+            tables: vec![TablePromise {
+                name: "secret_table".into(),
+                rows: 1,
+                form: RowForm::Bsatn,
+                hash: Some(hash.clone()),
+            }],
         };
         let point = RestorePoint {
             format: FORMAT,

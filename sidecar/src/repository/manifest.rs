@@ -96,9 +96,30 @@ pub struct DatabasePromise {
 pub struct TablePromise {
     pub name: String,
     pub rows: u64,
+    /// How the rows were written that were hashed.
+    #[serde(default, skip_serializing_if = "RowForm::is_json")]
+    pub form: RowForm,
     /// The rows' hashes, added up in 32 sums of 64 bits by their first bits, so that their order does not matter; `None` for
     /// a table that was too large to read.
     pub hash: Option<String>,
+}
+
+/// A form in which a server writes rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RowForm {
+    /// As it answers SQL over HTTP.
+    #[default]
+    Json,
+    /// As it answers queries over a connection.
+    Bsatn,
+}
+
+impl RowForm {
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+    fn is_json(&self) -> bool {
+        *self == Self::Json
+    }
 }
 
 /// Where a restore point stands in one database.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::config::Config;
+use crate::release::Release;
 use crate::standalone::StandaloneError;
 
 /// The name of the server's binary.
@@ -40,15 +41,17 @@ impl Binary {
         option("--data-dir", data_dir.into());
         option("--listen-addr", address.into());
         option("--jwt-key-dir", key_dir(config, data_dir).into());
-        if self.bounds_page_pool() {
+        if self.release().bounds_page_pool() {
             option("--page_pool_max_size", page_pool_bytes(config).to_string().into());
+        }
+        if self.release().asks_questions() {
+            command.push("--non-interactive".into());
         }
         command
     }
 
-    /// Does this release take a size for its page pool? 1.2.0 knows the option and ends in a panic when it is given.
-    pub fn bounds_page_pool(&self) -> bool {
-        self.version.as_deref().and_then(major_minor).is_some_and(|version| version > (1, 2))
+    pub fn release(&self) -> Release {
+        Release::of(self.version.as_deref())
     }
 }
 
@@ -78,21 +81,17 @@ pub fn listen_address(config: &Config) -> String {
 fn usual_places() -> impl Iterator<Item = PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path: Vec<_> = std::env::split_paths(&path).map(|dir| dir.join(NAME)).collect();
-    let installed =
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share/spacetime/bin/current").join(NAME));
-    on_path.into_iter().chain(installed)
+    // Of the installer, of the official guide to hosting it oneself, and of the official image.
+    let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share/spacetime/bin/current"));
+    let roots = home.into_iter().chain(["/stdb/bin/current", "/opt/spacetime"].map(PathBuf::from));
+    on_path.into_iter().chain(roots.map(|dir| dir.join(NAME)))
 }
 
 fn version_of(path: &Path) -> Option<String> {
     let output = Command::new(path).arg("--version").stdin(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let word = |word: &str| word.trim_start_matches('v').trim_end_matches([';', ',']).to_owned();
-    text.split_whitespace().map(word).find(|word| major_minor(word).is_some())
-}
-
-fn major_minor(version: &str) -> Option<(u32, u32)> {
-    let mut parts = version.split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    text.split_whitespace().map(word).find(|word| Release::of(Some(word)).is_known())
 }
 
 #[cfg(test)]
@@ -110,10 +109,9 @@ mod tests {
         };
         let old = "/bin/server start --data-dir /srv/data --listen-addr 127.0.0.1:3000 --jwt-key-dir /srv/data.keys";
         assert_eq!(line(&binary("1.2.0"), &config), old);
-        assert_eq!(line(&binary("2.8.3"), &config), format!("{old} --page_pool_max_size 3145728"));
+        assert_eq!(line(&binary("1.12.0"), &config), format!("{old} --page_pool_max_size 3145728"));
         config.feature_flags.enable_caching = false;
-        assert_eq!(line(&binary("2.8.3"), &config), format!("{old} --page_pool_max_size 0"));
-        assert_eq!(major_minor("nightly"), None);
+        assert_eq!(line(&binary("2.8.3"), &config), format!("{old} --page_pool_max_size 0 --non-interactive"));
     }
 
     #[test]

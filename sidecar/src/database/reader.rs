@@ -1,0 +1,223 @@
+//! Rows of a database over a connection that is opened once and kept, so that looking writes nothing.
+//!
+//! Servers since 2.2 write two transactions for each SQL statement over HTTP: the caller comes and goes. Of a connection
+//! they write one when it is opened and one when it is closed, and none for a query.
+//!
+//! Invariants: one task owns the connection, answers the server's pings and opens it again for the next query where it
+//! broke; it ends with the last [`Reader`]. An answer that is too large is asked for in parts.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use spacetimedb_sats::bsatn;
+use spacetimedb_sats::de::DeserializeOwned;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::{Config, ServerConfig, SpacetimedbConfig};
+use crate::database::link::{Link, LinkError};
+use crate::module_bindings::SequenceCounter;
+use crate::observe::server::{Database, SourceError};
+
+/// Queries that wait for the one before.
+const WAITING: usize = 16;
+
+/// A row of a table whose key is a sequence without holes, but for what was trimmed from its start.
+pub trait Sequenced: DeserializeOwned + Send + 'static {
+    const TABLE: &'static str;
+    const KEY: &'static str;
+
+    fn sequence(&self) -> u64;
+    /// By which it is known again should another row come to have its sequence.
+    fn id(&self) -> String;
+}
+
+/// Asks one database. Clones share the connection.
+#[derive(Clone)]
+pub struct Reader {
+    database: Arc<Database>,
+    queries: mpsc::Sender<Query>,
+    /// Sequences whose rows have fitted into one answer.
+    span: Arc<AtomicU64>,
+    connections: Arc<AtomicU64>,
+}
+
+struct Query {
+    text: String,
+    answer: oneshot::Sender<Result<Vec<Bytes>, LinkError>>,
+}
+
+impl Reader {
+    /// Nothing is opened before the first query.
+    ///
+    /// # Errors
+    /// When the token cannot be read.
+    pub fn new(config: &SpacetimedbConfig, server: &ServerConfig, name: &str) -> Result<Self, SourceError> {
+        let link = Link::new(config, server, name)?;
+        let database = Arc::new(link.database().clone());
+        let (queries, waiting) = mpsc::channel(WAITING);
+        let connections = Arc::new(AtomicU64::new(0));
+        tokio::spawn(serve(link, waiting, Arc::clone(&connections)));
+        Ok(Self { database, queries, span: Arc::new(AtomicU64::new(u64::MAX)), connections })
+    }
+
+    /// What the server is asked without the connection.
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// How often the connection was opened, as the last answer had it.
+    pub fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// The rows that a statement selects, each in the server's binary form, in no order. Statements are of the form of
+    /// subscriptions: whole rows, no LIMIT.
+    ///
+    /// # Errors
+    /// When the server refuses the statement or cannot be asked, or the answer is too large.
+    pub async fn query(&self, text: String) -> Result<Vec<Bytes>, LinkError> {
+        let ended = || SourceError::Subscription("the task that asks has ended".into());
+        let (answer, answered) = oneshot::channel();
+        self.queries.send(Query { text, answer }).await.map_err(|_| ended())?;
+        answered.await.map_err(|_| ended())?
+    }
+
+    /// Every row of a small table.
+    ///
+    /// # Errors
+    /// When the server cannot be asked, or a row is not of this form.
+    pub async fn all<T: DeserializeOwned + Send + 'static>(&self, table: &str) -> Result<Vec<T>, SourceError> {
+        decode(table, self.query(format!("SELECT * FROM {table}")).await?).await
+    }
+
+    /// Rows after `after` up to and including `until`, in order.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn range<R: Sequenced>(&self, after: u64, until: u64) -> Result<Vec<R>, SourceError> {
+        let mut rows = Vec::new();
+        let mut from = after;
+        while from < until {
+            let span = self.span.load(Ordering::Relaxed);
+            let to = from.saturating_add(span).min(until);
+            let condition = format!("{key} > {from} AND {key} <= {to}", key = R::KEY);
+            match self.select(&condition).await {
+                Ok(part) => rows.extend(part),
+                Err(LinkError::TooLarge) if to - from > 1 => {
+                    self.span.store((to - from) / 2, Ordering::Relaxed);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            from = to;
+        }
+        rows.sort_by_key(R::sequence);
+        Ok(rows)
+    }
+
+    /// One row.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn at<R: Sequenced>(&self, sequence: u64) -> Result<Option<R>, SourceError> {
+        Ok(self.select(&format!("{} = {sequence}", R::KEY)).await?.pop())
+    }
+
+    /// The sequence of the first row after `after`.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn first_after<R: Sequenced>(&self, after: u64) -> Result<Option<u64>, SourceError> {
+        let Some(next) = after.checked_add(1) else { return Ok(None) };
+        if self.at::<R>(next).await?.is_some() {
+            return Ok(Some(next));
+        }
+        // Without holes, the last one has none after it.
+        if after > 0 && self.at::<R>(after).await?.is_some() {
+            return Ok(None);
+        }
+        let last = match self.last_given_out(R::TABLE).await {
+            // Only the owner may read the counter.
+            Err(LinkError::Query { .. }) => return self.database.first_number(R::TABLE, R::KEY, next).await,
+            last => last?,
+        };
+        if last <= after || self.at::<R>(last).await?.is_none() {
+            return Ok(None);
+        }
+        // What is there is the end of the sequence.
+        let (mut low, mut found) = (next, last);
+        while low < found {
+            let middle = low + (found - low) / 2;
+            match self.at::<R>(middle).await? {
+                Some(_) => found = middle,
+                None => low = middle + 1,
+            }
+        }
+        Ok(Some(found))
+    }
+
+    async fn last_given_out(&self, table: &str) -> Result<u64, LinkError> {
+        let rows = self.query(format!("SELECT * FROM sequence_counter WHERE name = '{table}'")).await?;
+        let counters: Vec<SequenceCounter> = decode("sequence_counter", rows).await?;
+        Ok(counters.first().map_or(0, |counter| counter.last))
+    }
+
+    async fn select<R: Sequenced>(&self, condition: &str) -> Result<Vec<R>, LinkError> {
+        let rows = self.query(format!("SELECT * FROM {} WHERE {condition}", R::TABLE)).await?;
+        Ok(decode(R::TABLE, rows).await?)
+    }
+}
+
+/// Reading ten thousand rows takes a moment that others should not have to wait for.
+async fn decode<T: DeserializeOwned + Send + 'static>(table: &str, rows: Vec<Bytes>) -> Result<Vec<T>, SourceError> {
+    let decoding = move || rows.iter().map(|row| bsatn::from_slice(row)).collect::<Result<Vec<T>, _>>();
+    let decoded =
+        tokio::task::spawn_blocking(decoding).await.map_err(|error| SourceError::Answer(error.to_string()))?;
+    decoded.map_err(|error| SourceError::Answer(format!("a row of {table}: {error}")))
+}
+
+async fn serve(mut link: Link, mut queries: mpsc::Receiver<Query>, connections: Arc<AtomicU64>) {
+    loop {
+        let query = tokio::select! {
+            query = queries.recv() => query,
+            () = link.keep() => continue,
+        };
+        let Some(Query { text, answer }) = query else { break };
+        let rows = link.query(&text).await;
+        connections.store(link.opened(), Ordering::Relaxed);
+        // Who asked may have given up.
+        let _ = answer.send(rows);
+    }
+    link.close().await;
+}
+
+/// Readers of databases on one server, one for each name.
+pub struct Readers {
+    config: Config,
+    by_name: Mutex<HashMap<String, Reader>>,
+}
+
+impl Readers {
+    pub fn new(config: &Config) -> Self {
+        Self { config: config.clone(), by_name: Mutex::default() }
+    }
+
+    /// The database's reader; a new one where the token is another than before.
+    ///
+    /// # Errors
+    /// When the token cannot be read.
+    pub fn get(&self, name: &str) -> Result<Reader, SourceError> {
+        let (config, server) = (&self.config.spacetimedb_config, &self.config.server_config);
+        let now = Database::new(config, server, name)?;
+        let mut by_name = self.by_name.lock();
+        if let Some(reader) = by_name.get(name).filter(|reader| reader.database.token == now.token) {
+            return Ok(reader.clone());
+        }
+        let reader = Reader::new(config, server, name)?;
+        by_name.insert(name.to_owned(), reader.clone());
+        Ok(reader)
+    }
+}
