@@ -428,7 +428,8 @@ pub struct TelemetryConfig {
     pub calls: bool,
     /// Stream what modules log, of every database, as log records; needs a collector.
     pub module_logs: bool,
-    /// How often the bundled module is asked for its system status, which is a few transactions each time; 0 for never.
+    /// How often the bundled module is asked to write its system status anew, which is a few transactions each time; 0 for
+    /// never. Without that, its figures come from its rows and from the server's counts of them, which writes nothing.
     pub status_interval: Period,
     /// The share of traces that is sent, 0.0 to 1.0; OTEL_TRACES_SAMPLER when left out, and all without that. Log records
     /// and counts are always of all events.
@@ -455,7 +456,7 @@ impl Default for TelemetryConfig {
             events: true,
             calls: true,
             module_logs: true,
-            status_interval: Period::seconds(60),
+            status_interval: Period::seconds(0),
             trace_ratio: None,
             metrics_interval: None,
             service_name: None,

@@ -17,7 +17,7 @@ use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
 use crate::database::schema::Schema;
-use crate::observe::server::{Database, SourceError};
+use crate::observe::server::{Database, SourceError, caused};
 use crate::outbound::root_cause;
 
 /// The largest answer that is taken.
@@ -157,6 +157,7 @@ impl Link {
             flags: protocol::CallReducerFlags::FullUpdate,
         });
         self.send(message).await?;
+        caused("call", 1);
         self.pending.push_back(request_id);
         Ok(())
     }
@@ -250,6 +251,7 @@ impl Link {
         match tokio::time::timeout(self.timeout, opening).await {
             Ok(Ok((socket, _))) => {
                 self.opened += 1;
+                caused("connection", 2);
                 Ok(socket)
             }
             Ok(Err(SocketError::Http(answer))) => {

@@ -185,12 +185,14 @@ metrics! {
     MODULE_EVENTS: Kind::Gauge, "inner_universe.module.events", "{event}", [];
     /// Clients that are connected to the module, the sidecar's own one or two among them.
     MODULE_CLIENTS: Kind::Gauge, "inner_universe.module.clients", "{client}", [];
-    /// When the module last said so, Unix time of the server.
+    /// When the module last wrote its status, Unix time of the server.
     MODULE_STATUS_TIME: Kind::Gauge, "inner_universe.module.status.time", "s", [];
     /// The latest measurement of each of the first 500 series that clients record in the module's `metric` table. A measurement's own labels come with the prefix `label_`.
     MODULE_METRIC: Kind::Gauge, "inner_universe.module.metric", "{value}", ["metric", "unit"];
     /// Looks at the module's tables that failed and were made again.
     MODULE_ERRORS: Kind::Counter, "inner_universe.module.errors", "{error}", [];
+    /// Transactions that the sidecar itself has caused in databases, at most. Kinds: `connection` (two: opened and closed), `call` (three over HTTP, one over a connection), `sql` (two for a statement over HTTP, none before server 2.2).
+    OWN_TRANSACTIONS: Kind::Counter, "inner_universe.own.transactions", "{transaction}", ["kind"];
     /// Lines of modules' own logs that the collector has taken. Levels as the server writes them, in lower case.
     MODULE_LOGS: Kind::Counter, "inner_universe.module.log.sent", "{line}", ["database", "level"];
     /// What stopped the stream of a module's log for a while.

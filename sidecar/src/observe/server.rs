@@ -6,11 +6,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use opentelemetry::KeyValue;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::{ServerConfig, SpacetimedbConfig};
 use crate::database::description::Description;
+use crate::observe::metrics;
 use crate::outbound;
 
 /// What can go wrong with the server.
@@ -232,6 +234,7 @@ impl Database {
     /// # Errors
     /// When the server refuses or cannot be asked.
     pub async fn row_texts(&self, table: &str, limit: usize) -> Result<Option<Vec<String>>, SourceError> {
+        caused("sql", 2);
         let mut request = self.client.post(self.path("sql")).body(format!("SELECT * FROM {table}"));
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);
@@ -266,7 +269,10 @@ impl Database {
 
     async fn post(&self, path: &str, body: String) -> Result<bytes::Bytes, SourceError> {
         let mut request = self.client.post(self.path(path)).body(body);
-        if path != "sql" {
+        if path == "sql" {
+            caused("sql", 2);
+        } else {
+            caused("call", 3);
             request = request.header(http::header::CONTENT_TYPE, "application/json");
         }
         self.send(request).await
@@ -292,6 +298,11 @@ impl Database {
         }
         Ok(bytes)
     }
+}
+
+/// Counts transactions that we have caused in a database.
+pub(crate) fn caused(kind: &'static str, at_most: u64) {
+    metrics::OWN_TRANSACTIONS.add(at_most, &[KeyValue::new("kind", kind)]);
 }
 
 /// How large a table is.

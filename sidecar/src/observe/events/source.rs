@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::database::tls::Relay;
 use crate::module_bindings::{DbConnection, EventLog, EventLogTableAccess as _, SubscriptionHandle};
-use crate::observe::server::{Database, SourceError};
+use crate::observe::server::{Database, SourceError, caused};
 
 /// Rows that may wait between the SDK and us.
 const LIVE_QUEUE: usize = 8_192;
@@ -65,6 +65,7 @@ impl Live {
             .await
             .map_err(|_| SourceError::Subscription("the server gave no answer".into()))?
             .map_err(|error| SourceError::Subscription(error.to_string()))??;
+        caused("connection", 2);
         let (sender, rows) = mpsc::channel(LIVE_QUEUE);
         let (full, wake_again) = (Arc::clone(&overflow), Arc::clone(&wake));
         connection.db().event_log().on_insert(move |_, event| {
