@@ -252,15 +252,13 @@ fn observe_module(
         Box::pin(async move {
             let written = || state.log_position(config.spacetimedb_config.database.as_deref()?);
             let tell = |samples| state.module(samples);
-            crate::observe::module::run(&config, &readers, &instance, &dir, clock, written, tell, stop).await;
+            crate::observe::module::run(&readers, &instance, &dir, clock, written, tell, stop).await;
         })
     };
     let streaming: BoxFuture<'static, ()> = {
-        let (config, readers) = (options.config.clone(), Arc::clone(&streams.readers));
+        let readers = Arc::clone(&streams.readers);
         let (calls, clock, stop) = (streams.calls.since(), Arc::clone(clock), stop.clone());
-        Box::pin(
-            async move { crate::observe::events::run(&config, &readers, &instance, &dir, calls, clock, stop).await },
-        )
+        Box::pin(async move { crate::observe::events::run(&readers, &instance, &dir, calls, clock, stop).await })
     };
     [("the stream of events", streaming), ("the stream of the module's tables", watching)]
 }

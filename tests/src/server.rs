@@ -93,6 +93,11 @@ impl Server {
         }
     }
 
+    /// How much each replica's segments hold beyond their headers.
+    pub fn log_sizes(&self) -> Vec<u64> {
+        log_sizes(&self.data_dir)
+    }
+
     /// `kill -9`, as a crash would.
     pub fn kill(mut self) {
         self.end();
@@ -101,7 +106,7 @@ impl Server {
     /// Asks the server to stop and waits until it has.
     pub fn stop(mut self) {
         let pid = self.child.id().to_string();
-        let asked = Command::new("kill").arg("-TERM").arg(pid).status();
+        let asked = Command::new("kill").arg("-INT").arg(pid).status();
         let deadline = Instant::now() + Duration::from_secs(10);
         while asked.as_ref().is_ok_and(|status| status.success()) && Instant::now() < deadline {
             if self.child.try_wait().expect("the server's state").is_some() {

@@ -39,6 +39,8 @@ mod faults;
 mod fixture;
 #[path = "promises/health.rs"]
 mod health;
+#[path = "promises/idle.rs"]
+mod idle;
 #[path = "promises/instance.rs"]
 mod instance;
 #[path = "promises/module.rs"]

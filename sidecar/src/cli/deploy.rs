@@ -63,8 +63,8 @@ enum DeployCommand {
 /// What to deploy, and where.
 #[derive(Debug, Clone, Args)]
 struct TargetArgs {
-    /// The compiled module; module_config.module_path when left out
-    #[arg(long, value_name = "WASM")]
+    /// The compiled module, a .wasm file or a bundle of JavaScript; module_config.module_path when left out
+    #[arg(long, alias = "bin-path", alias = "js-path", value_name = "FILE")]
     module_path: Option<PathBuf>,
     /// The module's source; module_config.module_dir when left out
     #[arg(long, value_name = "DIR")]
@@ -85,7 +85,7 @@ struct TargetArgs {
     /// The database's name; spacetimedb_config.database when left out, and `inner-universe` without that
     #[arg(long, value_name = "NAME")]
     database: Option<String>,
-    /// The token of the database's owner; spacetimedb_config.token_file when left out, and without that an identity of our own
+    /// The token of the database's owner, on a line of its own or in the `cli.toml` of the `spacetime` CLI; spacetimedb_config.token_file when left out, and without that an identity of our own
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
     #[command(flatten)]

@@ -47,12 +47,22 @@ pub struct RunArgs {
     server: Vec<OsString>,
 }
 
+/// What asks a server to end in good order. SpacetimeDB since 2.0 does on an interrupt, and is killed by TERM with what is
+/// not on the disk yet; what stands before a server in a script or a container expects TERM.
+fn stop_signal(program: Option<&OsString>) -> Signal {
+    let name = program.and_then(|program| Path::new(program).file_name()).unwrap_or_default();
+    if name.as_encoded_bytes().starts_with(b"spacetime") { STOP } else { Signal::TERM }
+}
+
 pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Result<ExitStatus, Failure> {
     let config = args.listen.apply(context.config());
     let data_dir = args.data.path(context)?;
     let (server, server_stop_signal) = match args.serve {
         true => (server_of(&config, &data_dir)?, STOP),
-        false => (args.server, Signal::TERM),
+        false => {
+            let signal = stop_signal(args.server.first());
+            (args.server, signal)
+        }
     };
     let state_dir = StateDir::open(&config, &data_dir).map_err(DaemonError::from)?;
     let own = OwnTelemetry::start(&config.telemetry, &state_dir.instance()).map_err(DaemonError::from)?;

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use backon::{ConstantBuilder, Retryable as _};
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::clock::Stopwatch;
+use crate::clock::{Clock as _, SystemClock};
 use crate::ids::{ContentHash, Identity};
 use crate::observe::server::{Database, SourceError};
 
@@ -123,8 +124,8 @@ fn without_colours(text: &str) -> String {
     plain
 }
 
-/// How long a publish that the server did not confirm in time may take to show.
-const CONFIRMATION: Duration = Duration::from_secs(60);
+/// How often, and after which pause, it is looked whether a publish was done that the server did not confirm in time.
+const CONFIRMATION_LOOKS: usize = 120;
 const CONFIRMATION_PAUSE: Duration = Duration::from_millis(500);
 
 impl Database {
@@ -233,15 +234,11 @@ impl Database {
 
     /// Looks whether a publish was done that the server did not confirm in time.
     async fn published(&self, hash: &ContentHash, unconfirmed: SourceError) -> Result<Identity, SourceError> {
-        let waited = Stopwatch::start();
-        loop {
-            if self.program().await.is_ok_and(|program| program == Some(*hash)) {
-                return self.identity().await;
-            }
-            if waited.elapsed_seconds() > CONFIRMATION.as_secs_f64() {
-                return Err(unconfirmed);
-            }
-            tokio::time::sleep(CONFIRMATION_PAUSE).await;
+        let look = || async { self.program().await.ok().filter(|program| *program == Some(*hash)).ok_or(()) };
+        let patience = ConstantBuilder::default().with_delay(CONFIRMATION_PAUSE).with_max_times(CONFIRMATION_LOOKS);
+        match look.retry(patience).sleep(|pause| SystemClock.sleep(pause)).await {
+            Ok(_) => self.identity().await,
+            Err(()) => Err(unconfirmed),
         }
     }
 

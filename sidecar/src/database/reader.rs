@@ -205,6 +205,10 @@ impl Readers {
         Self { config: config.clone(), by_name: Mutex::default() }
     }
 
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// The database's reader; a new one where the token is another than before.
     ///
     /// # Errors

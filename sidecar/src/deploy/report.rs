@@ -40,7 +40,10 @@ pub enum DeployError {
          nothing was changed: deploy with --major-upgrade once they are ready"
     )]
     MajorUpgrade,
-    #[error("`{name}` belongs to another identity than this token's; give the owner's with --token-file")]
+    #[error(
+        "`{name}` belongs to another identity than this token's; give the owner's with --token-file, \
+         which may be the `cli.toml` of the `spacetime` CLI"
+    )]
     NotOwner { name: String },
     #[error("the deployment does not pass its verification: {0}")]
     Verification(String),

@@ -70,7 +70,6 @@ impl EventError {
 ///
 /// Begins when `calls` says which of the events' calls are sent from the log.
 pub async fn run(
-    config: &Config,
     readers: &Readers,
     instance: &str,
     state_dir: &Path,
@@ -78,6 +77,7 @@ pub async fn run(
     clock: Arc<dyn Clock>,
     stop: CancellationToken,
 ) {
+    let config = readers.config();
     let Some(database) = &config.spacetimedb_config.database else { return };
     if !config.telemetry.events || !Exporter::is_wanted(&config.telemetry) {
         return;

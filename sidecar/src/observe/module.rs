@@ -103,7 +103,6 @@ impl Report {
 /// Follows the module for ever, if the configuration names its database; ends when told to. `written` says how far the
 /// database's log is, so that an idle database is left alone; `tell` takes each new report.
 pub async fn run(
-    config: &Config,
     readers: &Readers,
     instance: &str,
     state_dir: &Path,
@@ -112,6 +111,7 @@ pub async fn run(
     tell: impl Fn(Vec<Sample>),
     stop: CancellationToken,
 ) {
+    let config = readers.config();
     let Some(database) = &config.spacetimedb_config.database else { return };
     let backoff = patience(Duration::from_millis(500));
     let mut delays = backoff.build();

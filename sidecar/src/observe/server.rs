@@ -345,11 +345,24 @@ fn token(config: &SpacetimedbConfig) -> Result<Option<String>, SourceError> {
     let Some(path) = &config.token_file else { return Ok(None) };
     let refuse = |reason: String| SourceError::Token { path: path.display().to_string(), reason };
     let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
-    let token = text.trim().to_owned();
+    let token = match path.extension().is_some_and(|extension| extension == "toml") {
+        true => token_of_cli(&text).map_err(&refuse)?,
+        false => text.trim().to_owned(),
+    };
     if token.is_empty() || token.chars().any(|c| c.is_whitespace() || c.is_control()) {
         return Err(refuse("it holds no token on a line of its own".into()));
     }
     Ok(Some(token))
+}
+
+/// The token of the `spacetime` CLI, from its `cli.toml`.
+fn token_of_cli(text: &str) -> Result<String, String> {
+    #[derive(Deserialize)]
+    struct Cli {
+        spacetimedb_token: Option<String>,
+    }
+    let cli: Cli = toml::from_str(text).map_err(|error| error.message().to_owned())?;
+    cli.spacetimedb_token.ok_or_else(|| "it has no `spacetimedb_token`; run `spacetime login`".into())
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
@@ -357,4 +370,36 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<T>, SourceError> {
         serde_json::from_slice(bytes).map_err(|error| SourceError::Answer(error.to_string()))?;
     // One answer for each statement, and there is one.
     Ok(answers.pop().map(|answer| answer.rows).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_is_a_line_of_its_own_or_that_of_the_cli() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let read = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).expect("write");
+            token(&SpacetimedbConfig { token_file: Some(path), ..SpacetimedbConfig::default() })
+        };
+        assert_eq!(read("token", " ey.J.x\n").expect("a token").as_deref(), Some("ey.J.x"));
+        let cli = "default_server = \"local\"\nspacetimedb_token = \"ey.J.y\"\n[[server_configs]]\nhost = \"h\"\n";
+        assert_eq!(read("cli.toml", cli).expect("a token").as_deref(), Some("ey.J.y"));
+        let refused = |name, text| read(name, text).expect_err("no token").to_string();
+        assert!(refused("cli.toml", "default_server = \"local\"").contains("spacetime login"));
+        assert!(refused("token", "two words").contains("token_file"));
+    }
+
+    #[test]
+    fn sizes_of_tables_are_those_of_the_database_alone() {
+        let metrics = "# HELP spacetime_data_size_table_num_rows rows\n\
+            spacetime_data_size_table_num_rows{db=\"c2aa\",table_name=\"note\"} 12\n\
+            spacetime_data_size_table_num_rows{db=\"c2bb\",table_name=\"note\"} 99\n\
+            spacetime_data_size_bytes_used_by_rows{db=\"c2aa\",table_name=\"note\"} 3400\n\
+            spacetime_other{db=\"c2aa\",table_name=\"note\"} 5\n";
+        let sizes = table_sizes(metrics, "c2aa");
+        assert_eq!(sizes, HashMap::from([("note".to_owned(), TableSize { rows: 12, bytes: 3400 })]));
+    }
 }
