@@ -117,7 +117,7 @@ enum Command {
     Status(status::StatusArgs),
     /// Publish a module with a way back: plan, restore point, publish, initialise, verify
     #[cfg(feature = "client")]
-    Deploy(deploy::DeployArgs),
+    Deploy(Box<deploy::DeployArgs>),
     /// Server mode: start, stop and look at the server in the background
     Server {
         #[command(subcommand)]
@@ -262,7 +262,7 @@ async fn verb(context: &Context<'_>, command: Command, logging: Logging) -> Resu
         #[cfg(feature = "client")]
         Command::Replay(args) => replay::run(context, args).await,
         #[cfg(feature = "client")]
-        Command::Deploy(args) => deploy::run(context, args).await,
+        Command::Deploy(args) => deploy::run(context, *args).await,
         Command::Server { command } => server::run(context, command).await,
         #[cfg(feature = "client")]
         Command::Doctor(args) => doctor::run(context, args).await,

@@ -19,6 +19,7 @@ pub mod migration;
 pub mod module;
 mod plan;
 mod program;
+pub mod project;
 pub mod record;
 pub mod report;
 mod rollback;

@@ -1,11 +1,26 @@
 //! Where the parts are that `cargo xtask` prepares.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use inner_universe::config::Config;
+use inner_universe::release::Release;
+use inner_universe::standalone::command::Binary;
 
 /// The server binary under test.
 pub fn server() -> PathBuf {
     from_env("SPACETIMEDB_STANDALONE")
         .unwrap_or_else(|| cache().join("tools/spacetimedb-1.2.0/bin/spacetimedb-standalone"))
+}
+
+/// The release of the server under test, by which a few expectations differ.
+pub fn release() -> Release {
+    static RELEASE: OnceLock<Release> = OnceLock::new();
+    *RELEASE.get_or_init(|| {
+        let mut config = Config::default();
+        config.spacetimedb_config.server_bin = Some(server());
+        Binary::find(&config).expect("the server").release()
+    })
 }
 
 /// A module's wasm: `inner_universe_module`, `workload_module`, `workload_module_v2`.

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::deploy::journal::{Journal, Step};
+use crate::deploy::project::{Project, Source};
 use crate::deploy::{self, DEFAULT_NAME, DeployPlan, DeployReport, History, Keeper, Outcome, Setup, own_token};
 use crate::durable;
 use crate::repository::Repository;
@@ -66,6 +67,13 @@ struct TargetArgs {
     /// The compiled module, a .wasm file or a bundle of JavaScript; module_config.module_path when left out
     #[arg(long, alias = "bin-path", alias = "js-path", value_name = "FILE")]
     module_path: Option<PathBuf>,
+    /// A directory with the `spacetime.json` of the `spacetime` CLI: database, module and server are taken from there, where
+    /// no other flag gives them
+    #[arg(long, value_name = "DIR")]
+    project: Option<PathBuf>,
+    /// With the overlays of this environment, such as `spacetime.NAME.json`
+    #[arg(long, value_name = "NAME", requires = "project")]
+    env: Option<String>,
     /// The module's source; module_config.module_dir when left out
     #[arg(long, value_name = "DIR")]
     module_dir: Option<PathBuf>,
@@ -95,6 +103,9 @@ struct TargetArgs {
 impl TargetArgs {
     fn apply(&self, config: &Config) -> Result<Config, Failure> {
         let mut config = self.listen.apply(config);
+        if let Some(dir) = &self.project {
+            take_project(&mut config, dir, self.env.as_deref(), self.database.as_deref()).map_err(Failure::usage)?;
+        }
         let module = &mut config.module_config;
         if self.module_path.is_some() {
             module.module_path.clone_from(&self.module_path);
@@ -168,6 +179,22 @@ impl TargetArgs {
             progress: context.output.progress(),
         })
     }
+}
+
+/// Puts what a project says into the configuration.
+fn take_project(config: &mut Config, dir: &Path, env: Option<&str>, database: Option<&str>) -> Result<(), String> {
+    let Project { database, server, source } = Project::read(dir, env, database)?;
+    config.spacetimedb_config.database = Some(database);
+    if server.is_some() {
+        config.spacetimedb_config.url = server;
+    }
+    let module = &mut config.module_config;
+    match source {
+        Some(Source::File(path)) => (module.module_path, module.build_module) = (Some(path), false),
+        Some(Source::Directory(path)) => (module.module_dir, module.build_module) = (Some(path), true),
+        None => {}
+    }
+    Ok(())
 }
 
 fn beside(dir: &Path) -> Result<String, Failure> {

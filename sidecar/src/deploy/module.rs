@@ -100,6 +100,11 @@ struct Message {
 fn build(config: &ModuleConfig) -> Result<PathBuf, DeployError> {
     let dir = config.module_dir.as_deref().ok_or(DeployError::NoModuleDir)?;
     let failed = |reason: String| DeployError::Build { dir: dir.to_owned(), reason };
+    if !dir.join("Cargo.toml").is_file() {
+        let reason = "it has no Cargo.toml, and only Rust modules are built here; run `spacetime build` there, and give the \
+                      file that it makes with --module-path and --no-build";
+        return Err(failed(reason.into()));
+    }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(["build", "--release", "--target", TARGET, "--message-format=json-render-diagnostics"]);

@@ -74,7 +74,8 @@ async fn an_additive_module_keeps_rows_a_breaking_one_is_refused_and_the_same_ch
     assert_eq!(plan["migration"]["kind"], "additive", "{plan}");
     assert_eq!(owner.rows(NAME, TABLES).await, before, "a plan changes nothing");
     let report = stage.deploy("more");
-    assert_eq!(report["migration"]["steps"], json!(["table annotation comes in"]), "{report}");
+    let steps = report["migration"]["steps"].as_array().expect("steps");
+    assert!(steps.len() == 1 && steps[0].as_str().is_some_and(|step| step.contains("annotation")), "{report}");
     assert!(report["restore_point"].is_string(), "{report}");
     let mut after = owner.rows(NAME, TABLES).await;
     assert_eq!(after.insert("annotation".into(), vec!["no such table".into()]), Some(vec![]));
@@ -233,6 +234,8 @@ async fn a_deployment_is_undone_by_its_program_alone_or_with_its_rows() {
     let before = owner.rows(NAME, &["entity", "annotation"]).await;
     stage.deploy("more");
     call(&owner, "create_entity", json!(["lost", "thing", "{}"])).await;
+    // Without rows, a server of 2.x lets the table go.
+    owner.sql(NAME, "INSERT INTO annotation (annotation_id, text) VALUES (1, 'kept')").await;
     let message = stage.sidecar.run(["deploy", "rollback"]).fails_with(6);
     assert!(message.contains("annotation") && message.contains("--data"), "{message}");
     let history = stage.sidecar.run(["deploy", "history"]).ok();

@@ -100,7 +100,9 @@ async fn a_drill_boots_what_was_backed_up_and_finds_the_rows_that_were_promised(
     let (code, result) = rehearsal.drill(&[]);
     assert_eq!((code, &result["passed"]), (0, &json!(true)), "{result}");
     assert_eq!(result["databases"][0]["compared"], tables.len());
-    assert_eq!(result["databases"][0]["changed_at_start"], json!([]));
+    // Since 2.2 the sidecar itself is connected when the tables are read, and the restored server ends that.
+    let changed = if tools::release().writes_when_asked() { json!(["client_connection"]) } else { json!([]) };
+    assert_eq!(result["databases"][0]["changed_at_start"], changed);
     assert!(result["rto_ms"].as_u64() > result["restore_ms"].as_u64(), "{result}");
     assert_eq!(result["rpo_ms"], 0, "{result}");
     // It is kept, and told.
@@ -133,7 +135,7 @@ async fn a_drill_finds_other_rows_a_damaged_page_and_a_server_that_does_not_star
     let document = rehearsal.object(&id);
     let good = std::fs::read(&document).expect("read");
     for (kind, change) in [
-        ("rows", (|table: &mut Value| table["rows"] = json!(11)) as fn(&mut Value)),
+        ("rows", (|table: &mut Value| table["rows"] = json!(31)) as fn(&mut Value)),
         ("hash", |table: &mut Value| {
             let hash = table["hash"].as_str().expect("a hash").replace('0', "1");
             table["hash"] = json!(hash);
