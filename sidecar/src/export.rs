@@ -64,6 +64,10 @@ pub enum ExportError {
     NoTable { table: String, known: String },
     #[error("`{table}` is private and only the database's owner may read it; give the owner's token with --token-file")]
     Private { table: String },
+    #[error("`{table}` is an event table: no table holds its rows, they are in the log and its archive alone")]
+    EventTable { table: String },
+    #[error("`{table}` is a view, which the module computes from tables; export those")]
+    View { table: String },
     #[error("`{table}` cannot be exported: {reason}")]
     NotExportable { table: String, reason: String },
     #[error(
@@ -142,6 +146,9 @@ pub struct Places<'a> {
 pub struct ExportReport {
     pub database: Identity,
     pub tables: Vec<TableReport>,
+    /// Event tables, which are not exported: no table holds their rows, they are in the log and its archive alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub event_tables: Vec<String>,
     /// The last event that was removed from the database, when any was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trimmed_through: Option<u64>,
@@ -203,16 +210,17 @@ pub async fn export(
     let mut exporter = Exporter { repository, config, options, clock, link, database };
     let result = exporter.run(places).await;
     exporter.link.close().await;
-    let (tables, Trimmed { through: trimmed_through, kept: not_trimmed }) = result?;
+    let (tables, event_tables, Trimmed { through: trimmed_through, kept: not_trimmed }) = result?;
     let duration_ms = (took.elapsed_seconds() * 1000.0) as u64;
-    Ok(ExportReport { database, tables, trimmed_through, not_trimmed, duration_ms })
+    Ok(ExportReport { database, tables, event_tables, trimmed_through, not_trimmed, duration_ms })
 }
 
 impl Exporter<'_> {
-    async fn run(&mut self, places: Places<'_>) -> Result<(Vec<TableReport>, Trimmed), ExportError> {
+    async fn run(&mut self, places: Places<'_>) -> Result<(Vec<TableReport>, Vec<String>, Trimmed), ExportError> {
         let schema = self.link.schema().await?;
         let mut reports = Vec::new();
-        for name in self.chosen(&schema) {
+        let (chosen, event_tables) = self.chosen(&schema);
+        for name in chosen {
             let table = self.find(&schema, &name)?.clone();
             let append_only = self.config.export.append_only.contains(&name);
             let exported = if append_only { self.append(&table).await } else { self.capture(&table).await };
@@ -236,21 +244,24 @@ impl Exporter<'_> {
             }
             _ => Trimmed::default(),
         };
-        Ok((reports, trimmed))
+        Ok((reports, event_tables, trimmed))
     }
 
-    /// The tables asked for, or all that outlive a connection and may be read.
-    fn chosen(&self, schema: &Schema) -> Vec<String> {
+    /// The tables asked for, or all that outlive a connection; of these, event tables apart.
+    fn chosen(&self, schema: &Schema) -> (Vec<String>, Vec<String>) {
         if !self.options.tables.is_empty() || self.options.configuration {
-            return self.options.tables.clone();
+            return (self.options.tables.clone(), Vec::new());
         }
         let lasting = |name: &&str| !matches!(*name, "client_connection" | "import_run" | "sequence_counter");
-        schema.table_names().filter(lasting).map(str::to_owned).collect()
+        let is_stored = |name: &String| !matches!(schema.table(name), Some(Ok(table)) if table.is_event);
+        schema.table_names().filter(lasting).map(str::to_owned).partition(is_stored)
     }
 
     fn find<'s>(&self, schema: &'s Schema, name: &str) -> Result<&'s Table, ExportError> {
         match schema.table(name) {
+            Some(Ok(table)) if table.is_event => Err(ExportError::EventTable { table: name.into() }),
             Some(Ok(table)) => Ok(table),
+            None if schema.is_view(name) => Err(ExportError::View { table: name.into() }),
             Some(Err(reason)) => Err(ExportError::NotExportable { table: name.into(), reason: reason.into() }),
             None => {
                 let known = schema.table_names().collect::<Vec<_>>().join(", ");

@@ -189,6 +189,10 @@ fn show(context: &Context<'_>, report: &ExportReport) -> ExitStatus {
                 ),
             };
         }
+        if !report.event_tables.is_empty() {
+            let tables = report.event_tables.join(", ");
+            text += &format!("  not exported, since their rows are in the log and its archive alone: {tables}\n");
+        }
         if let Some(through) = report.trimmed_through {
             text += &format!("  events up to {through} were removed from the database\n");
         }

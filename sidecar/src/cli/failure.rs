@@ -228,6 +228,8 @@ impl From<ExportError> for Failure {
         let status = match &error {
             ExportError::Repository(error) => of_repository(error),
             ExportError::NoTable { .. }
+            | ExportError::EventTable { .. }
+            | ExportError::View { .. }
             | ExportError::Private { .. }
             | ExportError::NoSequence { .. }
             | ExportError::NotFirst { .. } => ExitStatus::Usage,

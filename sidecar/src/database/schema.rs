@@ -1,6 +1,6 @@
 //! The tables and reducers of a module, from the server's description.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::database::description::{Description, TableDescription};
 use crate::database::shape::{Field, Shape};
@@ -35,18 +35,18 @@ impl Table {
 pub struct Schema {
     tables: BTreeMap<String, Result<Table, String>>,
     reducers: BTreeMap<String, Result<Vec<Field>, String>>,
+    views: BTreeSet<String>,
 }
 
 impl Schema {
-    /// # Errors
-    /// When the text is no description of a module.
-    pub fn parse(json: &[u8]) -> Result<Self, String> {
-        Ok(Description::parse(json)?.into())
-    }
-
     /// `None` when the module has no such table.
     pub fn table(&self, name: &str) -> Option<Result<&Table, &str>> {
         self.tables.get(name).map(|table| table.as_ref().map_err(String::as_str))
+    }
+
+    /// Is this a view, whose rows the module computes?
+    pub fn is_view(&self, name: &str) -> bool {
+        self.views.contains(name)
     }
 
     pub fn table_names(&self) -> impl Iterator<Item = &str> {
@@ -62,7 +62,7 @@ impl Schema {
 impl From<Description> for Schema {
     fn from(module: Description) -> Self {
         let tables = module.tables.into_iter().map(|(name, table)| (name.clone(), Table::of(name, table))).collect();
-        Self { tables, reducers: module.reducers }
+        Self { tables, reducers: module.reducers, views: module.views }
     }
 }
 

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::database::schema::Schema;
 use crate::database::shape::Shape;
 
 fn recorded(name: &str) -> Value {
@@ -75,6 +76,14 @@ fn tables_are_as_the_module_declares_them() {
     assert_eq!(module.unknown, set(&[]));
     let before = described("schema-v9-features_v2");
     assert_eq!((before.views, before.procedures), (module.views, module.procedures));
+}
+
+#[test]
+fn exports_tell_event_tables_and_views_from_tables() {
+    let schema = Schema::from(described("schema-v10-features_v2"));
+    let is_event = |name| schema.table(name).and_then(Result::ok).map(|table| table.is_event);
+    assert_eq!((is_event("audit_event"), is_event("account")), (Some(true), Some(false)));
+    assert!(schema.is_view("group_one") && !schema.is_view("account") && schema.table("group_one").is_none());
 }
 
 #[test]
