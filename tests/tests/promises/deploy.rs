@@ -94,7 +94,7 @@ async fn an_additive_module_keeps_rows_a_breaking_one_is_refused_and_the_same_ch
     assert_eq!(owner.rows(NAME, TABLES).await, rows);
     std::fs::write(&next, "no module").expect("a file");
     let message = stage.sidecar.run(["deploy", "--module-path", path(&next)]).fails_with(2);
-    assert!(message.contains("no WebAssembly"), "{message}");
+    assert!(message.contains("neither WebAssembly nor"), "{message}");
     assert_eq!(stage.history(), ["deployed", "deployed"]);
     // The token is in its own file and nowhere else: no log, note, journal, record or report.
     let secret = owner.token.rsplit('.').next().expect("a signature");
