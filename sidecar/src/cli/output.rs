@@ -147,6 +147,9 @@ pub struct Logging {
     pub format: LogFormat,
 }
 
+/// It tells of jobs that come in while it is stopped, which is no error. What keeps a schedule from running, we tell ourselves.
+const QUIET: &str = "tokio_cron_scheduler=off";
+
 /// Logs go to stderr, and further as `own` says; `RUST_LOG` refines what the flags choose.
 pub fn start_logging(logging: Logging, own: &OwnTelemetry) {
     let Logging { verbose, quiet, format } = logging;
@@ -157,7 +160,7 @@ pub fn start_logging(logging: Logging, own: &OwnTelemetry) {
         (_, 2) => "info,inner_universe=debug",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},{QUIET}")));
     let lines = tracing_subscriber::fmt::layer().with_writer(|| Stderr);
     let lines = match format {
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::config::{Config, ServerConfig, SpacetimedbConfig};
 use crate::database::link::{Link, LinkError};
 use crate::module_bindings::SequenceCounter;
-use crate::observe::server::{Database, SourceError};
+use crate::observe::server::{Database, SourceError, caused};
 
 /// Queries that wait for the one before.
 const WAITING: usize = 16;
@@ -202,6 +202,10 @@ pub struct Readers {
 
 impl Readers {
     pub fn new(config: &Config) -> Self {
+        // Counted from nothing on, so that the first is seen as an increase.
+        for kind in ["connection", "call", "sql"] {
+            caused(kind, 0);
+        }
         Self { config: config.clone(), by_name: Mutex::default() }
     }
 

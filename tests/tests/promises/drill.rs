@@ -104,7 +104,8 @@ async fn a_drill_boots_what_was_backed_up_and_finds_the_rows_that_were_promised(
     let changed = if tools::release().writes_when_asked() { json!(["client_connection"]) } else { json!([]) };
     assert_eq!(result["databases"][0]["changed_at_start"], changed);
     assert!(result["rto_ms"].as_u64() > result["restore_ms"].as_u64(), "{result}");
-    assert_eq!(result["rpo_ms"], 0, "{result}");
+    // There, the end of that connection is in the live log and behind the restore point.
+    assert_eq!(result["rpo_ms"] == 0, !tools::release().writes_when_asked(), "{result}");
     // It is kept, and told.
     let list = rehearsal.stage.sidecar.run(["drill", "--list"]).ok();
     assert_eq!(list[0]["restore_point"], point["id"]);
