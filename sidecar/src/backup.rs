@@ -433,7 +433,7 @@ fn point_of(database: &Database, archived: &[(Identity, LogArchive)]) -> Option<
 }
 
 /// A server writes its log up to half a second after it has answered.
-const SETTLE: std::time::Duration = std::time::Duration::from_millis(700);
+pub(crate) const SETTLE: std::time::Duration = std::time::Duration::from_millis(700);
 
 /// What the live server has at the offsets of `points`. Of a database that is written to meanwhile, nothing is known.
 async fn promises(

@@ -13,6 +13,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::backup::SETTLE;
 use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
 use crate::database::link::Link;
@@ -316,6 +317,8 @@ impl Run<'_> {
             }
         }
         let data = DataDir::open(data)?;
+        // What the server does to clients that were connected is to be in its log.
+        self.clock.sleep(SETTLE).await;
         for database in &point.databases {
             self.progress.phase(&format!("rows of {}", database.name), None);
             let log = data.replica(database.replica).log_path();

@@ -33,6 +33,11 @@ impl Release {
         self.is_known() && self.is_since(1, 3)
     }
 
+    /// The `.ofs` index beside a segment is as 1.2.0 writes it. 2.8.3 is known to write another; the releases between are not.
+    pub fn writes_index_of_1_2(self) -> bool {
+        self.is_known() && !self.is_since(2, 0)
+    }
+
     /// `start` can be told not to ask on its standard input what to do about a port that is taken.
     pub fn asks_questions(self) -> bool {
         self.is_known() && self.is_since(2, 0)
