@@ -17,11 +17,12 @@ use crate::backup::SETTLE;
 use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
 use crate::database::link::Link;
+use crate::database::reader::Reader;
 use crate::datadir::{DataDir, DataDirError, log};
 use crate::drill::promise::Sums;
 use crate::durable::FileError;
 use crate::ids::{Identity, Offset, RestorePointId};
-use crate::observe::server::Database;
+use crate::observe::server::{Database, SourceError};
 use crate::progress::Progress;
 use crate::repository::manifest::{DatabasePoint, RestorePoint, TablePromise};
 use crate::repository::{Repository, RepositoryError, paths};
@@ -317,15 +318,21 @@ impl Run<'_> {
             }
         }
         let data = DataDir::open(data)?;
-        // What the server does to clients that were connected is to be in its log.
-        self.clock.sleep(SETTLE).await;
+        let promised = |identity: Identity| {
+            let promise = point.promises.iter().find(|promise| promise.database == identity);
+            promise.map_or(&[][..], |promise| promise.tables.as_slice())
+        };
+        // At its first use, a database ends the connections of clients that were there, and we connect: both are to be in its log.
+        let mut readers = Vec::new();
         for database in &point.databases {
+            readers.push(promise::open(&config, database.identity, promised(database.identity)).await);
+        }
+        self.clock.sleep(SETTLE).await;
+        for (database, reader) in point.databases.iter().zip(readers) {
             self.progress.phase(&format!("rows of {}", database.name), None);
             let log = data.replica(database.replica).log_path();
             let extra = log::end(&log).map_or(0, |end| end.0.saturating_sub(database.offset.0 + 1));
-            let promised = point.promises.iter().find(|promise| promise.database == database.identity);
-            let drilled =
-                self.compare(&config, database, promised.map(|promise| promise.tables.as_slice()), extra, result);
+            let drilled = self.compare(database, reader, promised(database.identity), extra, result);
             if let Some(drilled) = drilled.await {
                 result.databases.push(drilled);
                 self.write_and_read(&config, database, &log, result).await;
@@ -337,13 +344,18 @@ impl Run<'_> {
     /// Reads every table, and compares it with the promise, if there is one.
     async fn compare(
         &self,
-        config: &Config,
         database: &DatabasePoint,
-        promised: Option<&[TablePromise]>,
+        reader: Result<Reader, SourceError>,
+        promised: &[TablePromise],
         extra: u64,
         result: &mut DrillResult,
     ) -> Option<DrilledDatabase> {
-        let found = match promise::tables(config, &database.identity.to_string(), promised.unwrap_or_default()).await {
+        let most = self.config.drill.promise_rows;
+        let found = match reader {
+            Ok(reader) => promise::tables(&reader, promised, most).await,
+            Err(error) => Err(error),
+        };
+        let found = match found {
             Ok(found) => found,
             Err(error) => {
                 let message = format!("database {} cannot be read: {error}", database.name);
@@ -365,7 +377,7 @@ impl Run<'_> {
             compared: 0,
             changed_at_start: Vec::new(),
         };
-        for promised in promised.unwrap_or_default() {
+        for promised in promised {
             let name = &promised.name;
             let Some(table) = found.iter().find(|table| table.name == *name) else {
                 let message = format!("table {name} of database {} cannot be read", database.name);

@@ -102,21 +102,29 @@ impl Witness for LiveServer {
     }
 }
 
+/// Uses a restored database for the first time, and connects to it where its tables were promised over a connection.
+///
+/// # Errors
+/// When the server cannot be asked.
+pub async fn open(config: &Config, database: Identity, promised: &[TablePromise]) -> Result<Reader, SourceError> {
+    let reader = Reader::new(&config.spacetimedb_config, &config.server_config, &database.to_string())?;
+    reader.database().description().await?;
+    if promised.iter().any(|promise| promise.form == RowForm::Bsatn) {
+        reader.query("SELECT * FROM st_table WHERE table_id = 1".into()).await?;
+    }
+    Ok(reader)
+}
+
 /// Every table of a restored database that may be read, each in the form in which it was promised. The server is one of
 /// ours that nobody else uses, so that it may write when it is asked.
 ///
 /// # Errors
 /// When the server cannot be asked.
-pub async fn tables(
-    config: &Config,
-    database: &str,
-    promised: &[TablePromise],
-) -> Result<Vec<TablePromise>, SourceError> {
-    let reader = Reader::new(&config.spacetimedb_config, &config.server_config, database)?;
-    let mut tables = by_sql(reader.database(), config.drill.promise_rows).await?;
+pub async fn tables(reader: &Reader, promised: &[TablePromise], most: u64) -> Result<Vec<TablePromise>, SourceError> {
+    let mut tables = by_sql(reader.database(), most).await?;
     for promise in promised.iter().filter(|promise| promise.form == RowForm::Bsatn) {
         let found = tables.iter_mut().find(|table| table.name == promise.name);
-        if let (Some(found), Some(read)) = (found, by_query(&reader, &promise.name).await?) {
+        if let (Some(found), Some(read)) = (found, by_query(reader, &promise.name).await?) {
             *found = read;
         }
     }
