@@ -134,8 +134,8 @@ pub(crate) struct Work {
 
 /// Tells what the live server has.
 pub trait Witness: Send + Sync {
-    /// Does what asking for the tables of `databases` takes, so that the log tells of it beforehand. Returns true if
-    /// something was written to them.
+    /// Opens what asking for the tables of `databases` needs, so that its transactions are in the log beforehand. Returns
+    /// true if something was written to them.
     fn prepare<'a>(&'a self, databases: &'a [Identity]) -> BoxFuture<'a, bool>;
     /// The tables of a database as they are now; `None` where it cannot be asked.
     fn tables(&self, database: Identity) -> BoxFuture<'_, Option<Vec<TablePromise>>>;

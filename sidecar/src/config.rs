@@ -428,7 +428,7 @@ pub struct TelemetryConfig {
     pub calls: bool,
     /// Stream what modules log, of every database, as log records; needs a collector.
     pub module_logs: bool,
-    /// How often the bundled module is asked to write its system status anew, which is a few transactions each time; 0 for
+    /// How often the bundled module is asked to write its system status, which is a few transactions each time; 0 for
     /// never. Without that, its figures come from its rows and from the server's counts of them, which writes nothing.
     pub status_interval: Period,
     /// The share of traces that is sent, 0.0 to 1.0; OTEL_TRACES_SAMPLER when left out, and all without that. Log records

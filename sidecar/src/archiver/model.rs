@@ -380,7 +380,7 @@ impl World {
         self.restore_points.push((id, acknowledged));
     }
 
-    /// Who makes a restore point or removes objects looks first whether another has begun a newer timeline.
+    /// Before a restore point is made or objects are removed: has another writer begun a newer timeline?
     async fn leave_old_timelines(&mut self) {
         let timelines = self.work.repository.timelines(&DATABASE).await.unwrap();
         let newest = timelines.last().map(|newest| newest.timeline);

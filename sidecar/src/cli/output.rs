@@ -147,7 +147,7 @@ pub struct Logging {
     pub format: LogFormat,
 }
 
-/// It tells of jobs that come in while it is stopped, which is no error. What keeps a schedule from running, we tell ourselves.
+/// It logs an error when a job arrives while it stops, which is harmless. Schedules that do not run are reported by us.
 const QUIET: &str = "tokio_cron_scheduler=off";
 
 /// Logs go to stderr, and further as `own` says; `RUST_LOG` refines what the flags choose.

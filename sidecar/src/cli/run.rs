@@ -47,8 +47,8 @@ pub struct RunArgs {
     server: Vec<OsString>,
 }
 
-/// What asks a server to end in good order. SpacetimeDB since 2.0 does on an interrupt, and is killed by TERM with what is
-/// not on the disk yet; what stands before a server in a script or a container expects TERM.
+/// What asks a server to shut down cleanly. SpacetimeDB since 2.0 does so on an interrupt, and TERM kills it with what is not
+/// on the disk yet; scripts and containers around a server expect TERM.
 fn stop_signal(program: Option<&OsString>) -> Signal {
     let name = program.and_then(|program| Path::new(program).file_name()).unwrap_or_default();
     if name.as_encoded_bytes().starts_with(b"spacetime") { STOP } else { Signal::TERM }

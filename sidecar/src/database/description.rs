@@ -58,7 +58,7 @@ pub struct TableDescription {
 
 impl Description {
     /// # Errors
-    /// When the text is no description of a module, or of a version before 9.
+    /// When the text does not describe a module, or is of a version before 9.
     pub fn parse(json: &[u8]) -> Result<Self, String> {
         let value: Value = serde_json::from_slice(json).map_err(|error| format!("the module's schema: {error}"))?;
         Self::of(value).map_err(|reason| format!("the module's schema: {reason}"))

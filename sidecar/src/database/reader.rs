@@ -188,7 +188,7 @@ async fn serve(mut link: Link, mut queries: mpsc::Receiver<Query>, connections: 
         let Some(Query { text, answer }) = query else { break };
         let rows = link.query(&text).await;
         connections.store(link.opened(), Ordering::Relaxed);
-        // Who asked may have given up.
+        // The caller may have given up.
         let _ = answer.send(rows);
     }
     link.close().await;

@@ -1,4 +1,4 @@
-//! `spacetime.json`, in which the `spacetime` CLI is told of a project: its databases, their modules and their server.
+//! `spacetime.json`, the project file of the `spacetime` CLI: databases, their modules and their server.
 //!
 //! Overlays and inheritance are those of the CLI: later files replace whole keys, children inherit what they do not say.
 
