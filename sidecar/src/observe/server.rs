@@ -1,7 +1,7 @@
-//! What the server is asked over HTTP: rows in SQL ranges of a sequence, and reducer calls.
+//! What the server is asked over HTTP: SQL, reducer calls, descriptions of modules, its health and its counts of rows.
 //!
-//! With `events/source.rs` the only room that knows how this release of the server speaks; see ARCHITECTURE.md on server
-//! versions.
+//! What differs between releases is in `crate::release`; see ARCHITECTURE.md on server versions. Since 2.2 each SQL statement
+//! here writes two transactions: what looks again and again uses `database::reader`.
 
 use std::collections::HashMap;
 use std::time::Duration;
