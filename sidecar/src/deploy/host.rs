@@ -4,8 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
@@ -72,6 +73,25 @@ impl Drop for Ownership {
     }
 }
 
+/// A server that starts or stops holds its directory and does not answer, for no longer than this.
+const CHANGE_LIMIT: Duration = Duration::from_secs(10);
+const CHANGE_LOOK: Duration = Duration::from_millis(200);
+
+/// Does a server run on `data_dir`? One that is starting is waited for, and so is the end of one that is stopping.
+async fn runs(config: &Config, data_dir: &Path, clock: &dyn Clock) -> Result<bool, DeployError> {
+    let waited = Stopwatch::start();
+    loop {
+        let ServerLock::Held { .. } = lock::probe_file(&data_dir.join("spacetime.pid"))? else { return Ok(false) };
+        match ready::health(config).await {
+            Ok(_) => return Ok(true),
+            Err(error) if waited.elapsed_seconds() > CHANGE_LIMIT.as_secs_f64() => {
+                return Err(DeployError::Silent { data_dir: data_dir.to_owned(), error });
+            }
+            Err(_) => clock.sleep(CHANGE_LOOK).await,
+        }
+    }
+}
+
 impl Host {
     /// Finds the server of the configuration, or starts one on the data directory. `announce` hears of its port first.
     ///
@@ -97,10 +117,7 @@ impl Host {
             ready::health(config).await?;
             return Ok(host);
         };
-        if let ServerLock::Held { .. } = lock::probe_file(&data_dir.join("spacetime.pid"))? {
-            ready::health(config)
-                .await
-                .map_err(|error| DeployError::Silent { data_dir: data_dir.to_owned(), error })?;
+        if runs(config, data_dir, clock.as_ref()).await? {
             host.kind = if background::is_ours(config, data_dir)? {
                 Kind::Background
             } else if background::is_of_sidecar(config, data_dir).await {
