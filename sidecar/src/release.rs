@@ -1,4 +1,4 @@
-//! What differs between the server's releases, by what a server tells of itself.
+//! What differs between the server's releases, by the version that a server reports.
 
 /// A server's release. One that does not tell is taken for a recent one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -356,7 +356,7 @@ fn a_fork_is_told_and_the_history_before_it_is_restored_beside_the_server() {
     let before = std::fs::metadata(&log).expect("the log").len();
     deployment.create(&["c"]);
     deployment.archived();
-    // A power cut takes back what was not synced; then other things happen. It cuts a commit behind its header. That one is
+    // A power cut loses what was not synced; then other things happen. The cut is behind the header of a commit that is
     // archived, unlike what the sidecar's own connection may have written last.
     deployment.host.ok("docker compose kill spacetimedb");
     let file = std::fs::File::options().write(true).open(&log).expect("the log");
