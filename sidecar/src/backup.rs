@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::backup::log::LogArchive;
 use crate::clock::{Clock, Stopwatch};
 use crate::datadir::control_db::{ControlDbCopy, Database};
+use crate::datadir::key_files::KeyFiles;
 use crate::datadir::{DataDir, DataDirError, ReplicaDir};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::progress::{Progress, Tally};
@@ -78,8 +79,8 @@ impl BackupError {
 #[derive(Debug, Clone, Default)]
 pub struct BackupOptions {
     pub label: Option<String>,
-    /// The directory of the token keys, if they are to be captured.
-    pub key_dir: Option<PathBuf>,
+    /// The token keys, if they are to be captured.
+    pub token_keys: Option<KeyFiles>,
     pub allow_plain_keys: bool,
     /// zstd level; `None` for [`DEFAULT_LEVEL`].
     pub level: Option<i32>,
@@ -223,7 +224,7 @@ pub(crate) async fn create_from(
     options: &BackupOptions,
 ) -> Result<BackupReport, BackupError> {
     let stopwatch = Stopwatch::start();
-    if options.key_dir.is_some() && !work.repository.keys.seals() && !options.allow_plain_keys {
+    if options.token_keys.is_some() && !work.repository.keys.seals() && !options.allow_plain_keys {
         return Err(BackupError::PlainKeys);
     }
     if let Some(witness) = &work.witness {
@@ -482,8 +483,8 @@ async fn seal_restore_point(
 ) -> Result<RestorePoint, BackupError> {
     work.progress.phase("instance", None);
     let capture = {
-        let (data, key_dir) = (data.clone(), options.key_dir.clone());
-        blocking(move || Capture::take(&data, &control, key_dir.as_deref())).await??
+        let (data, keys) = (data.clone(), options.token_keys.clone());
+        blocking(move || Capture::take(&data, &control, keys.as_ref())).await??
     };
     let instance = upload_instance(work, &capture).await?;
     let created_at = work.clock.now();

@@ -9,13 +9,14 @@ pub mod load;
 pub mod tree;
 pub mod value;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::config::keeping::{DrillConfig, RetentionConfig};
 use crate::config::value::{ByteSize, Cron, Period, Secret, TimeZone};
+use crate::datadir::key_files::KeyFiles;
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
@@ -68,6 +69,10 @@ pub struct SpacetimedbConfig {
     pub server_bin: Option<PathBuf>,
     /// The server's token keys, captured into restore points of an encrypted repository.
     pub key_dir: Option<PathBuf>,
+    /// The private token key, where the two are not in one directory under their usual names.
+    pub private_key_file: Option<PathBuf>,
+    /// The public token key; goes with `private_key_file`.
+    pub public_key_file: Option<PathBuf>,
     /// What to do when a server started by `run -- COMMAND` ends.
     pub restart: Restart,
     /// The longest wait before a restart; waits double from one second.
@@ -90,6 +95,8 @@ impl Default for SpacetimedbConfig {
             token_file: None,
             server_bin: None,
             key_dir: None,
+            private_key_file: None,
+            public_key_file: None,
             restart: Restart::OnFailure,
             restart_backoff_max: Period::seconds(60),
             stop_timeout: Period::seconds(6),
@@ -108,6 +115,26 @@ impl SpacetimedbConfig {
             _ => format!("http://{}:{}", self.address, self.port),
         };
         self.url.as_ref().map_or_else(made, |url| url.trim_end_matches('/').to_owned())
+    }
+
+    /// The token keys that are named here, and so are captured.
+    pub fn named_keys(&self) -> Option<KeyFiles> {
+        match (&self.private_key_file, &self.public_key_file) {
+            (Some(private), Some(public)) => Some(KeyFiles { private: private.clone(), public: public.clone() }),
+            _ => self.key_dir.as_deref().map(KeyFiles::in_dir),
+        }
+    }
+
+    /// The token keys of a server on `data_dir`, there already or to be made by it.
+    pub fn keys_of(&self, data_dir: &Path) -> KeyFiles {
+        let beside = || KeyFiles::in_dir(&crate::durable::beside(data_dir, ".keys"));
+        // Where a restore puts captured keys, too.
+        self.named_keys().or_else(|| KeyFiles::in_settings(data_dir)).unwrap_or_else(beside)
+    }
+
+    /// From here on the token keys are those in `dir`.
+    pub fn use_keys_in(&mut self, dir: &Path) {
+        (self.key_dir, self.private_key_file, self.public_key_file) = (Some(dir.to_owned()), None, None);
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod bytes;
 pub mod commit;
 pub mod control_db;
+pub mod key_files;
 pub mod lock;
 pub mod log;
 pub mod page;

@@ -19,7 +19,7 @@ use crate::deploy::module::Module;
 use crate::repository::crypto::Keyring;
 use crate::repository::remembered::Remembered;
 use crate::repository::{Repository, RepositoryError, lease};
-use crate::standalone::command::{Binary, key_dir, listen_address};
+use crate::standalone::command::{Binary, listen_address};
 use crate::standalone::ready;
 
 /// A drill older than this says little.
@@ -226,7 +226,7 @@ impl Doctor<'_> {
             secrets.push(("token", path.clone()));
         }
         if let Some(dir) = self.data_dir {
-            secrets.push(("token key", key_dir(self.config, dir).join("id_ecdsa")));
+            secrets.push(("token key", self.config.spacetimedb_config.keys_of(dir).private));
         }
         secrets.extend(self.config.repository.identity_files.iter().map(|path| ("backup key", path.clone())));
         for (what, path) in secrets {

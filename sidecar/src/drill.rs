@@ -18,6 +18,7 @@ use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
 use crate::database::link::Link;
 use crate::database::reader::Reader;
+use crate::datadir::key_files::KeyFiles;
 use crate::datadir::{DataDir, DataDirError, log};
 use crate::drill::promise::Sums;
 use crate::durable::FileError;
@@ -281,7 +282,7 @@ impl Run<'_> {
         let (boot, log) = (Stopwatch::start(), self.scratch.join("server.log"));
         let limit = self.config.drill.boot_timeout.0;
         let mut config = self.config.clone();
-        config.spacetimedb_config.key_dir = Some(keys.clone());
+        config.spacetimedb_config.use_keys_in(&keys);
         config.spacetimedb_config.token_file = None;
         let start = TemporaryServer::start(&self.binary, &config, &data, &log, self.clock.as_ref(), limit, |_| Ok(()));
         let server = match start.await {
@@ -312,7 +313,7 @@ impl Run<'_> {
         // Whoever may read the live database may read the restored one, whose server has keys of its own.
         if let Some(live) = &self.config.spacetimedb_config.token_file {
             let own = self.scratch.join("token");
-            match keys::sign_again(live, &key_dir.join("id_ecdsa"), &own) {
+            match keys::sign_again(live, &KeyFiles::in_dir(key_dir).private, &own) {
                 Ok(()) => config.spacetimedb_config.token_file = Some(own),
                 Err(reason) => tracing::warn!(%reason, "private tables are left out"),
             }

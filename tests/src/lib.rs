@@ -8,6 +8,7 @@ pub mod client;
 pub mod collector;
 pub mod compose;
 pub mod daemon;
+pub mod engine;
 pub mod faulty;
 pub mod gate;
 pub mod host;

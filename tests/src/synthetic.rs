@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use inner_universe::datadir::commit::{SegmentHeader, encode};
 use inner_universe::datadir::log::segment_name;
-use inner_universe::ids::Offset;
+use inner_universe::ids::{Identity, Offset};
 use spacetimedb_lib::db::auth::{StAccess, StTableType};
 use spacetimedb_paths::FromPathUnchecked as _;
 use spacetimedb_paths::server::SnapshotsPath;
@@ -28,31 +28,42 @@ pub struct Synthetic {
 impl Synthetic {
     #[expect(clippy::new_without_default, reason = "it makes files")]
     pub fn new() -> Self {
+        let synthetic = Self::around("1.2.0", REPLICA, Identity([5; 32]), Identity([6; 32]));
+        std::fs::create_dir_all(synthetic.log()).expect("create the log's directory");
+        synthetic
+    }
+
+    /// A data directory of the server `version` with one database, whose replica the caller puts there.
+    pub fn around(version: &str, replica: u64, identity: Identity, owner: Identity) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let synthetic = Self { dir };
         let root = synthetic.path();
-        std::fs::create_dir_all(synthetic.log()).expect("create the log's directory");
-        std::fs::write(root.join("metadata.toml"), "edition = \"standalone\"\nversion = \"1.2.0\"\n")
+        std::fs::create_dir_all(root.join("replicas")).expect("create the replicas' directory");
+        std::fs::write(root.join("metadata.toml"), format!("edition = \"standalone\"\nversion = \"{version}\"\n"))
             .expect("metadata");
         let db = sled::Config::default().path(root.join("control-db")).cache_capacity(1 << 20).open().expect("sled");
-        let identity = [5u8; 32];
+        let little_endian = |identity: Identity| {
+            let mut bytes = identity.0;
+            bytes.reverse();
+            bytes
+        };
         let mut database = 3u64.to_le_bytes().to_vec();
-        database.extend(identity);
-        database.extend([6; 32]);
+        database.extend(little_endian(identity));
+        database.extend(little_endian(owner));
         database.push(0);
         database.extend([8; 32]);
-        let mut replica = REPLICA.to_le_bytes().to_vec();
-        replica.extend(3u64.to_le_bytes());
-        replica.extend(0u64.to_le_bytes());
-        replica.push(1);
+        let mut row = replica.to_le_bytes().to_vec();
+        row.extend(3u64.to_le_bytes());
+        row.extend(0u64.to_le_bytes());
+        row.push(1);
         let insert = |tree: &str, key: &[u8], value: &[u8]| {
             db.open_tree(tree).and_then(|tree| tree.insert(key, value)).expect("insert");
         };
         insert("database", &3u64.to_be_bytes(), &database);
-        insert("database_by_identity", &identity, &database);
-        insert("reverse_dns", &identity, br#"["synthetic"]"#);
-        insert("dns", b"synthetic", &identity);
-        insert("replica", &REPLICA.to_be_bytes(), &replica);
+        insert("database_by_identity", &identity.0, &database);
+        insert("reverse_dns", &little_endian(identity), br#"["synthetic"]"#);
+        insert("dns", b"synthetic", &little_endian(identity));
+        insert("replica", &replica.to_be_bytes(), &row);
         db.flush().expect("flush");
         synthetic
     }

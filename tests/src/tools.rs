@@ -38,6 +38,11 @@ pub fn s3s() -> Option<PathBuf> {
     from_env("INNER_UNIVERSE_S3S")
 }
 
+/// The engine of a newer server, as a program.
+pub fn engine_oracle() -> PathBuf {
+    from_env("INNER_UNIVERSE_ENGINE_ORACLE").expect("`cargo xtask test` builds the engine")
+}
+
 /// How modules are built for wasm32 here.
 pub struct WasmBuild {
     pub target: PathBuf,
@@ -68,7 +73,7 @@ pub fn optimised() -> PathBuf {
     from_env("INNER_UNIVERSE_OPTIMISED").unwrap_or_else(inner_universe)
 }
 
-/// The fixture written by a 2.8.3 server: archive and truth.
+/// A file of `tests/fixtures`.
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }

@@ -27,6 +27,8 @@ mod deployment_files;
 mod drill;
 #[path = "promises/endings.rs"]
 mod endings;
+#[path = "promises/engine.rs"]
+mod engine;
 #[path = "promises/events.rs"]
 mod events;
 #[path = "promises/export_edges.rs"]

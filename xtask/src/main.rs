@@ -4,6 +4,7 @@
 mod bench;
 mod bindings;
 mod debian;
+mod engine;
 mod fuzz;
 mod observers;
 mod run;

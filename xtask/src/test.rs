@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::run::{Result, cargo, root, run, target};
-use crate::{observers, server, stores, wasm};
+use crate::{engine, observers, server, stores, wasm};
 
 /// Fuzzes the HTTP interface from its OpenAPI document.
 const SCHEMATHESIS: &str = "4.32.5";
@@ -88,6 +88,7 @@ pub fn test(arguments: &[String]) -> Result<()> {
     }
     command.env("INNER_UNIVERSE_S3S", stores::s3s()?);
     command.env("INNER_UNIVERSE_WASM_ENVIRONMENT", wasm::environment()?);
+    command.env("INNER_UNIVERSE_ENGINE_ORACLE", engine::build()?);
     if let Some(duckdb) = stores::from_pypi("duckdb", "duckdb", DUCKDB, "python3")? {
         command.env("INNER_UNIVERSE_DUCKDB", duckdb);
     }

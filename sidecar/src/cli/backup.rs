@@ -15,6 +15,7 @@ use crate::cli::{Context, DataDirArg, while_held};
 use crate::daemon::control::{self, Answer, Request};
 use crate::daemon::state::StateDir;
 use crate::datadir::DataDir;
+use crate::datadir::key_files::KeyFiles;
 use crate::durable::{self, OnPath as _};
 use crate::ids::RestorePointId;
 use crate::repository::address::Address;
@@ -98,8 +99,9 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
         return Ok(show_report(context, &report));
     }
     let keys = context.keyring(&args.recipient)?;
-    let key_dir = args.key_dir.or_else(|| context.config().spacetimedb_config.key_dir.clone());
-    if key_dir.is_some() && !keys.seals() && !args.allow_plain_keys {
+    let named = args.key_dir.as_deref().map(KeyFiles::in_dir);
+    let token_keys = named.or_else(|| context.config().spacetimedb_config.named_keys());
+    if token_keys.is_some() && !keys.seals() && !args.allow_plain_keys {
         // Say so before a repository is made that could never hold the keys.
         match Repository::open(context.url()?, &context.config().repository, keys.clone()).await {
             Ok(repository) if repository.keys.seals() => {}
@@ -114,7 +116,7 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
     context.warn_of_store(&repository);
     let options = BackupOptions {
         label: args.label,
-        key_dir,
+        token_keys,
         allow_plain_keys: args.allow_plain_keys,
         level: Some(args.compression_level.unwrap_or(context.config().repository.compression_level)),
     };
@@ -150,12 +152,14 @@ async fn create_bundle(
     let scratch = Scratch::create_in(&parent, ".inner-universe-bundle-").on("write to", &parent)?;
     let address = Address::directory(&scratch.path().join("repository")).map_err(Failure::usage)?;
     let keys = context.keyring(&args.recipient)?;
-    let configured = context.config().spacetimedb_config.key_dir.clone().filter(|dir| keys.seals() && dir.exists());
+    let named = args.key_dir.as_deref().map(KeyFiles::in_dir);
+    let configured = context.config().spacetimedb_config.named_keys();
+    let configured = configured.filter(|files| keys.seals() && files.private.exists());
     let (config, clock) = (&context.config().repository, &context.clock);
     let repository = Repository::open_or_create(address.url(), config, keys, clock.as_ref()).await?;
     let options = BackupOptions {
         label: args.label,
-        key_dir: args.key_dir.or(configured),
+        token_keys: named.or(configured),
         allow_plain_keys: args.allow_plain_keys,
         level: Some(args.compression_level.unwrap_or(config.compression_level)),
     };

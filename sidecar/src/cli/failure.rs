@@ -335,7 +335,7 @@ fn of_instance(error: &InstanceError) -> ExitStatus {
     match error {
         InstanceError::DataDir(error) => of_data_dir(error),
         InstanceError::Crypto(error) => of_crypto(error),
-        InstanceError::NoKeys { .. } => ExitStatus::Usage,
+        InstanceError::NoKey(_) => ExitStatus::Usage,
         InstanceError::File(_) | InstanceError::Damaged(_) | InstanceError::TooLarge { .. } => ExitStatus::Failed,
     }
 }

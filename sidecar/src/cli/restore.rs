@@ -1,6 +1,6 @@
 //! `restore`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use crate::bundle;
 use crate::cli::failure::{ExitStatus, Failure};
 use crate::cli::output::{bytes, duration};
 use crate::cli::{Context, DataDirArg};
+use crate::datadir::key_files::{self, KeyFiles};
 use crate::durable::owner::make_dirs;
 use crate::durable::{self, OnPath as _};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
@@ -249,13 +250,14 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         && live.exists()
     {
         let own = keys.join("token");
-        match crate::standalone::keys::sign_again(live, &keys.join("id_ecdsa"), &own) {
+        match crate::standalone::keys::sign_again(live, &KeyFiles::in_dir(keys).private, &own) {
             Ok(()) => report.token = Some(own),
             Err(reason) => {
                 context.output.warn(&format!("all is restored, but the token was not signed anew: {reason}"))
             }
         }
     }
+    let named = context.config().spacetimedb_config.named_keys().filter(|_| in_place);
     context.output.result(&report, |report| {
         let mut text = format!("restored {}\n", report.data_dir.display());
         for database in &report.databases {
@@ -266,7 +268,11 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
             text += &format!("what was there is now {}\n", aside.display());
         }
         if let Some(keys) = &report.keys {
-            text += &format!("the token keys are in {}; start the server with --jwt-key-dir\n", keys.display());
+            text += &format!(
+                "the token keys are in {}; {}\n",
+                keys.display(),
+                use_of_keys(&report.data_dir, keys, named.as_ref())
+            );
         }
         if let Some(aside) = &report.keys_moved_aside {
             text += &format!("other keys that were there are now {}\n", aside.display());
@@ -283,6 +289,21 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         text
     });
     Ok(ExitStatus::Ok)
+}
+
+/// How a server comes to use restored keys; those that its `config.toml` names go before a directory.
+fn use_of_keys(data_dir: &Path, restored: &Path, named: Option<&KeyFiles>) -> String {
+    let told = KeyFiles::in_settings(data_dir).or_else(|| named.cloned());
+    match told.filter(|files| *files != KeyFiles::in_dir(restored)) {
+        None => "start the server with --jwt-key-dir".into(),
+        Some(files) => format!(
+            "the server is told of {} and {}: copy {} and {} there, or start it with --jwt-priv-key-path and --jwt-pub-key-path",
+            files.private.display(),
+            files.public.display(),
+            key_files::PRIVATE,
+            key_files::PUBLIC
+        ),
+    }
 }
 
 fn warn(context: &Context<'_>, plan: &RestorePlan, target: &Target) {

@@ -68,8 +68,8 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
     let own = OwnTelemetry::start(&config.telemetry, &state_dir.instance()).map_err(DaemonError::from)?;
     output::start_logging(logging, &own);
     let keys = context.keyring(&[])?;
-    let key_dir = config.spacetimedb_config.key_dir.is_some();
-    if key_dir && config.repository.recipients.is_empty() && !args.allow_plain_keys {
+    let named = config.spacetimedb_config.named_keys().is_some();
+    if named && config.repository.recipients.is_empty() && !args.allow_plain_keys {
         context.output.warn(
             "token keys are captured only into an encrypted repository; set repository.recipients, or allow it with \
              --allow-plain-keys",

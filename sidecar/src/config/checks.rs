@@ -48,6 +48,15 @@ impl Config {
         if repository.sse_kms_key_id.is_some() && repository.server_side_encryption.as_deref() != Some("aws:kms") {
             refuse("repository.sse_kms_key_id", "it needs server_side_encryption = \"aws:kms\"".into());
         }
+        let server = &self.spacetimedb_config;
+        if server.private_key_file.is_some() != server.public_key_file.is_some() {
+            let message = "private_key_file and public_key_file go together; give both";
+            refuse("spacetimedb_config.private_key_file", message.into());
+        }
+        if server.private_key_file.is_some() && server.key_dir.is_some() {
+            let message = "name the keys by their files or by their directory (key_dir), not both";
+            refuse("spacetimedb_config.private_key_file", message.into());
+        }
         let telemetry = &self.telemetry;
         if let Some(address) = &telemetry.heartbeat_url
             && !is_web_address(address.reveal())

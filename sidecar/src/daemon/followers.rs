@@ -314,11 +314,11 @@ impl Daemon {
     /// A new database, a new program or another configuration: the newest restore point does not know it yet.
     async fn capture_if_changed(&self) -> Result<(), BackupError> {
         let data = self.data.clone();
-        let (sealed, key_dir) = (self.repository.keys.seals(), self.config.spacetimedb_config.key_dir.clone());
-        let key_dir = key_dir.filter(|_| sealed || self.allow_plain_keys);
+        let sealed = self.repository.keys.seals() || self.allow_plain_keys;
+        let keys = self.config.spacetimedb_config.named_keys().filter(|_| sealed);
         let capture = blocking(move || {
             let control = ControlDbCopy::take(&data)?;
-            Ok::<_, BackupError>(crate::repository::instance::Capture::take(&data, &control, key_dir.as_deref())?)
+            Ok::<_, BackupError>(crate::repository::instance::Capture::take(&data, &control, keys.as_ref())?)
         });
         let state = self.repository.hashing()?.name(capture.await??.state);
         if let Some(id) = self.repository.restore_point_ids().await?.last() {

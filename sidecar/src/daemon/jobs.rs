@@ -53,11 +53,10 @@ impl Daemon {
     }
 
     async fn make_restore_point(&self, label: Option<String>) -> Result<BackupReport, BackupError> {
-        let key_dir = self.config.spacetimedb_config.key_dir.clone();
         let sealed = self.repository.keys.seals() || self.allow_plain_keys;
         let options = BackupOptions {
             label,
-            key_dir: key_dir.filter(|_| sealed),
+            token_keys: self.config.spacetimedb_config.named_keys().filter(|_| sealed),
             allow_plain_keys: self.allow_plain_keys,
             level: Some(self.config.repository.compression_level),
         };

@@ -15,7 +15,7 @@ use crate::deploy::journal::Restarter;
 use crate::deploy::{DeployError, Mode, Setup};
 use crate::durable::owner::{Given, Owner};
 use crate::durable::{self, FileError};
-use crate::standalone::command::{Binary, key_dir};
+use crate::standalone::command::Binary;
 use crate::standalone::temporary::TemporaryServer;
 use crate::standalone::{StandaloneError, background, ready};
 
@@ -48,7 +48,8 @@ impl Ownership {
     /// Looks before the server starts. Keys that are there have their owner.
     fn of(config: &Config, data_dir: &Path) -> Result<Self, FileError> {
         let owner = if data_dir.exists() { Owner::of(data_dir)? } else { Owner::for_new(data_dir)? };
-        let keys = Some(key_dir(config, data_dir)).filter(|dir| !dir.exists());
+        let private = config.spacetimedb_config.keys_of(data_dir).private;
+        let keys = Some(durable::parent(&private)).filter(|dir| !dir.exists());
         Ok(Self(std::iter::once(data_dir.to_owned()).chain(keys).map(|dir| (dir, owner)).collect()))
     }
 

@@ -38,7 +38,7 @@ impl Keeper {
                 let seals = repository.keys.seals();
                 let options = BackupOptions {
                     label: Some(label.to_owned()),
-                    key_dir: setup.config.spacetimedb_config.key_dir.clone().filter(|_| seals),
+                    token_keys: setup.config.spacetimedb_config.named_keys().filter(|_| seals),
                     allow_plain_keys: false,
                     level: Some(setup.config.repository.compression_level),
                 };

@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use std::path::{Component, Path, PathBuf};
 
 use crate::datadir::control_db::{ControlDbCopy, Trees};
+use crate::datadir::key_files::{self, KeyFiles};
 use crate::datadir::{DataDir, DataDirError};
 use crate::durable::owner::make_private_dir;
 use crate::durable::{FileError, OnPath};
@@ -28,7 +29,6 @@ const CONTROL_DB: &str = "control-db";
 const PROGRAMS: &str = "program-bytes";
 /// Where the token keys lie in a capture; they do not belong into the data directory.
 pub const KEYS: &str = "keys";
-const KEY_FILES: [&str; 2] = ["id_ecdsa", "id_ecdsa.pub"];
 
 /// What can go wrong with a capture.
 #[derive(Debug, thiserror::Error)]
@@ -44,18 +44,18 @@ pub enum InstanceError {
     #[error("the instance has {len} bytes and compresses to so few that no more than {most} are taken back; report it")]
     TooLarge { len: u64, most: u64 },
     #[error(
-        "{} has no {file}; name the directory given to the server as --jwt-key-dir",
-        dir.display()
+        "the token key {} is not there; name the server's own in spacetimedb_config.key_dir, or in private_key_file and public_key_file",
+        .0.display()
     )]
-    NoKeys { dir: PathBuf, file: &'static str },
+    NoKey(PathBuf),
 }
 
 impl Capture {
     /// Reads everything but the databases' own files. `control` is a copy taken just before.
     ///
     /// # Errors
-    /// When a file cannot be read, or `keys` is given and holds no keys.
-    pub fn take(data: &DataDir, control: &ControlDbCopy, keys: Option<&Path>) -> Result<Self, InstanceError> {
+    /// When a file cannot be read, or one of `keys` is not there.
+    pub fn take(data: &DataDir, control: &ControlDbCopy, keys: Option<&KeyFiles>) -> Result<Self, InstanceError> {
         let mut files = BTreeMap::new();
         for (name, path) in [("metadata.toml", data.metadata_path()), ("config.toml", data.config_path())] {
             if path.exists() {
@@ -63,13 +63,12 @@ impl Capture {
             }
         }
         gather(&data.program_bytes_path(), PROGRAMS, &mut files)?;
-        if let Some(dir) = keys {
-            for file in KEY_FILES {
-                let path = dir.join(file);
+        if let Some(keys) = keys {
+            for (name, path) in [(key_files::PRIVATE, &keys.private), (key_files::PUBLIC, &keys.public)] {
                 if !path.is_file() {
-                    return Err(InstanceError::NoKeys { dir: dir.to_owned(), file });
+                    return Err(InstanceError::NoKey(path.clone()));
                 }
-                files.insert(format!("{KEYS}/{file}"), fs::read(&path).on("read", &path)?);
+                files.insert(format!("{KEYS}/{name}"), fs::read(path).on("read", path)?);
             }
         }
         let state = state_of(&files, &control.trees);

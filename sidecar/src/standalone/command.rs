@@ -40,7 +40,10 @@ impl Binary {
         let mut option = |name: &str, value: OsString| command.extend([name.into(), value]);
         option("--data-dir", data_dir.into());
         option("--listen-addr", address.into());
-        option("--jwt-key-dir", key_dir(config, data_dir).into());
+        // By name, since what config.toml names comes before a directory that is given.
+        let keys = config.spacetimedb_config.keys_of(data_dir);
+        option("--jwt-priv-key-path", keys.private.into());
+        option("--jwt-pub-key-path", keys.public.into());
         if self.release().bounds_page_pool() {
             option("--page_pool_max_size", page_pool_bytes(config).to_string().into());
         }
@@ -61,12 +64,6 @@ pub fn page_pool_bytes(config: &Config) -> u64 {
         true => config.server_config.cache_size_mb << 20,
         false => 0,
     }
-}
-
-/// Where the server's token keys are, or are to be made.
-pub fn key_dir(config: &Config, data_dir: &Path) -> PathBuf {
-    // Where a restore puts captured keys, too.
-    config.spacetimedb_config.key_dir.clone().unwrap_or_else(|| crate::durable::beside(data_dir, ".keys"))
 }
 
 /// Where the configuration has the server listen.
@@ -107,7 +104,8 @@ mod tests {
             let words = binary.serve(config, Path::new("/srv/data"), "127.0.0.1:3000");
             words.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
         };
-        let old = "/bin/server start --data-dir /srv/data --listen-addr 127.0.0.1:3000 --jwt-key-dir /srv/data.keys";
+        let old = "/bin/server start --data-dir /srv/data --listen-addr 127.0.0.1:3000 \
+                   --jwt-priv-key-path /srv/data.keys/id_ecdsa --jwt-pub-key-path /srv/data.keys/id_ecdsa.pub";
         assert_eq!(line(&binary("1.2.0"), &config), old);
         assert_eq!(line(&binary("1.12.0"), &config), format!("{old} --page_pool_max_size 3145728"));
         config.feature_flags.enable_caching = false;
