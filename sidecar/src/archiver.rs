@@ -245,8 +245,10 @@ impl Archiver {
         for event in from.events {
             self.followed.event(self.work.clock.now(), event);
         }
-        if let Some(promised) = self.promised.take() {
-            self.check_promise(&promised).await?;
+        if let Some(promised) = &self.promised {
+            self.check_promise(promised).await?;
+            // A store that failed has answered nothing: it is asked again.
+            self.promised = None;
         }
         let timeline = from.timeline;
         {

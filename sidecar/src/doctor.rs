@@ -362,8 +362,12 @@ impl Doctor<'_> {
         match lease::holder(repository).await.map(|held| held.filter(|held| held.expires_at > now)) {
             Ok(Some(held)) => {
                 let holder = held.writer;
+                let ours = self
+                    .data_dir
+                    .filter(|dir| !state::has_ended(self.config, dir))
+                    .and_then(|dir| state::read_status(self.config, dir));
                 let ours =
-                    self.data_dir.and_then(|dir| state::read_status(self.config, dir)).filter(|status| status.running);
+                    ours.filter(|status| status.running && !status.is_stale(now) && status.lease_token.is_some());
                 let message = format!("{holder} writes to the repository");
                 match ours {
                     Some(status) => self

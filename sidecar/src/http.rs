@@ -4,6 +4,7 @@
 //! are bounded; a port that is taken keeps nobody from archiving.
 
 mod answer;
+mod connections;
 mod guard;
 mod openapi;
 
@@ -29,11 +30,13 @@ use tokio_util::sync::CancellationToken;
 use crate::backup::BackupReport;
 use crate::clock::{Clock, Stopwatch};
 use crate::config::Config;
+use crate::daemon::conditions::{ConditionKind, Subject};
 use crate::daemon::health::{Readiness, readiness};
 use crate::daemon::history::HistoryReport;
 use crate::daemon::state::State;
 use crate::daemon::{Daemon, Interface};
 use crate::http::answer::Refusal;
+use crate::http::connections::Connections;
 use crate::http::guard::{Access, Guard};
 use crate::http::openapi::{Body, json_of, text_of};
 use crate::ids::RestorePointId;
@@ -51,6 +54,8 @@ const MAX_LABEL: usize = 200;
 /// No control characters, and something besides white space.
 const LABEL_PATTERN: &str =
     r"^[^\u0000-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]*$";
+/// As conditions name it.
+const PART: &str = "HTTP interface";
 /// A port that is taken is tried again so often.
 const BIND_INTERVAL: Duration = Duration::from_secs(10);
 /// A status this old is good enough: it reads the repository.
@@ -277,7 +282,8 @@ impl Server {
         let Some(listener) = self.listen(&stop).await else { return };
         let router = router(&self);
         let stopped = stop.clone();
-        let serving = axum::serve(listener, router).with_graceful_shutdown(async move { stopped.cancelled().await });
+        let serving = axum::serve(Connections::of(listener), router)
+            .with_graceful_shutdown(async move { stopped.cancelled().await });
         tokio::select! {
             served = serving => if let Err(error) = served {
                 tracing::error!(%error, "the HTTP interface ended");
@@ -295,13 +301,19 @@ impl Server {
                     let bound: Option<SocketAddr> = listener.local_addr().ok();
                     tracing::info!(address = ?bound, "serving health, metrics and the status page over HTTP");
                     self.state.listening(bound.map(|address| format!("http://{address}")));
+                    self.state.clear(ConditionKind::PartFailing, &Subject::Part(PART));
                     return Some(listener);
                 }
-                Err(error) => tracing::warn!(
-                    %error,
-                    address,
-                    "the HTTP interface cannot listen and is tried again; archiving goes on: set http.listen or http.enabled = false"
-                ),
+                Err(error) => {
+                    tracing::warn!(
+                        %error,
+                        address,
+                        "the HTTP interface cannot listen and is tried again; archiving goes on: set http.listen or http.enabled = false"
+                    );
+                    // What asks there may be answered by somebody else.
+                    let message = format!("it cannot listen on {address}: {error}");
+                    self.state.raise(ConditionKind::PartFailing, Subject::Part(PART), message);
+                }
             }
             tokio::select! {
                 () = self.clock.sleep(BIND_INTERVAL) => {}

@@ -10,7 +10,7 @@ pub mod needs;
 pub mod pins;
 pub mod policy;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
 use crate::repository::manifest::{self, Marked, RemovedLog, Retention};
 use crate::repository::ranges::{merged, without};
-use crate::repository::{Repository, RepositoryError, paths};
+use crate::repository::{Repository, RepositoryError, pack, paths};
 use crate::retention::needs::{Listing, Needs};
 use crate::retention::policy::{Candidate, Policy, Reason, choose};
 
@@ -130,10 +130,81 @@ pub async fn plan(
     grace: Duration,
     now: Timestamp,
 ) -> Result<PrunePlan, RetentionError> {
+    plan_without(repository, policy, grace, now, &HashSet::new()).await
+}
+
+/// As [`plan`], for what is then carried out: snapshots that will stand for log that goes are read back first, and stand for
+/// nothing where they are damaged.
+///
+/// # Errors
+/// As [`plan`].
+pub async fn plan_to_apply(
+    repository: &Repository,
+    policy: &Policy,
+    grace: Duration,
+    now: Timestamp,
+) -> Result<PrunePlan, RetentionError> {
+    let mut damaged = HashSet::new();
+    let mut read = HashSet::new();
+    loop {
+        let plan = plan_without(repository, policy, grace, now, &damaged).await?;
+        let found = damaged_packs(repository, &plan, &mut read).await?;
+        if found.is_empty() {
+            return Ok(plan);
+        }
+        for pack in &found {
+            tracing::warn!(%pack, "a snapshot cannot be read back, so that the log before it stays: run `inner-universe verify`");
+        }
+        damaged.extend(found);
+    }
+}
+
+/// Those packs that cannot be read back, of the snapshots that stand for log that is to go. Each is read once.
+async fn damaged_packs(
+    repository: &Repository,
+    plan: &PrunePlan,
+    read: &mut HashSet<Key>,
+) -> Result<Vec<Key>, RepositoryError> {
+    let mut snapshots: BTreeMap<(Identity, TimelineId), BTreeSet<Offset>> = BTreeMap::new();
+    for (database, timeline, offset) in plan.needs.objects.iter().filter_map(paths::parse_snapshot_place) {
+        snapshots.entry((database, timeline)).or_default().insert(offset);
+    }
+    let mut standing = BTreeSet::new();
+    for ((database, _), (first, _)) in plan.due.iter().filter_map(|due| log_place(&due.object.as_str().into())) {
+        // Also on timelines that begin in that log.
+        for ((of, timeline), offsets) in snapshots.iter().filter(|((of, _), _)| *of == database) {
+            standing.extend(offsets.range(Offset(first)..).next().map(|offset| (*of, *timeline, *offset)));
+        }
+    }
+    let mut damaged = Vec::new();
+    for (database, timeline, offset) in standing {
+        for used in repository.snapshot(&database, timeline, offset).await?.packs {
+            let key = paths::pack(&database, used.pack);
+            if !read.insert(key.clone()) {
+                continue;
+            }
+            match repository.get(&key).await {
+                Ok(bytes) if pack::check(&used.pack, &bytes).is_ok() => {}
+                Err(error) if !error.is_damage() => return Err(error),
+                Ok(_) | Err(_) => damaged.push(key),
+            }
+        }
+    }
+    Ok(damaged)
+}
+
+async fn plan_without(
+    repository: &Repository,
+    policy: &Policy,
+    grace: Duration,
+    now: Timestamp,
+    damaged: &HashSet<Key>,
+) -> Result<PrunePlan, RetentionError> {
     if policy.is_empty() {
         return Err(RetentionError::NoPolicy);
     }
-    let listing: Listing = repository.list(&Key::default()).await?.into_iter().collect();
+    let listed = repository.list(&Key::default()).await?;
+    let listing: Listing = listed.into_iter().filter(|(key, _)| !damaged.contains(key)).collect();
     let pins: BTreeSet<RestorePointId> = repository.pins().await?.into_iter().collect();
     let found = repository.restore_points().await?;
     if !found.problems.is_empty() {

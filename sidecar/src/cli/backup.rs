@@ -94,7 +94,7 @@ async fn create(context: &Context<'_>, args: CreateArgs) -> Result<ExitStatus, F
         return create_bundle(context, &data, args, &output).await;
     }
     if !args.force
-        && let Some(report) = ask_daemon(context, &data, args.label.as_deref()).await?
+        && let Some(report) = ask_daemon(context, &data, &args).await?
     {
         return Ok(show_report(context, &report));
     }
@@ -204,13 +204,16 @@ fn show_report(context: &Context<'_>, report: &BackupReport) -> ExitStatus {
 }
 
 /// A daemon on the same data directory and repository holds the lease: it makes the restore point for us.
-async fn ask_daemon(
-    context: &Context<'_>,
-    data: &DataDir,
-    label: Option<&str>,
-) -> Result<Option<BackupReport>, Failure> {
+async fn ask_daemon(context: &Context<'_>, data: &DataDir, args: &CreateArgs) -> Result<Option<BackupReport>, Failure> {
     let socket = StateDir::locate(context.config(), data.root()).join("control.sock");
-    let request = Request::BackupCreate { url: context.url()?.to_owned(), label: label.map(ToOwned::to_owned) };
+    let given = [
+        ("--key-dir", args.key_dir.is_some()),
+        ("--allow-plain-keys", args.allow_plain_keys),
+        ("--recipient", !args.recipient.is_empty()),
+        ("--compression-level", args.compression_level.is_some()),
+    ];
+    let options = given.iter().filter(|(_, is_given)| *is_given).map(|(name, _)| (*name).to_owned()).collect();
+    let request = Request::BackupCreate { url: context.url()?.to_owned(), label: args.label.clone(), options };
     match control::ask(&socket, &request).await {
         Ok(Some(Answer::Created(report))) => Ok(Some(report)),
         Ok(Some(Answer::Failed(message) | Answer::Empty(message))) => {

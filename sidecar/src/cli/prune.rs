@@ -42,7 +42,7 @@ pub async fn run(context: &Context<'_>, args: PruneArgs) -> Result<ExitStatus, F
     let lease = context.lease(&repository, args.force).await?;
     let fenced = lease.fenced();
     let work = async {
-        let plan = retention::plan(&fenced, &policy, grace, context.clock.now()).await?;
+        let plan = retention::plan_to_apply(&fenced, &policy, grace, context.clock.now()).await?;
         retention::apply(&fenced, &plan.trusting_clock(args.trust_clock), context.clock.as_ref()).await
     };
     let report = while_held(&lease, context.clock.as_ref(), work).await;
@@ -54,7 +54,11 @@ pub async fn run(context: &Context<'_>, args: PruneArgs) -> Result<ExitStatus, F
 async fn ask_daemon(context: &Context<'_>, trust_clock: bool) -> Result<Option<PruneReport>, Failure> {
     let Some(data_dir) = &context.config().spacetimedb_config.db_path else { return Ok(None) };
     let socket = StateDir::locate(context.config(), data_dir).join("control.sock");
-    let request = Request::Prune { url: context.url()?.to_owned(), trust_clock };
+    let request = Request::Prune {
+        url: context.url()?.to_owned(),
+        trust_clock,
+        retention: Some(context.config().retention.clone()),
+    };
     match control::ask(&socket, &request).await {
         Ok(Some(Answer::Pruned(report))) => Ok(Some(report)),
         Ok(Some(Answer::Failed(message))) => Err(Failure::new(ExitStatus::Failed, message)),

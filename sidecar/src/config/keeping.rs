@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::value::Period;
 
 /// Which restore points `prune` keeps: any that one of these rules names. Nothing is removed while all are 0.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetentionConfig {
     /// Every moment since so long ago can be restored. `7d` is a week.

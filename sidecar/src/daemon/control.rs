@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backup::{BackupError, BackupReport};
 use crate::clock::{Clock, patience};
+use crate::config::RetentionConfig;
 use crate::daemon::Daemon;
 use crate::daemon::conditions::{ConditionKind, Subject};
 use crate::daemon::state::{Claim, State, StateDir};
@@ -37,7 +38,13 @@ const MAX_REQUEST: u64 = 64 << 10;
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// A restore point in the repository at `url`.
-    BackupCreate { url: String, label: Option<String> },
+    BackupCreate {
+        url: String,
+        label: Option<String>,
+        /// Options of the command that the daemon cannot take: its own configuration decides.
+        #[serde(default)]
+        options: Vec<String>,
+    },
     /// An export of `database` into the repository at `url`.
     #[cfg(feature = "client")]
     Export { url: String, server: String, database: Option<String>, options: ExportOptions },
@@ -47,6 +54,8 @@ pub enum Request {
         /// Although the clock is in doubt.
         #[serde(default)]
         trust_clock: bool,
+        /// What the plan that was shown kept by.
+        retention: Option<RetentionConfig>,
     },
     /// Does the daemon archive now?
     Archiving,
@@ -223,6 +232,10 @@ async fn attend(desk: &Desk, mut stream: UnixStream) -> std::io::Result<()> {
 async fn answer(daemon: &Daemon, request: Request) -> Answer {
     match request {
         Request::BackupCreate { url, .. } if url != daemon.url => Answer::Elsewhere,
+        Request::BackupCreate { options, .. } if !options.is_empty() => Answer::Failed(format!(
+            "the sidecar here makes restore points, by its own configuration: leave {} out, or configure it and start it anew",
+            options.join(", ")
+        )),
         Request::BackupCreate { label, .. } => match daemon.restore_point(label).await {
             Ok(report) => Answer::Created(report),
             Err(error @ BackupError::Empty(_)) => Answer::Empty(error.to_string()),
@@ -241,6 +254,10 @@ async fn answer(daemon: &Daemon, request: Request) -> Answer {
             }
         }
         Request::Prune { url, .. } if url != daemon.url => Answer::Elsewhere,
+        Request::Prune { retention: Some(asked), .. } if asked != daemon.config.retention => Answer::Failed(
+            "the sidecar was started with another retention than is configured now, and would remove by the old one: start it anew"
+                .into(),
+        ),
         Request::Prune { trust_clock, .. } => match daemon.prune(trust_clock).await {
             Ok(report) => Answer::Pruned(report),
             Err(error) => Answer::Failed(error.to_string()),

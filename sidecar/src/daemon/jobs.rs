@@ -77,12 +77,27 @@ impl Daemon {
     /// # Errors
     /// When the repository fails.
     pub async fn verify(&self) -> Result<Option<VerifyReport>, RepositoryError> {
-        let Ok(_one) = self.verifying.try_lock() else { return Ok(None) };
+        match self.verifying.try_lock() {
+            Ok(_one) => self.verify_alone().await.map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// As [`Self::verify`], once nothing else is at it.
+    ///
+    /// # Errors
+    /// When the repository fails.
+    pub async fn verify_when_free(&self) -> Result<VerifyReport, RepositoryError> {
+        let _one = self.verifying.lock().await;
+        self.verify_alone().await
+    }
+
+    async fn verify_alone(&self) -> Result<VerifyReport, RepositoryError> {
         let options = VerifyOptions::default();
         let verifying = crate::verify::verify(&self.repository, &options, Arc::new(Silent));
         let report = traced(work_span!("verify"), verifying).await?;
         self.verified(report.findings.len() as u64, report.is_sound());
-        Ok(Some(report))
+        Ok(report)
     }
 
     /// Restores the newest restore point to a scratch directory and boots a server on it.
@@ -114,7 +129,7 @@ impl Daemon {
             // What is archived on a timeline that another writer has left behind is kept by nothing.
             self.followers.flush(self.clock.as_ref()).await;
             let grace = self.config.retention.grace.0;
-            let plan = retention::plan(&self.repository, &policy, grace, self.clock.now()).await?;
+            let plan = retention::plan_to_apply(&self.repository, &policy, grace, self.clock.now()).await?;
             retention::apply(&self.repository, &plan.trusting_clock(trust_clock), self.clock.as_ref()).await
         };
         let result = traced(work_span!("prune"), work).await;

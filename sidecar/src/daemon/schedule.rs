@@ -262,8 +262,7 @@ impl Schedule {
                 }
             }
             Task::Verify => {
-                let report = self.daemon.verify().await.map_err(|error| error.to_string())?;
-                let Some(report) = report else { return Ok("another verification was running".into()) };
+                let report = self.daemon.verify_when_free().await.map_err(|error| error.to_string())?;
                 match report.findings.first() {
                     None => Ok(format!("{} objects are good", report.objects)),
                     Some(_) if report.is_sound() => {

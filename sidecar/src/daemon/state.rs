@@ -230,12 +230,12 @@ impl State {
     }
 
     /// Something is wrong until it is cleared.
-    pub(super) fn raise(&self, kind: ConditionKind, subject: Subject, message: impl Into<String>) {
+    pub(crate) fn raise(&self, kind: ConditionKind, subject: Subject, message: impl Into<String>) {
         let finding = Finding { kind, subject, message: message.into() };
         self.conditions.raise(finding, Source::Task, self.clock.now());
     }
 
-    pub(super) fn clear(&self, kind: ConditionKind, subject: &Subject) {
+    pub(crate) fn clear(&self, kind: ConditionKind, subject: &Subject) {
         self.conditions.clear(kind, subject);
     }
 

@@ -6,7 +6,7 @@
 //! Invariants: one task owns the connection, answers the server's pings and opens it again for the next query where it
 //! broke; it ends with the last [`Reader`]. An answer that is too large is asked for in parts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,6 +42,8 @@ pub struct Reader {
     /// Sequences whose rows have fitted into one answer.
     span: Arc<AtomicU64>,
     connections: Arc<AtomicU64>,
+    /// Tables that did not fit into one answer: to ask for one again would end the connection again.
+    too_large: Arc<Mutex<HashSet<String>>>,
 }
 
 struct Query {
@@ -60,7 +62,18 @@ impl Reader {
         let (queries, waiting) = mpsc::channel(WAITING);
         let connections = Arc::new(AtomicU64::new(0));
         tokio::spawn(serve(link, waiting, Arc::clone(&connections)));
-        Ok(Self { database, queries, span: Arc::new(AtomicU64::new(u64::MAX)), connections })
+        let (span, too_large) = (Arc::new(AtomicU64::new(u64::MAX)), Arc::default());
+        Ok(Self { database, queries, span, connections, too_large })
+    }
+
+    /// Is it known that the whole table does not fit into one answer?
+    pub fn is_too_large(&self, table: &str) -> bool {
+        self.too_large.lock().contains(table)
+    }
+
+    /// The whole table did not fit into one answer.
+    pub fn is_now_too_large(&self, table: &str) {
+        self.too_large.lock().insert(table.to_owned());
     }
 
     /// What the server is asked without the connection.

@@ -41,7 +41,7 @@ pub(super) async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> 
         let fresh = new_journal(setup, module);
         return Ok(Journal { had_data_dir: fresh.had_data_dir && !empty, ..fresh });
     }
-    if left.step == Step::Record && (left.module != module.hash || left.name != setup.name) {
+    if left.step == Step::Record {
         complete(setup, &left).await?;
         return Ok(new_journal(setup, module));
     }
@@ -58,6 +58,11 @@ pub(super) async fn complete(setup: &Setup, left: &Journal) -> Result<(), Deploy
     let offset = setup.publish_offset(left).await;
     setup.record(left, Outcome::Deployed, "recorded by a later run", offset, None).await?;
     setup.remember_deployed(left)?;
+    if !left.existed
+        && let Err(error) = setup.keeper.restore_point(setup, "deployed").await
+    {
+        tracing::warn!(%error, "no restore point was taken of what an earlier deployment made");
+    }
     Ok(Journal::close(setup.dir())?)
 }
 

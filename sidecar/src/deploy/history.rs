@@ -75,8 +75,8 @@ pub async fn undo(
         return Ok(report);
     }
     let records = record::list(repository, &setup.name).await?;
-    let newest = newest_standing(&records).ok_or_else(|| DeployError::NothingToUndo(setup.name.clone()))?;
-    let Some(previous) = newest.previous.filter(|previous| *previous != newest.module) else {
+    let newest = newest_standing(&records);
+    let Some((newest, previous)) = newest.and_then(|record| Some((record, record.previous?))) else {
         return Err(DeployError::NothingToUndo(setup.name.clone()));
     };
     let mut report = UndoReport {
@@ -142,10 +142,11 @@ pub async fn undo(
     Ok(report)
 }
 
-/// The newest deployment that was not taken back.
+/// The newest deployment of a program that was not taken back; those that changed settings alone left its program there.
 fn newest_standing(records: &[DeploymentRecord]) -> Option<&DeploymentRecord> {
     let mut undone = 0;
-    for record in records.iter().rev() {
+    let of_programs = |record: &&DeploymentRecord| record.previous != Some(record.module);
+    for record in records.iter().rev().filter(of_programs) {
         match record.outcome {
             Outcome::Undone => undone += 1,
             Outcome::Deployed if undone > 0 => undone -= 1,

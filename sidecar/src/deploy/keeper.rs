@@ -27,7 +27,8 @@ impl Keeper {
         let made = match self {
             Self::Nobody => return Ok(None),
             Self::Daemon { url } => {
-                let request = Request::BackupCreate { url: url.clone(), label: Some(label.to_owned()) };
+                let request =
+                    Request::BackupCreate { url: url.clone(), label: Some(label.to_owned()), options: Vec::new() };
                 return match control::ask(&setup.state_dir.socket(), &request).await {
                     Ok(Some(Answer::Created(report))) => Ok(Some(report)),
                     Ok(Some(Answer::Empty(_))) => Ok(None),

@@ -72,9 +72,12 @@ impl LiveServer {
         for table in stored_tables(&database).await? {
             // One of which the server has not told yet is new, and small.
             let is_large = sizes.get(&table).is_some_and(|size| size.rows > most || size.bytes > LARGEST as u64);
-            if !is_large && let Some(found) = by_query(&self.readers.get(name)?, &table).await? {
-                tables.push(found);
-            }
+            let reader = self.readers.get(name)?;
+            let found = match is_large || reader.is_too_large(&table) {
+                true => count_by_query(&reader, &table).await?,
+                false => by_query(&reader, &table).await?,
+            };
+            tables.extend(found);
         }
         Ok(tables)
     }
@@ -121,10 +124,18 @@ pub async fn open(config: &Config, database: Identity, promised: &[TablePromise]
 /// # Errors
 /// When the server cannot be asked.
 pub async fn tables(reader: &Reader, promised: &[TablePromise], most: u64) -> Result<Vec<TablePromise>, SourceError> {
-    let mut tables = by_sql(reader.database(), most).await?;
+    // First, since what is asked by SQL runs the module's reducers for clients that come and go.
+    let mut promised_so = Vec::new();
     for promise in promised.iter().filter(|promise| promise.form == RowForm::Bsatn) {
-        let found = tables.iter_mut().find(|table| table.name == promise.name);
-        if let (Some(found), Some(read)) = (found, by_query(reader, &promise.name).await?) {
+        let read = match promise.hash {
+            Some(_) => by_query(reader, &promise.name).await?,
+            None => count_by_query(reader, &promise.name).await?,
+        };
+        promised_so.extend(read);
+    }
+    let mut tables = by_sql(reader.database(), most).await?;
+    for read in promised_so {
+        if let Some(found) = tables.iter_mut().find(|table| table.name == read.name) {
             *found = read;
         }
     }
@@ -167,10 +178,25 @@ async fn table_by_sql(database: &Database, name: &str, most: u64) -> Result<Tabl
 async fn by_query(reader: &Reader, name: &str) -> Result<Option<TablePromise>, SourceError> {
     let rows = match reader.query(format!("SELECT * FROM {name}")).await {
         Err(LinkError::Query { .. }) => return Ok(None),
+        Err(LinkError::TooLarge) => {
+            // From now on it is counted.
+            reader.is_now_too_large(name);
+            return count_by_query(reader, name).await;
+        }
         rows => rows?,
     };
     let hash = Sums::of(rows.iter().map(AsRef::as_ref)).to_string();
     Ok(Some(TablePromise { name: name.to_owned(), rows: rows.len() as u64, form: RowForm::Bsatn, hash: Some(hash) }))
+}
+
+/// Of a large table the number of its rows alone.
+async fn count_by_query(reader: &Reader, name: &str) -> Result<Option<TablePromise>, SourceError> {
+    let counted = match reader.query(format!("SELECT COUNT(*) AS n FROM {name}")).await {
+        Err(LinkError::Query { .. }) => return Ok(None),
+        counted => counted?,
+    };
+    let count = counted.first().and_then(|row| row.as_ref().try_into().ok()).map(u64::from_le_bytes);
+    Ok(count.map(|rows| TablePromise { name: name.to_owned(), rows, form: RowForm::Bsatn, hash: None }))
 }
 
 /// Hashes of rows, added up.

@@ -245,9 +245,10 @@ impl<'a> Series<'a> {
 
 /// The table and the number that a series' folder tells.
 pub fn parse_series(name: &str) -> Option<(&str, u32)> {
-    match name.split_once('.') {
-        Some((table, number)) => Some((table, number.parse().ok()?)),
-        None => Some((name, 1)),
+    // A submodule's table has a dot in its own name, and no table's name is a number.
+    match name.rsplit_once('.').map(|(table, number)| (table, number.parse())) {
+        Some((table, Ok(number))) => Some((table, number)),
+        _ => Some((name, 1)),
     }
 }
 

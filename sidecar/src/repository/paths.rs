@@ -39,6 +39,19 @@ pub fn timeline(database: &Identity, timeline: TimelineId) -> Key {
     Key::from(format!("databases/{database}/timelines/{timeline}/timeline.json"))
 }
 
+/// The database and timeline that the folders of a timeline's object tell.
+pub fn parse_timeline(key: &Key) -> Option<(Identity, TimelineId)> {
+    let mut parts = key.parts();
+    if parts.next()?.as_ref() != "databases" {
+        return None;
+    }
+    let database = parts.next()?.as_ref().parse().ok()?;
+    (parts.next()?.as_ref() == "timelines")
+        .then(|| parts.next()?.as_ref().parse().ok())
+        .flatten()
+        .map(|id| (database, id))
+}
+
 /// Where a timeline's log objects of every level lie.
 pub fn logs(database: &Identity, timeline: TimelineId) -> Key {
     Key::from(format!("databases/{database}/timelines/{timeline}/log"))
@@ -86,6 +99,15 @@ pub fn snapshot(database: &Identity, timeline: TimelineId, offset: Offset) -> Ke
 
 pub fn parse_snapshot(key: &Key) -> Option<Offset> {
     Offset::from_padded(key.filename()?.strip_suffix(".json")?).ok()
+}
+
+/// The database, timeline and offset that a snapshot's key tells.
+pub fn parse_snapshot_place(key: &Key) -> Option<(Identity, TimelineId, Offset)> {
+    let mut parts = key.parts().skip(1);
+    let database = parts.next()?.as_ref().parse().ok()?;
+    let is_snapshot = parts.next()?.as_ref() == "snapshots";
+    let timeline = parts.next()?.as_ref().parse().ok()?;
+    is_snapshot.then(|| parse_snapshot(key)).flatten().map(|offset| (database, timeline, offset))
 }
 
 pub fn packs(database: &Identity) -> Key {

@@ -345,7 +345,15 @@ async fn plan_database(
         && let Some(hole) = chain.holes.iter().find(|hole| hole.missing.0 == offset.0 + 1)
     {
         // What was there at that time lies in the hole, as far as anybody knows.
-        return Err(RestoreError::NothingToRestore(format!("the state at {time} is gone: {}", describe(hole))));
+        let reason = format!("the state at {time} is gone: {}", describe(hole));
+        return Err(match hole.removed {
+            true => RestoreError::NothingToRestore(reason),
+            // What was lost is no database that was not there yet: a restore without it is for a person to ask for.
+            false => RestoreError::Unreachable {
+                wanted: hole.missing,
+                reason: format!("{reason}; `--database` restores others of that time"),
+            },
+        });
     }
     let hole = chain.holes.iter().find(|hole| hole.holds(offset));
     if offset > end || hole.is_some() {
@@ -506,14 +514,24 @@ pub(super) async fn at_time(
     let mut found: Option<(Offset, Option<i64>)> = None;
     while within < later {
         let middle = within + (later - within) / 2;
-        let entry = &chain.entries[middle];
-        let header = repository.log_header(&entry.key()).await?;
-        let max = header.max_time_until(entry.last);
-        if max.is_some_and(|max| max > micros) {
-            later = middle;
-        } else {
-            found = Some((entry.last, max));
-            within = middle + 1;
+        // One that cannot be read does not tell its times, and matters only if what is looked for is in it.
+        let mut readable = None;
+        for (index, entry) in chain.entries.iter().enumerate().take(later).skip(middle) {
+            match repository.log_header(&entry.key()).await {
+                Ok(header) => {
+                    readable = Some((index, entry.last, header.max_time_until(entry.last)));
+                    break;
+                }
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match readable {
+            Some((index, last, max)) if max.is_none_or(|max| max <= micros) => {
+                found = Some((last, max));
+                within = index + 1;
+            }
+            _ => later = middle,
         }
     }
     for entry in chain.entries.iter().skip(within) {

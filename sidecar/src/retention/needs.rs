@@ -95,6 +95,15 @@ async fn find_with(
             Look { repository, listing, database, timelines: &timelines, needs: &mut needs, ranges: Ranges::new() };
         look.database(&points, tails).await?;
     }
+    if tails.is_some() {
+        // What a listing by folders leaves out would look as if nothing needed it.
+        let told: HashSet<_> = listing.keys().filter_map(paths::parse_timeline).collect();
+        for (database, timeline) in told.into_iter().filter(|found| !seen.contains(found)) {
+            needs.problems.push(format!(
+                "the store lists objects of timeline {timeline} of database {database}, and not its folder: its listings contradict each other"
+            ));
+        }
+    }
     // What is looked at is what is there; what is promised may be gone with its whole folder.
     for point in kept {
         for database in point.databases.iter().filter(|found| !seen.contains(&(found.identity, found.timeline))) {

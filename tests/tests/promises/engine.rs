@@ -165,8 +165,7 @@ fn a_writer_of_2_14_is_followed_live() {
     while oracle_has_none(&replica) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let settings = [("ARCHIVE__FLUSH_INTERVAL", "50ms"), ("ARCHIVE__SCAN_INTERVAL", "200ms")];
-    let mut daemon = Daemon::start(&sidecar, &replica.data_dir, &settings, &[]);
+    let mut daemon = Daemon::start(&sidecar, &replica.data_dir, &[("ARCHIVE__FLUSH_INTERVAL", "50ms")], &[]);
     // Over both migrations of its module.
     daemon.wait_archived(5_000);
     let last = writer.stop();

@@ -67,9 +67,9 @@ pub(crate) async fn shared_links(
     Ok(blocking(move || match segments(&dir)?.first() {
         Some(segment) if segment.first > header.last => Ok(None),
         Some(segment) if segment.first > header.first => {
-            count_links_by_last_commit(&dir, &header, segment.first, hashing).map(Some)
+            count_links_from_inside(&dir, &header, segment.first, hashing).map(Some)
         }
-        Some(_) => count_links_by_chain(&dir, &header, hashing).map(Some),
+        Some(_) => count_links_by_chain(&dir, &header, 0, hashing).map(Some),
         None => Ok(Some(0)),
     })
     .await?
@@ -96,15 +96,16 @@ pub(crate) async fn holds_link(
     Ok(shared_links(dir, &single, hashing).await? == Some(1))
 }
 
-/// The log reaches back to the object's start: every byte is compared.
-fn count_links_by_chain(dir: &Path, header: &LogHeader, hashing: Hashing) -> Result<usize, DataDirError> {
-    let mut reader = LogReader::open(dir, header.first)?;
-    if reader.position() != header.first {
-        return Ok(0);
+/// The log reaches back to the start of link `from`: every byte from there on is compared.
+fn count_links_by_chain(dir: &Path, header: &LogHeader, from: usize, hashing: Hashing) -> Result<usize, DataDirError> {
+    let before = from.checked_sub(1).and_then(|before| header.tip_at(before));
+    let (first, mut chain) = before.map_or((header.first, header.previous_chain), |tip| (tip.next, tip.chain));
+    let mut reader = LogReader::open(dir, first)?;
+    if reader.position() != first {
+        return Ok(from);
     }
-    let mut chain = header.previous_chain;
     let (mut pending, mut batch_bytes) = (Vec::new(), Vec::new());
-    for (agreed, expected) in header.links.iter().enumerate() {
+    for (agreed, expected) in header.links.iter().enumerate().skip(from) {
         let wanted = usize::try_from(expected.raw_len).unwrap_or(usize::MAX);
         while pending.len() < wanted {
             match reader.next_batch(READ_SIZE.min(wanted - pending.len()), &mut batch_bytes)? {
@@ -121,26 +122,30 @@ fn count_links_by_chain(dir: &Path, header: &LogHeader, hashing: Hashing) -> Res
     Ok(header.links.len())
 }
 
-/// The log was pruned and starts inside the object: the last commit of each link is compared, which carries offset, time
-/// and caller.
-fn count_links_by_last_commit(
+/// The log was pruned and starts inside the object. Of the link that it starts in only the last commit can be compared, which
+/// carries offset, time and caller; of those after it every byte. Links before prove nothing by themselves.
+fn count_links_from_inside(
     dir: &Path,
     header: &LogHeader,
     log_start: Offset,
     hashing: Hashing,
 ) -> Result<usize, DataDirError> {
-    for (index, expected) in header.links.iter().enumerate().rev() {
-        if expected.last < log_start {
-            break;
-        }
-        let mut reader = LogReader::open(dir, expected.last)?;
+    let started = header.links.partition_point(|link| link.last < log_start);
+    let Some(cut) = header.links.get(started) else { return Ok(0) };
+    let before = started.checked_sub(1).and_then(|before| header.tip_at(before));
+    let is_whole = before.map_or(header.first, |tip| tip.next) == log_start;
+    if !is_whole {
+        let mut reader = LogReader::open(dir, cut.last)?;
         let mut commit = Vec::new();
-        if let Some(batch) = reader.next_batch(1, &mut commit)?
-            && batch.last == expected.last
-            && hashing.name_of(&commit) == expected.last_commit
-        {
-            return Ok(index + 1);
+        let is_same = reader
+            .next_batch(1, &mut commit)?
+            .is_some_and(|batch| batch.last == cut.last && hashing.name_of(&commit) == cut.last_commit);
+        if !is_same {
+            return Ok(0);
         }
     }
-    Ok(0)
+    let from = if is_whole { started } else { started + 1 };
+    let agreed = count_links_by_chain(dir, header, from, hashing)?;
+    // Where not even the first one agrees, nothing was compared that does.
+    Ok(if is_whole && agreed == started { 0 } else { agreed })
 }

@@ -251,9 +251,11 @@ fn headers(
 ) -> Result<Vec<(HeaderName, HeaderValue)>, OtlpError> {
     let mut found = BTreeMap::new();
     let mut add = |name: &str, value: &str| {
-        let named = |error: &dyn std::fmt::Display| OtlpError::Header(format!("`{name}`: {error}"));
-        let key: HeaderName = name.trim().to_ascii_lowercase().parse().map_err(|error| named(&error))?;
-        let mut value: HeaderValue = value.trim().parse().map_err(|error| named(&error))?;
+        // What stands there instead of a name may be the secret, so it is not repeated.
+        let unnamed = |_| OtlpError::Header("one of them has no header's name before its `=`; write NAME=VALUE".into());
+        let key: HeaderName = name.trim().to_ascii_lowercase().parse().map_err(unnamed)?;
+        let refused = |error| OtlpError::Header(format!("`{key}`: {error}"));
+        let mut value: HeaderValue = value.trim().parse().map_err(refused)?;
         value.set_sensitive(true);
         found.insert(key.as_str().to_owned(), (key, value));
         Ok(())
