@@ -149,6 +149,9 @@ pub struct ExportReport {
     /// Event tables, which are not exported: no table holds their rows, they are in the log and its archive alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub event_tables: Vec<String>,
+    /// Private tables that the token's identity may not read, where all were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_readable: Vec<String>,
     /// The last event that was removed from the database, when any was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trimmed_through: Option<u64>,
@@ -210,15 +213,24 @@ pub async fn export(
     let mut exporter = Exporter { repository, config, options, clock, link, database };
     let result = exporter.run(places).await;
     exporter.link.close().await;
-    let (tables, event_tables, Trimmed { through: trimmed_through, kept: not_trimmed }) = result?;
+    let Exported { tables, event_tables, not_readable, trimmed } = result?;
+    let Trimmed { through: trimmed_through, kept: not_trimmed } = trimmed;
     let duration_ms = (took.elapsed_seconds() * 1000.0) as u64;
-    Ok(ExportReport { database, tables, event_tables, trimmed_through, not_trimmed, duration_ms })
+    Ok(ExportReport { database, tables, event_tables, not_readable, trimmed_through, not_trimmed, duration_ms })
+}
+
+/// What an export did.
+struct Exported {
+    tables: Vec<TableReport>,
+    event_tables: Vec<String>,
+    not_readable: Vec<String>,
+    trimmed: Trimmed,
 }
 
 impl Exporter<'_> {
-    async fn run(&mut self, places: Places<'_>) -> Result<(Vec<TableReport>, Vec<String>, Trimmed), ExportError> {
+    async fn run(&mut self, places: Places<'_>) -> Result<Exported, ExportError> {
         let schema = self.link.schema().await?;
-        let mut reports = Vec::new();
+        let (mut reports, mut not_readable) = (Vec::new(), Vec::new());
         let (chosen, event_tables) = self.chosen(&schema);
         for name in chosen {
             let table = self.find(&schema, &name)?.clone();
@@ -228,12 +240,16 @@ impl Exporter<'_> {
                 Ok(report) if append_only => self.complete(&table, report).await,
                 exported => exported,
             };
-            reports.push(match exported {
+            match exported {
                 Err(ExportError::Link(LinkError::Query { .. })) if table.private => {
-                    return Err(ExportError::Private { table: name });
+                    // By name it was asked for; of all, those that may be read.
+                    if self.options.tables.contains(&name) {
+                        return Err(ExportError::Private { table: name });
+                    }
+                    not_readable.push(name);
                 }
-                exported => exported?,
-            });
+                exported => reports.push(exported?),
+            }
         }
         if self.options.configuration {
             reports.push(self.configuration(places.data_dir).await?);
@@ -244,7 +260,7 @@ impl Exporter<'_> {
             }
             _ => Trimmed::default(),
         };
-        Ok((reports, event_tables, trimmed))
+        Ok(Exported { tables: reports, event_tables, not_readable, trimmed })
     }
 
     /// The tables asked for, or all that outlive a connection; of these, event tables apart.
@@ -252,7 +268,9 @@ impl Exporter<'_> {
         if !self.options.tables.is_empty() || self.options.configuration {
             return (self.options.tables.clone(), Vec::new());
         }
-        let lasting = |name: &&str| !matches!(*name, "client_connection" | "import_run" | "sequence_counter");
+        let is_bundled = schema.is_bundled();
+        let lasting =
+            |name: &&str| !is_bundled || !matches!(*name, "client_connection" | "import_run" | "sequence_counter");
         let is_stored = |name: &String| !matches!(schema.table(name), Some(Ok(table)) if table.is_event);
         schema.table_names().filter(lasting).map(str::to_owned).partition(is_stored)
     }

@@ -193,6 +193,10 @@ fn show(context: &Context<'_>, report: &ExportReport) -> ExitStatus {
             let tables = report.event_tables.join(", ");
             text += &format!("  not exported, since their rows are in the log and its archive alone: {tables}\n");
         }
+        if !report.not_readable.is_empty() {
+            let tables = report.not_readable.join(", ");
+            text += &format!("  not exported, since they are private and the token is not their owner's: {tables}\n");
+        }
         if let Some(through) = report.trimmed_through {
             text += &format!("  events up to {through} were removed from the database\n");
         }

@@ -53,6 +53,14 @@ impl Schema {
         self.tables.keys().map(String::as_str)
     }
 
+    /// Is it the bundled module, or one made of it? A module of somebody else's may have some of its names, not all.
+    pub fn is_bundled(&self) -> bool {
+        let tables = ["admin", "config", "event_log", "member", "sequence_counter", "system_status"];
+        let reducers = ["add_member", "get_system_status", "grant_admin", "record_event", "set_config"];
+        tables.iter().all(|name| self.tables.contains_key(*name))
+            && reducers.iter().all(|name| self.reducers.contains_key(*name))
+    }
+
     /// The parameters of a reducer; `None` when the module has no such one.
     pub fn reducer(&self, name: &str) -> Option<Result<&[Field], &str>> {
         self.reducers.get(name).map(|parameters| parameters.as_deref().map_err(String::as_str))

@@ -59,27 +59,27 @@ pub fn wanted(config: &Config) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// Compares the module with the configuration. A module without settings needs none.
+/// Compares the bundled module with the configuration. What another module calls by the same names is its own.
 ///
 /// # Errors
 /// When the server cannot be asked.
 pub async fn changes(database: &Database, schema: &Schema, config: &Config) -> Result<Changes, SourceError> {
-    let has = |table: &str, reducer: &str| schema.table(table).is_some() && schema.reducer(reducer).is_some();
     let mut changes = Changes::default();
-    if has("config", "set_config") {
-        let rows: Vec<(String, String)> = database.rows("SELECT key, value FROM config".into()).await?;
-        for (key, to) in wanted(config) {
-            let from = rows.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone());
-            if from.as_ref() != Some(&to) {
-                changes.settings.push(Change { key: key.to_owned(), from, to });
-            }
+    if !schema.is_bundled() {
+        return Ok(changes);
+    }
+    let rows: Vec<(String, String)> = database.rows("SELECT key, value FROM config".into()).await?;
+    for (key, to) in wanted(config) {
+        let from = rows.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone());
+        if from.as_ref() != Some(&to) {
+            changes.settings.push(Change { key: key.to_owned(), from, to });
         }
     }
-    for (table, reducer, wanted, missing) in [
-        ("admin", "grant_admin", &config.deploy.admins, &mut changes.admins),
-        ("member", "add_member", &config.deploy.members, &mut changes.members),
+    for (table, wanted, missing) in [
+        ("admin", &config.deploy.admins, &mut changes.admins),
+        ("member", &config.deploy.members, &mut changes.members),
     ] {
-        if !wanted.is_empty() && has(table, reducer) {
+        if !wanted.is_empty() {
             let rows: Vec<Value> = database.rows(format!("SELECT identity FROM {table}")).await?;
             let known = Value::from(rows).to_string();
             missing.extend(wanted.iter().filter(|identity| !known.contains(&identity.to_lowercase())).cloned());

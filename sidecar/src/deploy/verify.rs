@@ -34,8 +34,7 @@ pub async fn verify(
         seen.push("its tables are those of the module".into());
     }
     let schema = Schema::from(served);
-    let has = |table: &str, reducer: &str| schema.table(table).is_some() && schema.reducer(reducer).is_some();
-    if has("system_status", "get_system_status") {
+    if schema.is_bundled() {
         let refused = |error| wrong(format!("get_system_status: {error}"));
         database.call("get_system_status").await.map_err(refused)?;
         let rows: Vec<Value> = database.all("system_status").await?;
@@ -43,8 +42,6 @@ pub async fn verify(
             1 => seen.push("it tells its status".into()),
             n => return Err(wrong(format!("system_status has {n} rows, not one"))),
         }
-    }
-    if has("event_log", "record_event") {
         let correlation = format!("deployment-{id}");
         let field = json!({"name": "module", "value": {"String": module.to_string()}});
         let event =
