@@ -25,7 +25,7 @@ use crate::standalone::ready;
 /// A drill older than this says little.
 const OLD_DRILL: jiff::SignedDuration = jiff::SignedDuration::from_hours(31 * 24);
 /// Releases that this one was run with.
-const KNOWN_RELEASES: &str = "1.2.0 to 2.8.3";
+const KNOWN_RELEASES: &str = "1.2.0 to 2.14.0";
 /// A newest restore point that is older is no strategy.
 const OLD: SignedDuration = SignedDuration::from_hours(26);
 
@@ -68,7 +68,7 @@ pub async fn examine(config: &Config, data_dir: Option<&Path>, clock: &Arc<dyn C
     let mut doctor = Doctor { config, data_dir, clock, checks: Vec::new() };
     let binary = doctor.server();
     doctor.module(binary.as_ref());
-    doctor.data_dir();
+    doctor.data_dir(binary.as_ref());
     doctor.port().await;
     doctor.tokens();
     doctor.store().await;
@@ -154,7 +154,7 @@ impl Doctor<'_> {
         }
     }
 
-    fn data_dir(&mut self) {
+    fn data_dir(&mut self, binary: Option<&Binary>) {
         let Some(dir) = self.data_dir else {
             let fix = "set spacetimedb_config.db_path, or give --db-path";
             return self.add("data directory", Verdict::Fail, "none is named", fix);
@@ -166,6 +166,12 @@ impl Doctor<'_> {
             return self.add("data directory", Verdict::Fail, format!("{}: {error}", place.display()), fix);
         }
         match DataDir::open(dir).ok().map(|data| data.metadata()) {
+            Some(Ok(Some(metadata))) if binary.is_some_and(|binary| binary.check(dir).is_err()) => self.add(
+                "data directory",
+                Verdict::Fail,
+                format!("{} was written by {}, which the server here does not open", dir.display(), metadata.version),
+                "name that release or a newer one in spacetimedb_config.server_bin",
+            ),
             Some(Ok(Some(metadata))) => {
                 self.pass("data directory", format!("{}, written by {}", dir.display(), metadata.version));
             }
@@ -287,7 +293,9 @@ impl Doctor<'_> {
         self.conditions(&repository).await;
         if !repository.keys.seals() && !url.starts_with("file:") {
             let fix = "make a new repository with repository.recipients; see `inner-universe key generate`";
-            self.add("encryption", Verdict::Warn, "backups are not encrypted before they leave this machine", fix);
+            let message = "backups are not encrypted before they leave this machine; they hold what tables and logs hold, \
+                           and since 1.4 and 2.14 the claims of clients' tokens and the module's environment";
+            self.add("encryption", Verdict::Warn, message, fix);
         }
         self.lease(&repository).await;
         match repository.restore_points().await {

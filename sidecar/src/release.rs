@@ -23,6 +23,15 @@ impl Release {
         self.0.is_none_or(|release| release >= (major, minor))
     }
 
+    /// Does it open a data directory that release `written` used last? Newer ones open older ones, and no other way: the data
+    /// names its release, and a log of 1.5 or later may hold what releases before cannot replay.
+    pub fn opens(self, written: Self) -> bool {
+        match (self.0, written.0) {
+            (Some(release), Some(written)) => release >= written,
+            _ => true,
+        }
+    }
+
     /// Each SQL statement over HTTP is two transactions: its caller comes and goes.
     pub fn writes_when_asked(self) -> bool {
         self.is_since(2, 2)
@@ -56,6 +65,9 @@ mod tests {
         let unknown = Release::of(None);
         assert!(unknown.writes_when_asked() && !unknown.bounds_page_pool() && !unknown.asks_questions());
         assert!(!Release::of(Some("1.2.0")).bounds_page_pool() && Release::of(Some("1.10.0")).bounds_page_pool());
+        let opens = |server, written| Release::of(Some(server)).opens(Release::of(Some(written)));
+        assert!(opens("1.2.0", "1.2.3") && opens("2.8.3", "1.2.0") && opens("2.14.0", "2.8.3") && opens("?", "2.8.3"));
+        assert!(!opens("1.2.0", "1.5.0") && !opens("2.8.3", "2.14.0") && !opens("1.12.0", "2.0.1"));
         assert!(!Release::of(Some("1.12.0")).asks_questions() && Release::of(Some("2.0.1")).asks_questions());
     }
 }

@@ -47,6 +47,11 @@ pub enum RestoreError {
     #[error("{} is there already; name another directory, or move it aside with --force", .0.display())]
     WouldOverwrite(PathBuf),
     #[error(
+        "the server here is SpacetimeDB {server}, and does not open what {written} wrote; name that release or a newer one in \
+         spacetimedb_config.server_bin, or restore for another machine with --any-server"
+    )]
+    OlderServer { server: String, written: String },
+    #[error(
         "{path} is a mount point, and a restore puts a new directory in the place of the old one; name a directory below it, \
          as {path}/data, for the restore and for the server, or mount the file system one directory higher",
         path = .0.display()

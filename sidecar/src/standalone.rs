@@ -32,6 +32,13 @@ pub enum StandaloneError {
     File(#[from] FileError),
     #[error("{} is no TOML: {reason}; correct it, or remove it and the server makes a new one", path.display())]
     Settings { path: PathBuf, reason: String },
+    #[error(
+        "{} is SpacetimeDB {server}, and does not open {}, which {written} used last; name that release or a newer one in \
+         spacetimedb_config.server_bin",
+        binary.display(),
+        data_dir.display()
+    )]
+    Older { binary: PathBuf, server: String, data_dir: PathBuf, written: String },
     #[error("no data directory is named; give --db-path DIR, or set spacetimedb_config.db_path in the configuration")]
     NoDataDir,
     #[error("a server{} runs on {} already", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default(), path.display())]

@@ -207,9 +207,10 @@ impl From<RestoreError> for Failure {
             RestoreError::Instance(error) => of_instance(error),
             RestoreError::NothingToRestore(_) => ExitStatus::NothingToRestore,
             RestoreError::Usage(_) => ExitStatus::Usage,
-            RestoreError::ServerRunning { .. } | RestoreError::WouldOverwrite(_) | RestoreError::MountPoint(_) => {
-                ExitStatus::Refused
-            }
+            RestoreError::ServerRunning { .. }
+            | RestoreError::WouldOverwrite(_)
+            | RestoreError::MountPoint(_)
+            | RestoreError::OlderServer { .. } => ExitStatus::Refused,
             RestoreError::File(_)
             | RestoreError::NoSpace { .. }
             | RestoreError::DiskFull(_)
@@ -296,9 +297,10 @@ fn of_standalone(error: &StandaloneError) -> ExitStatus {
         StandaloneError::NotFound(_) | StandaloneError::NoDataDir | StandaloneError::Settings { .. } => {
             ExitStatus::Usage
         }
-        StandaloneError::Running { .. } | StandaloneError::PortTaken { .. } | StandaloneError::Foreign { .. } => {
-            ExitStatus::Refused
-        }
+        StandaloneError::Older { .. }
+        | StandaloneError::Running { .. }
+        | StandaloneError::PortTaken { .. }
+        | StandaloneError::Foreign { .. } => ExitStatus::Refused,
         _ => ExitStatus::Failed,
     }
 }

@@ -15,14 +15,17 @@ use crate::datadir::key_files::{self, KeyFiles};
 use crate::durable::owner::make_dirs;
 use crate::durable::{self, OnPath as _};
 use crate::ids::{Identity, Offset, RestorePointId, TimelineId};
-use crate::repository::Repository;
+use crate::release::Release;
 use crate::repository::address::Address;
 use crate::repository::crypto::Keyring;
+use crate::repository::{Repository, instance, paths};
+use crate::restore::RestoreError;
 use crate::restore::apply::ApplyOptions;
 use crate::restore::place::Place;
 use crate::restore::plan::{self, RestorePlan, RestoreRequest};
 use crate::restore::target::Target;
 use crate::scratch::Scratch;
+use crate::standalone::command::Binary;
 
 /// What `--to` names: a moment, or the deployment right before which it is.
 #[derive(Debug, Clone)]
@@ -149,6 +152,9 @@ pub struct RestoreArgs {
     /// Make new token keys: tokens that were given out before are worth nothing at the new server
     #[arg(long)]
     new_identity_keys: bool,
+    /// Restore although the server that is installed here is older than the one that wrote the data, and does not open it
+    #[arg(long)]
+    any_server: bool,
     /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -223,6 +229,9 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         ..RestoreRequest::default()
     };
     let plan = plan::plan(&repository, &request).await?;
+    if !args.any_server {
+        refuse_older_server(context, &repository, &plan).await?;
+    }
     warn(context, &plan, &target);
     if args.dry_run {
         context.output.result(&report(&plan, data_dir, &place), describe_plan);
@@ -289,6 +298,22 @@ pub async fn run(context: &Context<'_>, args: RestoreArgs) -> Result<ExitStatus,
         text
     });
     Ok(ExitStatus::Ok)
+}
+
+/// A server does not open what a newer one wrote: that is known before anything is restored.
+async fn refuse_older_server(
+    context: &Context<'_>,
+    repository: &Repository,
+    plan: &RestorePlan,
+) -> Result<(), RestoreError> {
+    let Some(server) = Binary::find(context.config()).ok().and_then(|binary| binary.version) else { return Ok(()) };
+    let id = plan.instance.instance;
+    let bytes = repository.get(&paths::instance(id)).await?;
+    let Some(written) = instance::version(&id, &bytes, &repository.keys)? else { return Ok(()) };
+    match Release::of(Some(&server)).opens(Release::of(Some(&written))) {
+        true => Ok(()),
+        false => Err(RestoreError::OlderServer { server, written }),
+    }
 }
 
 /// How a server comes to use restored keys; those that its `config.toml` names go before a directory.

@@ -105,6 +105,7 @@ pub async fn run(context: &Context<'_>, args: RunArgs, logging: Logging) -> Resu
 /// The command that serves as the configuration says, and the server's own settings made ready for it.
 fn server_of(config: &Config, data_dir: &Path) -> Result<Vec<OsString>, Failure> {
     let binary = Binary::find(config)?;
+    binary.check(data_dir)?;
     // One that runs is followed until it ends, and its settings stay as they are.
     if lock::probe_file(&data_dir.join("spacetime.pid")).map_err(StandaloneError::from)? == ServerLock::Free {
         settings::set_log_level(data_dir, config.spacetimedb_config.log_level)?;

@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::datadir::control_db::{ControlDbCopy, Trees};
 use crate::datadir::key_files::{self, KeyFiles};
-use crate::datadir::{DataDir, DataDirError};
+use crate::datadir::{DataDir, DataDirError, Metadata};
 use crate::durable::owner::make_private_dir;
 use crate::durable::{FileError, OnPath};
 use crate::ids::ContentHash;
@@ -25,6 +25,7 @@ pub struct Capture {
     pub has_keys: bool,
 }
 
+const METADATA: &str = "metadata.toml";
 const CONTROL_DB: &str = "control-db";
 const PROGRAMS: &str = "program-bytes";
 /// Where the token keys lie in a capture; they do not belong into the data directory.
@@ -57,7 +58,7 @@ impl Capture {
     /// When a file cannot be read, or one of `keys` is not there.
     pub fn take(data: &DataDir, control: &ControlDbCopy, keys: Option<&KeyFiles>) -> Result<Self, InstanceError> {
         let mut files = BTreeMap::new();
-        for (name, path) in [("metadata.toml", data.metadata_path()), ("config.toml", data.config_path())] {
+        for (name, path) in [(METADATA, data.metadata_path()), ("config.toml", data.config_path())] {
             if path.exists() {
                 files.insert(name.to_owned(), fs::read(&path).on("read", &path)?);
             }
@@ -141,6 +142,17 @@ pub fn extract(
         write_file(&path, &content, is_secret(&name))?;
     }
     Ok(extracted)
+}
+
+/// The release of the server that a capture is of, by its `metadata.toml`.
+///
+/// # Errors
+/// When the bytes are not what `id` says or cannot be unsealed.
+pub fn version(id: &ContentHash, bytes: &[u8], keys: &Keyring) -> Result<Option<String>, InstanceError> {
+    let files = read(id, bytes, keys)?;
+    let text = files.iter().find(|(name, _)| name == METADATA).map(|(_, content)| String::from_utf8_lossy(content));
+    // One that is not understood says nothing.
+    Ok(text.and_then(|text| toml::from_str::<Metadata>(&text).ok()).map(|metadata| metadata.version))
 }
 
 /// Every file of a capture, checked against the capture's hash.

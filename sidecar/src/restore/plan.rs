@@ -551,7 +551,9 @@ pub(super) async fn at_time(
     match found {
         // Without any time at or before the target there is no state of that time.
         Some((offset, Some(max))) => Ok((offset, Some(max))),
-        _ => Err(RestoreError::NothingToRestore(format!("its first transaction is later than {time}"))),
+        _ => Err(RestoreError::NothingToRestore(format!(
+            "its first transaction with a time is later than {time}; what came before has none, and is restored by `--to offset:`"
+        ))),
     }
 }
 

@@ -231,6 +231,7 @@ pub async fn watch(
     // What the one before us has told is of processes that are gone.
     durable::replace(&files.note(), &serde_json::to_vec_pretty(&beginning).unwrap_or_default())?;
     let binary = Binary::find(config)?;
+    binary.check(data_dir)?;
     let (reader, writer) = std::io::pipe().on("make a pipe for", &log)?;
     logfile::follow(reader, &log).on("write", &log)?;
     let mut watched = Watched::new(config, binary.serve(config, data_dir, &address), data_dir.to_owned(), STOP);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::config::Config;
+use crate::datadir::DataDir;
 use crate::release::Release;
 use crate::standalone::StandaloneError;
 
@@ -51,6 +52,28 @@ impl Binary {
             command.push("--non-interactive".into());
         }
         command
+    }
+
+    /// Refuses a data directory that a newer server used last, and tells of one that an older one did.
+    ///
+    /// # Errors
+    /// [`StandaloneError::Older`] when this server would not open it.
+    pub fn check(&self, data_dir: &Path) -> Result<(), StandaloneError> {
+        // What is wrong with the directory itself is found when it is used.
+        let written = DataDir::open(data_dir).ok().and_then(|data| data.metadata().ok().flatten());
+        let (Some(written), Some(server)) = (written.map(|metadata| metadata.version), &self.version) else {
+            return Ok(());
+        };
+        let (release, before) = (self.release(), Release::of(Some(&written)));
+        if !release.opens(before) {
+            let (binary, data_dir, server) = (self.path.clone(), data_dir.to_owned(), server.clone());
+            return Err(StandaloneError::Older { binary, server, data_dir, written });
+        }
+        if !before.opens(release) {
+            let data_dir = data_dir.display();
+            tracing::warn!(%data_dir, written, server, "an older server used the data last, and does not open it again after this one");
+        }
+        Ok(())
     }
 
     pub fn release(&self) -> Release {
@@ -110,6 +133,20 @@ mod tests {
         assert_eq!(line(&binary("1.12.0"), &config), format!("{old} --page_pool_max_size 3145728"));
         config.feature_flags.enable_caching = false;
         assert_eq!(line(&binary("2.8.3"), &config), format!("{old} --page_pool_max_size 0 --non-interactive"));
+    }
+
+    #[test]
+    fn data_that_a_newer_server_used_last_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("control-db")).unwrap();
+        let binary = |version: &str| Binary { path: "/bin/server".into(), version: Some(version.into()) };
+        let check = |version| binary(version).check(dir.path());
+        assert!(check("1.2.0").is_ok(), "it is new");
+        std::fs::write(dir.path().join("metadata.toml"), "edition = \"standalone\"\nversion = \"2.8.3\"\n").unwrap();
+        let message = check("1.2.0").unwrap_err().to_string();
+        assert!(message.contains("is SpacetimeDB 1.2.0") && message.contains("which 2.8.3 used last"), "{message}");
+        assert!(check("2.8.0").is_ok() && check("2.14.0").is_ok());
+        assert!(Binary { path: "/bin/server".into(), version: None }.check(dir.path()).is_ok());
     }
 
     #[test]

@@ -40,6 +40,7 @@ impl TemporaryServer {
         if let ServerLock::Held { pid } = lock::probe_file(&data_dir.join("spacetime.pid"))? {
             return Err(StandaloneError::Running { path: data_dir.to_owned(), pid });
         }
+        binary.check(data_dir)?;
         let port = free_port().on("find a free port for", data_dir)?;
         announce(port)?;
         settings::set_log_level(data_dir, config.spacetimedb_config.log_level)?;

@@ -67,6 +67,27 @@ fn a_data_directory_that_is_none() {
 }
 
 #[test]
+fn a_restore_for_a_server_that_is_too_old_for_the_data_is_refused_beforehand() {
+    let identity = |byte| inner_universe::ids::Identity([byte; 32]);
+    let newer = Synthetic::around("99.0.0", harness::synthetic::REPLICA, identity(5), identity(6));
+    std::fs::create_dir_all(newer.log()).expect("create");
+    newer.segment(1, 0, &[record(1000, b"row")]);
+    let server = tools::server();
+    let repository = newer.dir.path().join("repository");
+    let sidecar = Sidecar::at(&repository).and("SPACETIMEDB_CONFIG__SERVER_BIN", path(&server));
+    sidecar.backup(&newer.path());
+    let target = newer.dir.path().join("restored");
+    let restore = ["restore", "--data-dir", path(&target)];
+    let message = sidecar.run(restore).fails_with(6);
+    assert!(message.contains("does not open what 99.0.0 wrote") && message.contains("--any-server"), "{message}");
+    assert!(!target.exists());
+    sidecar.run([&restore[..], &["--any-server"]].concat()).ok();
+    // Nor is such a server started on it.
+    let started = sidecar.run(["run", "--serve", "--data-dir", path(&target)]).fails_with(6);
+    assert!(started.contains("which 99.0.0 used last"), "{started}");
+}
+
+#[test]
 fn a_data_directory_that_may_not_be_read() {
     let backed_up = BackedUp::new(5, 10);
     let (data, scratch) = (backed_up.synthetic.path(), backed_up.synthetic.dir.path());

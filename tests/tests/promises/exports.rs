@@ -353,6 +353,13 @@ async fn what_cannot_be_exported_or_replayed_is_one_clear_error() {
     assert!(message.contains("`member` is private") && message.contains("--token-file"), "{message}");
     let message = scene.sidecar.run(["replay"]).fails_with(4);
     assert!(message.contains("no exports"), "{message}");
+    // Of all tables a stranger gets those that may be read, and is told which not.
+    let mut elsewhere = scene.sidecar.clone();
+    elsewhere.repository = format!("file://{}", path(&scene.scratch.path().join("elsewhere")));
+    elsewhere.has_repository(&scene.server.data_dir);
+    let report = elsewhere.run(["export", "all", "--token-file", path(&token)]).ok();
+    assert_eq!(report["not_readable"], json!(["member"]), "{report}");
+    assert!(report["tables"].as_array().is_some_and(|tables| tables.iter().any(|table| table["table"] == "event_log")));
 
     scene.export(&["event-log"]);
     let damage = |format: &str| {

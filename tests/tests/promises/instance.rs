@@ -222,3 +222,58 @@ pub fn files(dir: &Path) -> Vec<PathBuf> {
     found.sort();
     found
 }
+
+/// The server's own settings name its keys before any directory that it is given.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_in_files_that_the_server_is_told_of_are_captured_and_no_drill_touches_them() {
+    let instance = Instance::new();
+    let (data, etc) = (instance.path("data"), instance.path("etc"));
+    std::fs::create_dir_all(&data).expect("create");
+    std::fs::create_dir_all(&etc).expect("create");
+    let (private, public) = (etc.join("private.pem"), etc.join("public.pem"));
+    let settings = format!(
+        "[certificate-authority]\njwt-priv-key-path = \"{}\"\njwt-pub-key-path = \"{}\"\n",
+        private.display(),
+        public.display()
+    );
+    std::fs::write(data.join("config.toml"), settings).expect("the server's settings");
+    let server = instance.server().await;
+    let client = server.client().await;
+    client.publish("ledger", tools::wasm("workload_module")).await;
+    let mut random = Random::from_env();
+    workload::run(&client, "ledger", &mut random, 10).await;
+    server.written().await;
+    let key = std::fs::read(&private).expect("the server took the files that it was told of");
+    assert!(!instance.path("keys").join("id_ecdsa").exists());
+
+    let identity_file = instance.path("identity.txt");
+    let generated = instance.sidecar.run(["key", "generate", "--output", path(&identity_file)]).ok();
+    let recipient = generated["recipient"].as_str().expect("a recipient").to_owned();
+    let (server_bin, scratch) = (tools::server(), instance.path("drills"));
+    let named = |private: &Path, public: &Path| {
+        let setting = |name: &str, value: &Path| (format!("SPACETIMEDB_CONFIG__{name}"), path(value).to_owned());
+        vec![
+            setting("PRIVATE_KEY_FILE", private),
+            setting("PUBLIC_KEY_FILE", public),
+            setting("SERVER_BIN", &server_bin),
+            ("DRILL__SCRATCH_DIR".to_owned(), path(&scratch).to_owned()),
+        ]
+    };
+    let create = ["backup", "create", "--data-dir", path(&data), "--recipient", &recipient];
+    let sidecar = instance.sidecar.clone().configured(named(&private, &etc.join("nowhere.pem")));
+    assert!(sidecar.run(create).fails_with(2).contains("nowhere.pem is not there"));
+    let sidecar = instance.sidecar.clone().configured(named(&private, &public));
+    sidecar.run(create).ok();
+    server.kill();
+
+    let target = instance.path("restored");
+    let restore = ["restore", "--data-dir", path(&target), "--identity", path(&identity_file)];
+    let run = sidecar.run(restore).ok();
+    let keys = PathBuf::from(run["keys"].as_str().expect("the keys"));
+    assert_eq!(std::fs::read(keys.join("id_ecdsa")).expect("the key"), key);
+    // The restored settings still name the files, and a drill's server is told of its own.
+    std::fs::remove_dir_all(&etc).expect("destroy");
+    let drill = sidecar.run(["drill", "--identity", path(&identity_file)]);
+    assert_eq!(drill.code, 0, "{}", drill.stderr);
+    assert!(!etc.exists(), "a drill made keys where the live server's are");
+}
