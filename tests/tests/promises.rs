@@ -51,6 +51,8 @@ mod module;
 mod observe;
 #[path = "promises/official.rs"]
 mod official;
+#[path = "promises/official_guide.rs"]
+mod official_guide;
 #[path = "promises/old_repositories.rs"]
 mod old_repositories;
 #[path = "promises/page.rs"]

@@ -73,11 +73,10 @@ impl LiveServer {
             // One of which the server has not told yet is new, and small.
             let is_large = sizes.get(&table).is_some_and(|size| size.rows > most || size.bytes > LARGEST as u64);
             let reader = self.readers.get(name)?;
-            let found = match is_large || reader.is_too_large(&table) {
-                true => count_by_query(&reader, &table).await?,
-                false => by_query(&reader, &table).await?,
-            };
-            tables.extend(found);
+            // Over the connection whole rows are asked for, so that one of those is not even counted.
+            if !is_large && !reader.is_too_large(&table) {
+                tables.extend(by_query(&reader, &table).await?);
+            }
         }
         Ok(tables)
     }
@@ -127,11 +126,7 @@ pub async fn tables(reader: &Reader, promised: &[TablePromise], most: u64) -> Re
     // First, since what is asked by SQL runs the module's reducers for clients that come and go.
     let mut promised_so = Vec::new();
     for promise in promised.iter().filter(|promise| promise.form == RowForm::Bsatn) {
-        let read = match promise.hash {
-            Some(_) => by_query(reader, &promise.name).await?,
-            None => count_by_query(reader, &promise.name).await?,
-        };
-        promised_so.extend(read);
+        promised_so.extend(by_query(reader, &promise.name).await?);
     }
     let mut tables = by_sql(reader.database(), most).await?;
     for read in promised_so {
@@ -179,24 +174,17 @@ async fn by_query(reader: &Reader, name: &str) -> Result<Option<TablePromise>, S
     let rows = match reader.query(format!("SELECT * FROM {name}")).await {
         Err(LinkError::Query { .. }) => return Ok(None),
         Err(LinkError::TooLarge) => {
-            // From now on it is counted.
+            tracing::warn!(
+                table = name,
+                "it is too large for a checksum over a connection, and restore points have none of it"
+            );
             reader.is_now_too_large(name);
-            return count_by_query(reader, name).await;
+            return Ok(None);
         }
         rows => rows?,
     };
     let hash = Sums::of(rows.iter().map(AsRef::as_ref)).to_string();
     Ok(Some(TablePromise { name: name.to_owned(), rows: rows.len() as u64, form: RowForm::Bsatn, hash: Some(hash) }))
-}
-
-/// Of a large table the number of its rows alone.
-async fn count_by_query(reader: &Reader, name: &str) -> Result<Option<TablePromise>, SourceError> {
-    let counted = match reader.query(format!("SELECT COUNT(*) AS n FROM {name}")).await {
-        Err(LinkError::Query { .. }) => return Ok(None),
-        counted => counted?,
-    };
-    let count = counted.first().and_then(|row| row.as_ref().try_into().ok()).map(u64::from_le_bytes);
-    Ok(count.map(|rows| TablePromise { name: name.to_owned(), rows, form: RowForm::Bsatn, hash: None }))
 }
 
 /// Hashes of rows, added up.

@@ -10,6 +10,8 @@ use crate::export::ExportError;
 /// What one read should bring.
 const READ_BYTES: usize = 4 << 20;
 const WIDEST: u64 = 20_000;
+/// Numbers from row to row, from which on a table is taken for one with gaps all over.
+const FAR: u64 = 8;
 /// Rows that one read of a table with text keys should bring.
 const TEXT_ROWS: usize = 2_000;
 
@@ -49,7 +51,8 @@ impl Rows {
                 Err(error) => return Err(error.into()),
             };
             let bytes: usize = rows.iter().map(Bytes::len).sum();
-            let (count, complete) = (rows.len() as u64, rows.len() as u64 > last - self.next);
+            let (count, span) = (rows.len() as u64, last - self.next);
+            let complete = count > span;
             let read = sorted(rows, table).await?;
             if last == self.last {
                 self.done = true;
@@ -64,13 +67,29 @@ impl Rows {
                 }
             }
             if count > 0 {
-                let fitting = READ_BYTES as u64 * count / bytes.max(1) as u64;
-                self.width = fitting.clamp(1, WIDEST).min(self.width * 4);
+                self.width = wider(self.width, Read { count, bytes: bytes as u64, span });
                 return Ok(read);
             }
         }
         Ok(Vec::new())
     }
+}
+
+/// What a read has brought.
+struct Read {
+    count: u64,
+    bytes: u64,
+    /// The numbers that it asked for, less one.
+    span: u64,
+}
+
+/// How many numbers to ask for next. Where they lie far apart, a range of as many numbers as rows would bring hardly any, and
+/// each gap has to be searched for its end.
+fn wider(width: u64, read: Read) -> u64 {
+    let fitting = (READ_BYTES as u64 * read.count / read.bytes.max(1)).clamp(1, WIDEST);
+    let apart = (read.span / read.count).max(1);
+    let growth = if apart < FAR { 4 } else { 64 };
+    fitting.saturating_mul(apart).min(width.saturating_mul(growth))
 }
 
 /// The lowest number of a row that is at least `from`.
@@ -255,4 +274,26 @@ async fn sorted(rows: Vec<Bytes>, table: &Table) -> Result<Numbered, ExportError
 fn decode(table: &Table, row: &[u8]) -> Result<Vec<Cell>, ExportError> {
     cell::decode_row(&table.columns, row)
         .map_err(|error| ExportError::Row { table: table.name.clone(), reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_grow_with_what_fits_and_with_what_lies_between_rows() {
+        let read = |count, bytes, span| Read { count, bytes, span };
+        assert_eq!(wider(500, read(500, 50_000, 499)), 2_000, "dense: four times as many");
+        assert_eq!(wider(16_000, read(16_000, 1_600_000, 15_999)), WIDEST, "and no more rows than that");
+        assert_eq!(wider(500, read(500, 8 << 20, 499)), 250, "large rows");
+        // One row each million: after few reads a range brings as many rows as elsewhere.
+        let (mut width, mut reads) = (500, 0);
+        while width < 1_000_000 * 1_000 {
+            let count = (width / 1_000_000).max(1);
+            width = wider(width, read(count, count * 100, width - 1));
+            reads += 1;
+        }
+        assert!(reads <= 4, "{reads} reads");
+        assert_eq!(wider(u64::MAX, read(1, 100, u64::MAX)), u64::MAX);
+    }
 }

@@ -434,7 +434,14 @@ fn every_page_has_its_parts_and_every_link_and_alert_leads_somewhere() {
         }
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let documents = ["README.md", "ARCHITECTURE.md", "FORMAT.md", "CHANGELOG.md", "docs/without-containers.md"];
+    let documents = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "FORMAT.md",
+        "CHANGELOG.md",
+        "docs/without-containers.md",
+        "docs/official-guide.md",
+    ];
     for page in pages.into_iter().chain(documents.map(Page::read)) {
         for (target, anchor) in links(&page.text) {
             let file = match target.is_empty() {
