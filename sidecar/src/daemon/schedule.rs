@@ -98,10 +98,11 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
     for (task, cron) in tasks(&daemon) {
         let Some(cron) = cron else { continue };
         let file = OutcomeFile::new(&dir, task.name());
-        let outcome = file.read(daemon.repository.info.id);
+        let outcome = file.read(daemon.repository.info.id).found(clock.now());
         let parsed = cron.parse().map_err(|reason| ScheduleError::Unusable { name: task.name(), reason })?;
         let config = &daemon.config.schedule;
-        let mut times = Times::new(parsed, config.time_zone.0, clock.now(), outcome.last_run);
+        let since = outcome.last_run.or(outcome.first_seen);
+        let mut times = Times::new(parsed, config.time_zone.0, clock.now(), since);
         let schedule = Arc::new(Schedule {
             task,
             cron,
@@ -112,6 +113,7 @@ pub(super) async fn run(daemon: Arc<Daemon>, state_dir: &StateDir) -> Result<(),
             daemon: Arc::clone(&daemon),
             running: tokio::sync::Mutex::new(()),
         });
+        schedule.keep(|_| {});
         if times.is_due(clock.now()) {
             tracing::info!(schedule = task.name(), "a run was missed and is made up for");
             runs.push(schedule.start());
@@ -212,6 +214,7 @@ impl Schedule {
             progress.is_running = true;
             progress.outcome.repository = Some(self.daemon.repository.info.id);
             progress.outcome.last_run = Some(clock.now());
+            progress.outcome.begun = progress.outcome.last_run;
         });
         let result = self.work().await;
         if let Err(message) = &result {
@@ -221,6 +224,7 @@ impl Schedule {
         self.count(if result.is_ok() { "ok" } else { "failed" });
         self.keep(|progress| {
             progress.is_running = false;
+            progress.outcome.begun = None;
             if result.is_ok() {
                 progress.outcome.last_success = Some(clock.now());
             }
@@ -340,6 +344,7 @@ impl Drop for Begun<'_> {
         self.schedule.count("cut_off");
         self.schedule.keep(|progress| {
             progress.is_running = false;
+            progress.outcome.begun = None;
             progress.outcome.last_run = self.before;
         });
     }

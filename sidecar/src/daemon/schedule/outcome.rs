@@ -21,6 +21,25 @@ pub(super) struct Outcome {
     pub last_ok: Option<bool>,
     pub last_message: Option<String>,
     pub last_success: Option<Timestamp>,
+    /// When a run began that has not ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begun: Option<Timestamp>,
+    /// When the schedule was there first: what came due since then and never ran is made up for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_seen: Option<Timestamp>,
+}
+
+impl Outcome {
+    /// As a process finds it that begins now.
+    pub fn found(mut self, now: Timestamp) -> Self {
+        self.first_seen.get_or_insert(now);
+        // Its process told nothing more: a run that was killed each time would look as the last that ended.
+        if let Some(begun) = self.begun.take() {
+            self.last_ok = Some(false);
+            self.last_message = Some(format!("the run of {begun} did not end: the sidecar was killed"));
+        }
+        self
+    }
 }
 
 impl OutcomeFile {
@@ -37,7 +56,7 @@ impl OutcomeFile {
             serde_json::from_str(&text).unwrap_or_else(|_| Outcome { last_run: last_run(), ..Outcome::default() });
         match found.repository == Some(repository) {
             true => found,
-            false => Outcome { last_run: found.last_run, ..Outcome::default() },
+            false => Outcome { last_run: found.last_run, first_seen: found.first_seen, ..Outcome::default() },
         }
     }
 
@@ -65,6 +84,7 @@ mod tests {
             last_ok: Some(false),
             last_message: Some("2 findings".to_owned()),
             last_success: Some("2026-01-01T03:04:05Z".parse().expect("a time")),
+            ..Outcome::default()
         };
         file.write(&outcome).expect("write");
         assert_eq!(OutcomeFile::new(dir.path(), "verify").read(here), outcome);
@@ -74,6 +94,18 @@ mod tests {
             (outcome.last_run, None),
             "it says nothing about another repository"
         );
+    }
+
+    #[test]
+    fn a_run_that_did_not_end_has_failed_and_a_schedule_counts_from_when_it_was_there_first() {
+        let time = |text: &str| text.parse::<Timestamp>().expect("a time");
+        let (first, now) = (time("2026-01-02T03:04:05Z"), time("2026-01-05T00:00:00Z"));
+        let fresh = Outcome::default().found(first);
+        assert_eq!((fresh.first_seen, fresh.last_ok), (Some(first), None));
+        assert_eq!(fresh.clone().found(now), fresh, "nothing was begun");
+        let killed = Outcome { begun: Some(first), last_ok: Some(true), ..fresh }.found(now);
+        assert_eq!((killed.last_ok, killed.begun, killed.first_seen), (Some(false), None, Some(first)));
+        assert!(killed.last_message.is_some_and(|message| message.contains("did not end")));
     }
 
     #[test]
