@@ -1,11 +1,16 @@
 //! How a deployment begins: what an earlier one has left is ended first.
 
+use jiff::{SignedDuration, Timestamp};
+
 use crate::datadir::DataDir;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::module::Module;
 use crate::deploy::report::Steps;
-use crate::deploy::{DeployError, Mode, Outcome, Setup, host, rollback};
-use crate::ids::RestorePointId;
+use crate::deploy::{DeployError, Mode, Outcome, Setup, blocking, cut, host, rollback};
+use crate::ids::{Offset, RestorePointId};
+
+/// No deployment writes for longer than this after it began.
+pub(super) const LONGEST: SignedDuration = SignedDuration::from_mins(15);
 
 pub(super) fn new_journal(setup: &Setup, module: &Module) -> Journal {
     let now = setup.clock.now();
@@ -45,12 +50,35 @@ pub(super) async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> 
         complete(setup, &left).await?;
         return Ok(new_journal(setup, module));
     }
+    if left.step != Step::RollBack && is_in_use(setup, &left).await? {
+        tracing::warn!(
+            deployment = %left.id,
+            "a deployment that was broken off long ago is kept, since its database was written to after it; what it had to do still is done by this one"
+        );
+        complete(setup, &left).await?;
+        return Ok(new_journal(setup, module));
+    }
     if left.step != Step::RollBack && left.module == module.hash && left.name == setup.name {
         tracing::warn!(deployment = %left.id, step = ?left.step, "a deployment that was broken off goes on");
         return Ok(left);
     }
     take_back(setup, left, steps).await?;
     Ok(new_journal(setup, module))
+}
+
+/// Was the database used after a deployment was broken off? Then to take it back would take back what others wrote.
+async fn is_in_use(setup: &Setup, left: &Journal) -> Result<bool, DeployError> {
+    let since = left.started_at.checked_add(LONGEST).unwrap_or(Timestamp::MAX);
+    if setup.clock.now() < since || !left.publishes {
+        return Ok(false);
+    }
+    let Some((_, replica)) = setup.replica(left).await? else { return Ok(false) };
+    let (from, module) = (left.log_end.unwrap_or(Offset(0)), left.module);
+    blocking(move || match cut::find_publish(&replica, from, &module)? {
+        Some(published) => Ok(cut::is_written(&replica, published.offset, since)?),
+        None => Ok(false),
+    })
+    .await?
 }
 
 /// Ends a deployment that was done but for its record. It may have been used for long: nothing of it is taken back.

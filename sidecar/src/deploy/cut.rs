@@ -7,9 +7,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use memchr::memmem;
 
-use crate::datadir::commit::Frame;
+use crate::datadir::commit::{Frame, Inputs};
 use crate::datadir::log::{LogReader, segments};
 use crate::datadir::{DataDir, DataDirError, ReplicaDir, log, snapshot};
 use crate::durable::owner::{Given, Owner};
@@ -58,6 +59,26 @@ pub fn find_publish(
         }
     }
     Ok(None)
+}
+
+/// Did a reducer write at or after `time`, in a transaction after `offset`? By the server's clock.
+///
+/// # Errors
+/// When the log cannot be read.
+pub fn is_written(replica: &ReplicaDir, offset: Offset, time: Timestamp) -> Result<bool, DataDirError> {
+    let mut reader = LogReader::open(&replica.log_path(), offset)?;
+    let mut buffer = Vec::new();
+    while let Some(batch) = reader.next_batch(READ_SIZE, &mut buffer)? {
+        let mut at = 0;
+        while let Frame::Commit(commit) = Frame::parse(batch.log_version, &buffer[at..]) {
+            at += commit.bytes.len();
+            let is_later = |inputs: Inputs<'_>| inputs.time_micros >= time.as_microsecond();
+            if commit.first > offset && commit.inputs().is_some_and(is_later) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// One past the last transaction in a replica's log.

@@ -6,6 +6,7 @@
 use crate::database::control::Preview;
 use crate::datadir::DataDir;
 use crate::datadir::lock::{self, ServerLock};
+use crate::deploy::begin::LONGEST;
 use crate::deploy::host::Host;
 use crate::deploy::journal::{Journal, Step};
 use crate::deploy::migration::Migration;
@@ -87,6 +88,10 @@ async fn with_host(setup: &Setup, journal: &mut Journal, host: &mut Host) -> Res
         }
         if database.program().await? != Some(journal.module) {
             return Ok("the database runs another program by now and is left alone".into());
+        }
+        let is_old = setup.clock.now().duration_since(journal.started_at) >= LONGEST;
+        if is_old && setup.replica(journal).await?.is_none() {
+            return Ok("the database was made long ago, may be in use by now, and is left alone".into());
         }
         database.delete().await?;
         return Ok("the database, which was not there before, was removed".into());

@@ -176,3 +176,46 @@ async fn a_crash_between_the_two_renames_of_a_cut_is_ended_by_the_next_run() {
 async fn fill_more(stage: &Stage) {
     call(&stage.owner().await, "create_entity", json!(["more", "thing", "{}"])).await;
 }
+
+/// The journal's path, and the journal.
+fn journal(stage: &Stage) -> (std::path::PathBuf, Value) {
+    let state = std::fs::read_dir(stage.sidecar.state_dir()).expect("list").flatten();
+    let path = state.map(|dir| dir.path().join("deploy.json")).find(|path| path.is_file()).expect("a journal");
+    let journal = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("a whole journal");
+    (path, journal)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_that_was_broken_off_long_ago_and_used_since_is_not_taken_back() {
+    let stage = Stage::new();
+    stage.deploy("");
+    stage.server("start");
+    let more = stage.module("more");
+    let mut hit = None;
+    for _ in 0..20 {
+        hit = deploy_and_kill(&stage, "more", "verify", Duration::ZERO);
+        if hit.as_deref() == Some("verify") {
+            break;
+        }
+        stage.sidecar.run(["deploy", "--force", "--module-path", &more]).ok();
+        stage.sidecar.run(["deploy", "rollback", "--data", "--module-path", &more]).ok();
+    }
+    assert_eq!(hit.as_deref(), Some("verify"), "it was not hit in twenty tries");
+    // An hour passes, in which the database is used.
+    let (path, mut journal) = journal(&stage);
+    let started: jiff::Timestamp = journal["started_at"].as_str().expect("a time").parse().expect("a time");
+    journal["started_at"] = json!((started - jiff::SignedDuration::from_hours(1)).to_string());
+    std::fs::write(&path, serde_json::to_vec(&journal).expect("JSON")).expect("write");
+    fill(&stage.owner().await, 7).await;
+    let used = entities(&stage.rows().await);
+    assert!(!used.is_empty());
+
+    // The next one fails, and takes back itself alone.
+    let broken = stage.sidecar.run(["deploy", "--force", "--module-path", &stage.module("broken")]);
+    assert_ne!(broken.code, 0);
+    assert_eq!(entities(&stage.rows().await), used, "{}", broken.stderr);
+    let history = stage.history();
+    assert_eq!(history.iter().rev().nth(1).map(String::as_str), Some("deployed"), "{history:?}");
+    assert_eq!(stage.sidecar.run(["deploy", "--module-path", &more]).ok()["outcome"], "unchanged");
+    stage.server("stop");
+}
