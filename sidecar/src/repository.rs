@@ -474,8 +474,9 @@ struct Marker {
     url: String,
     path: std::path::PathBuf,
     id: RestorePointId,
-    /// Device and inode of the file when its content was last compared.
-    seen: parking_lot::Mutex<Option<(u64, u64)>>,
+    /// Device, inode and time of change of the file when its content was last compared. Disks that were made alike and are
+    /// taken in turns differ in the last alone.
+    seen: parking_lot::Mutex<Option<(u64, u64, i64, i64)>>,
 }
 
 impl Marker {
@@ -494,7 +495,7 @@ impl Marker {
             _ => store::failed(&key, error),
         };
         let found = std::fs::metadata(&self.path).map_err(gone)?;
-        let place = Some((found.dev(), found.ino()));
+        let place = Some((found.dev(), found.ino(), found.ctime(), found.ctime_nsec()));
         if *self.seen.lock() == place {
             return Ok(());
         }

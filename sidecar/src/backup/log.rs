@@ -374,12 +374,12 @@ pub(crate) async fn find_continuation(
             let tip = timeline_start(repository, &database, &timelines, current).await?;
             return Ok(Some(Continuation { timeline: current.timeline, tip, has_past: false, events: Vec::new() }));
         }
-        let lost = (current.start.0, first_segment.first);
-        return begin_after_gap(work, database, next_id, lost).await.map(Some);
+        let gap = (current.start.0, first_segment.first);
+        return begin_after_gap(work, database, next_id, gap, lost).await.map(Some);
     };
     if first_segment.first.0 > tail.last.0 + 1 {
-        let lost = (tail.last.0 + 1, first_segment.first);
-        return begin_after_gap(work, database, next_id, lost).await.map(Some);
+        let gap = (tail.last.0 + 1, first_segment.first);
+        return begin_after_gap(work, database, next_id, gap, lost).await.map(Some);
     }
     let tail_header = repository.log_header(&tail.key()).await?;
     // Of an object that a fork leaves in its middle, only what lies before the fork is of this history.
@@ -443,17 +443,29 @@ async fn begin_after_gap(
     work: &Arc<Work>,
     database: Identity,
     timeline: TimelineId,
-    lost: (u64, Offset),
+    gap: (u64, Offset),
+    lost: Option<String>,
 ) -> Result<Continuation, BackupError> {
-    let start = lost.1;
+    let start = gap.1;
     let mut begun = begin(work, database, Beginning::root(timeline, TimelineReason::Gap, start)).await?;
-    let message = format!(
-        "transactions {} to {} were deleted before they were archived; timeline {timeline} starts at {start}, and no time \
-         between can be restored",
-        lost.0,
-        start.0.saturating_sub(1)
-    );
-    begun.events.push(LogEvent { kind: LogEventKind::Gap, message });
+    let (from, to) = (gap.0, start.0.saturating_sub(1));
+    let event = match lost {
+        // They were archived once: it is the archive that lacks them, and nobody deleted them too early.
+        Some(lost) => LogEvent {
+            kind: LogEventKind::Damage,
+            message: format!(
+                "{lost}, and the log on the disk starts at {start}: timeline {timeline} starts there; run `inner-universe verify`"
+            ),
+        },
+        None => LogEvent {
+            kind: LogEventKind::Gap,
+            message: format!(
+                "transactions {from} to {to} were deleted before they were archived; timeline {timeline} starts at {start}, and \
+                 no time between can be restored"
+            ),
+        },
+    };
+    begun.events.push(event);
     Ok(begun)
 }
 

@@ -39,11 +39,32 @@ pub trait Sequenced: DeserializeOwned + Send + 'static {
 pub struct Reader {
     database: Arc<Database>,
     queries: mpsc::Sender<Query>,
-    /// Sequences whose rows have fitted into one answer.
+    /// Sequences to ask for at once.
     span: Arc<AtomicU64>,
     connections: Arc<AtomicU64>,
     /// Tables that did not fit into one answer: to ask for one again would end the connection again.
     too_large: Arc<Mutex<HashSet<String>>>,
+}
+
+/// Rows of a range of the sequence, and how far they reach.
+pub struct Part<R> {
+    pub rows: Vec<R>,
+    pub reached: u64,
+}
+
+/// Sequences to ask for first, before it is known how large their rows are.
+const FIRST_SPAN: u64 = 1_000;
+/// What a part should have at most.
+const GOOD_BYTES: u64 = 4 << 20;
+
+/// How many sequences to ask for next, after `asked` of them had so many bytes.
+fn next_span(span: u64, asked: u64, bytes: u64) -> u64 {
+    if bytes > GOOD_BYTES {
+        // In so many steps that nothing overflows.
+        return (asked / bytes.div_ceil(GOOD_BYTES)).max(1);
+    }
+    // What asked for less than it could says nothing of more.
+    if asked < span || bytes > GOOD_BYTES / 2 { span } else { span.saturating_mul(2) }
 }
 
 struct Query {
@@ -62,7 +83,7 @@ impl Reader {
         let (queries, waiting) = mpsc::channel(WAITING);
         let connections = Arc::new(AtomicU64::new(0));
         tokio::spawn(serve(link, waiting, Arc::clone(&connections)));
-        let (span, too_large) = (Arc::new(AtomicU64::new(u64::MAX)), Arc::default());
+        let (span, too_large) = (Arc::new(AtomicU64::new(FIRST_SPAN)), Arc::default());
         Ok(Self { database, queries, span, connections, too_large })
     }
 
@@ -106,29 +127,32 @@ impl Reader {
         decode(table, self.query(format!("SELECT * FROM {table}")).await?).await
     }
 
-    /// Rows after `after` up to and including `until`, in order.
+    /// Rows after `after` up to and including `until`, in order: as many of them as are good to have in memory at once.
     ///
     /// # Errors
     /// When the server cannot be asked.
-    pub async fn range<R: Sequenced>(&self, after: u64, until: u64) -> Result<Vec<R>, SourceError> {
-        let mut rows = Vec::new();
-        let mut from = after;
-        while from < until {
+    pub async fn part<R: Sequenced>(&self, after: u64, until: u64) -> Result<Part<R>, SourceError> {
+        loop {
             let span = self.span.load(Ordering::Relaxed);
-            let to = from.saturating_add(span).min(until);
-            let condition = format!("{key} > {from} AND {key} <= {to}", key = R::KEY);
-            match self.select(&condition).await {
-                Ok(part) => rows.extend(part),
-                Err(LinkError::TooLarge) if to - from > 1 => {
-                    self.span.store((to - from) / 2, Ordering::Relaxed);
+            let reached = after.saturating_add(span).min(until);
+            if reached <= after {
+                return Ok(Part { rows: Vec::new(), reached });
+            }
+            let asked = reached - after;
+            let condition = format!("{key} > {after} AND {key} <= {reached}", key = R::KEY);
+            let rows = match self.query(format!("SELECT * FROM {} WHERE {condition}", R::TABLE)).await {
+                Err(LinkError::TooLarge) if asked > 1 => {
+                    self.span.store(asked / 2, Ordering::Relaxed);
                     continue;
                 }
-                Err(error) => return Err(error.into()),
-            }
-            from = to;
+                rows => rows?,
+            };
+            let bytes = rows.iter().map(|row| row.len() as u64).sum::<u64>();
+            self.span.store(next_span(span, asked, bytes), Ordering::Relaxed);
+            let mut rows: Vec<R> = decode(R::TABLE, rows).await?;
+            rows.sort_by_key(R::sequence);
+            return Ok(Part { rows, reached });
         }
-        rows.sort_by_key(R::sequence);
-        Ok(rows)
     }
 
     /// One row.
@@ -240,5 +264,20 @@ impl Readers {
         let reader = Reader::new(config, server, name)?;
         by_name.insert(name.to_owned(), reader.clone());
         Ok(reader)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_grow_while_rows_are_small_and_shrink_to_what_is_good_to_have_in_memory() {
+        assert_eq!(next_span(1_000, 1_000, 100_000), 2_000);
+        assert_eq!(next_span(1_000, 10, 100), 1_000, "it asked for less than it could");
+        assert_eq!(next_span(1_000, 1_000, 30_000_000), 125);
+        assert_eq!(next_span(1_000, 1_000, 3 << 20), 1_000);
+        assert_eq!(next_span(1, 1, u64::MAX), 1, "one row is asked for whatever its size");
+        assert_eq!(next_span(u64::MAX, u64::MAX, 0), u64::MAX);
     }
 }

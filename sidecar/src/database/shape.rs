@@ -35,6 +35,7 @@ pub enum Shape {
     Duration,
     Identity,
     ConnectionId,
+    Uuid,
     Option(Box<Shape>),
     List(Box<Shape>),
     Struct(Vec<Field>),
@@ -71,6 +72,7 @@ impl Shape {
             AlgebraicType::Product(product) if product.is_time_duration() => Self::Duration,
             AlgebraicType::Product(product) if product.is_identity() => Self::Identity,
             AlgebraicType::Product(product) if product.is_connection_id() => Self::ConnectionId,
+            AlgebraicType::Product(product) if is_uuid(product) => Self::Uuid,
             AlgebraicType::Product(product) if product.is_unit() => Self::Unit,
             AlgebraicType::Product(product) => Self::Struct(fields_at(product, types, depth)?),
             AlgebraicType::Sum(sum) => Self::of_sum(sum, types, depth)?,
@@ -119,6 +121,11 @@ impl Shape {
     pub fn is_option(&self) -> bool {
         matches!(self, Self::Option(_))
     }
+}
+
+/// Servers since 2.0 have this special type beside those that the family of 1.2.0 knows.
+fn is_uuid(product: &ProductType) -> bool {
+    matches!(&*product.elements, [number] if number.name.as_deref() == Some("__uuid__") && number.algebraic_type == AlgebraicType::U128)
 }
 
 /// The parts of a product.
@@ -229,5 +236,14 @@ mod tests {
         assert!(extends(&before, &optional).is_err());
         let deep = |of| [field("list", Shape::List(Box::new(Shape::Struct(vec![field("x", of)]))))];
         assert!(extends(&deep(Shape::F32), &deep(Shape::F64)).is_err_and(|reason| reason.starts_with("`list`: `x`")));
+    }
+
+    #[test]
+    fn a_uuid_is_told_from_other_products_of_one_number() {
+        let product = |name: &'static str, ty| AlgebraicType::product([(name, ty)]);
+        let shape = |ty| Shape::of(&ty, &Typespace::default()).unwrap();
+        assert_eq!(shape(product("__uuid__", AlgebraicType::U128)), Shape::Uuid);
+        assert!(matches!(shape(product("__uuid__", AlgebraicType::U64)), Shape::Struct(_)));
+        assert!(matches!(shape(product("uuid", AlgebraicType::U128)), Shape::Struct(_)));
     }
 }

@@ -77,6 +77,7 @@ fn data_type(shape: &Shape) -> DataType {
         | Shape::String
         | Shape::Identity
         | Shape::ConnectionId
+        | Shape::Uuid
         | Shape::Enum(_) => DataType::Utf8,
     }
 }
@@ -225,6 +226,7 @@ fn array(shape: &Shape, cells: &[Option<&Cell>]) -> Result<ArrayRef, ArrowError>
         | Shape::String
         | Shape::Identity
         | Shape::ConnectionId
+        | Shape::Uuid
         | Shape::Enum(_) => {
             let mut values = StringBuilder::new();
             for cell in cells {

@@ -99,6 +99,11 @@ pub fn text(shape: &Shape, cell: &Cell) -> Option<String> {
         (Shape::Enum(names), Cell::Enum(tag)) => names.get(usize::from(*tag))?.clone(),
         (Shape::Identity, Cell::U256(value)) => format!("{value:064x}"),
         (Shape::ConnectionId, Cell::U128(value)) => format!("{value:032x}"),
+        (Shape::Uuid, Cell::U128(value)) => {
+            let digits = format!("{value:032x}");
+            let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| digits.get(part).unwrap_or_default());
+            parts.join("-")
+        }
         (_, Cell::Int(value)) => value.to_string(),
         (_, Cell::U128(value)) => value.to_string(),
         (_, Cell::I256(value)) => value.to_string(),
@@ -128,6 +133,11 @@ pub fn from_text(shape: &Shape, text: &str) -> Result<Cell, String> {
         }
         Shape::Identity => number(u256::from_str_radix(text, 16).ok().filter(|_| text.len() == 64).map(Cell::U256)),
         Shape::ConnectionId => number(u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32).map(Cell::U128)),
+        Shape::Uuid => {
+            let digits: String = text.split('-').collect();
+            let is_whole = text.len() == 36 && digits.len() == 32;
+            number(u128::from_str_radix(&digits, 16).ok().filter(|_| is_whole).map(Cell::U128))
+        }
         Shape::I128 => number(text.parse().ok().map(Cell::Int)),
         Shape::U128 => number(text.parse().ok().map(Cell::U128)),
         Shape::I256 => number(text.parse::<i256>().ok().map(Cell::I256)),
@@ -205,5 +215,21 @@ fn read(shape: &Shape, json: &Json) -> Result<Cell, String> {
         }
         (shape, Json::String(text)) => from_text(shape, text),
         (shape, json) => Err(format!("`{}` is no {shape:?}", json.to_string().chars().take(80).collect::<String>())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_written_as_everybody_writes_one() {
+        let (shape, value) = (Shape::Uuid, Cell::U128(0x0192_f3a4_b5c6_7d8e_9fa0_b1c2_d3e4_f506));
+        let written = text(&shape, &value).unwrap();
+        assert_eq!(written, "0192f3a4-b5c6-7d8e-9fa0-b1c2d3e4f506");
+        assert_eq!(from_text(&shape, &written), Ok(value));
+        for wrong in ["", "0192f3a4b5c67d8e9fa0b1c2d3e4f506", "0192f3a4-b5c6-7d8e-9fa0-b1c2d3e4f50g"] {
+            assert!(from_text(&shape, wrong).is_err(), "{wrong}");
+        }
     }
 }

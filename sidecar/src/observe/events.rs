@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, Stopwatch, patience};
 use crate::config::Config;
-use crate::database::reader::{Reader, Readers};
+use crate::database::reader::{Part, Reader, Readers};
 use crate::durable::FileError;
 use crate::module_bindings::{EventData, EventLog, Value};
 use crate::observe::calls::Since;
@@ -147,9 +147,18 @@ impl<'a> Stream<'a> {
         let cursor = continue_from::<EventLog>(&source, known).await?;
         if spans.is_fresh() {
             // The next event of an entity links to one that an earlier process sent.
-            match source.range::<EventLog>(cursor.sequence.saturating_sub(WINDOW), cursor.sequence).await {
-                Ok(sent) => sent.iter().for_each(|event| spans.remember(event)),
-                Err(error) => tracing::warn!(%error, "the next events have no links to those before"),
+            let mut from = cursor.sequence.saturating_sub(WINDOW);
+            while from < cursor.sequence {
+                match source.part::<EventLog>(from, cursor.sequence).await {
+                    Ok(Part { rows, reached }) => {
+                        rows.iter().for_each(|event| spans.remember(event));
+                        from = reached;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "the next events have no links to those before");
+                        break;
+                    }
+                }
             }
         }
         Ok(Self { source, exporter, spans, cursor, file, calls, kept: Stopwatch::start(), is_taken: false, clock })
@@ -173,9 +182,9 @@ impl<'a> Stream<'a> {
     /// Reads what is behind in ranges of the sequence, the next one while one is sent, until a range is not full.
     async fn catch_up(&mut self) -> Result<(), EventError> {
         let source = self.source.clone();
-        let range = |after: u64| source.range::<EventLog>(after, after.saturating_add(WINDOW));
+        let range = |after: u64| source.part::<EventLog>(after, after.saturating_add(WINDOW));
         let mut after = self.cursor.sequence;
-        let mut events = range(after).await?;
+        let Part { rows: mut events, mut reached } = range(after).await?;
         loop {
             let Some(last) = events.last().map(|event| event.sequence) else {
                 // Nothing here; the log may have been trimmed past this window.
@@ -184,20 +193,22 @@ impl<'a> Stream<'a> {
                     after = next - 1;
                     self.cursor.skip_to(after);
                 }
-                events = range(after).await?;
+                Part { rows: events, reached } = range(after).await?;
                 continue;
             };
-            if last < after.saturating_add(WINDOW / 2) {
+            if reached == after.saturating_add(WINDOW) && last < after.saturating_add(WINDOW / 2) {
                 return self.send(events).await;
             }
             if self.is_taken {
                 let (sent, following) = tokio::join!(self.send(events), range(last));
                 sent?;
-                (after, events) = (last, following?);
+                after = last;
+                Part { rows: events, reached } = following?;
             } else {
                 // Nothing is read ahead for a collector that may be out.
                 self.send(events).await?;
-                (after, events) = (last, range(last).await?);
+                after = last;
+                Part { rows: events, reached } = range(last).await?;
             }
         }
     }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, patience};
 use crate::config::Config;
-use crate::database::reader::{Reader, Readers, Sequenced};
+use crate::database::reader::{Part, Reader, Readers, Sequenced};
 use crate::durable::FileError;
 use crate::ids::Identity;
 use crate::module_bindings::{Metric, StateVersion, SubjectKind, SystemState, SystemStatus, Value};
@@ -246,7 +246,7 @@ impl<R: Recorded> Stream<R> {
         self.check_history(source).await?;
         loop {
             let until = self.read.saturating_add(WINDOW);
-            let rows: Vec<R> = source.range(self.read, until).await?;
+            let Part { rows, reached } = self.next_part(source, until).await?;
             let Some(last) = rows.last() else { return Ok(()) };
             rows.iter().for_each(&mut see);
             if let Some(records) = records.filter(|_| self.is_sent) {
@@ -258,12 +258,24 @@ impl<R: Recorded> Stream<R> {
                     self.file.write(&self.cursor)?;
                 }
             }
-            let is_last = last.sequence() < until;
+            let is_last = reached >= until && last.sequence() < until;
             self.read = last.sequence();
             self.newest = Some((last.sequence(), last.id()));
             if is_last {
                 return Ok(());
             }
+        }
+    }
+
+    /// The next rows up to `until`; none when there are none.
+    async fn next_part(&self, source: &Reader, until: u64) -> Result<Part<R>, SourceError> {
+        let mut from = self.read;
+        loop {
+            let part = source.part(from, until).await?;
+            if !part.rows.is_empty() || part.reached >= until {
+                return Ok(part);
+            }
+            from = part.reached;
         }
     }
 
