@@ -22,6 +22,7 @@ use crate::datadir::key_files::KeyFiles;
 use crate::datadir::{DataDir, DataDirError, log};
 use crate::drill::promise::Sums;
 use crate::durable::FileError;
+use crate::durable::owner::make_private_dir;
 use crate::ids::{Identity, Offset, RestorePointId};
 use crate::observe::server::{Database, SourceError};
 use crate::progress::Progress;
@@ -153,6 +154,10 @@ pub async fn drill(
     }
     let binary = Binary::find(&config)?;
     let base = config.drill.scratch_dir.clone().unwrap_or_else(std::env::temp_dir);
+    if config.drill.scratch_dir.is_some() {
+        // It holds what the live server holds, while a drill runs.
+        make_private_dir(&base)?;
+    }
     let scratch = Scratch::create_in(&base, "inner-universe-drill-");
     let scratch = scratch.map_err(|source| DrillError::Scratch { path: base, source })?;
     let started_at = clock.now();

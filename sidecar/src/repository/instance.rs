@@ -45,7 +45,8 @@ pub enum InstanceError {
     #[error("the instance has {len} bytes and compresses to so few that no more than {most} are taken back; report it")]
     TooLarge { len: u64, most: u64 },
     #[error(
-        "the token key {} is not there; name the server's own in spacetimedb_config.key_dir, or in private_key_file and public_key_file",
+        "the token key {} is not there; name the directory given to the server as --jwt-key-dir, or its two files in \
+         spacetimedb_config.private_key_file and public_key_file",
         .0.display()
     )]
     NoKey(PathBuf),

@@ -186,6 +186,63 @@ fn local_log_goes_only_where_it_is_proven_to_be_archived_and_two_whole_snapshots
     assert_eq!(restored, original[restored[0].offset as usize..=inside as usize]);
 }
 
+/// A pack can rot, with its size as it was. Then its snapshot must not stand for the log before it.
+#[test]
+fn a_snapshot_that_cannot_be_read_back_does_not_stand_for_log_that_a_prune_removes() {
+    let fixture = Fixture::unpack();
+    let data = fixture.data();
+    let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
+    let (log, snapshots) = (replica.log_path(), replica.snapshots_path());
+    let aside = fixture.scratch.path().join("aside");
+    std::fs::create_dir(&aside).expect("a directory");
+    let moved = |from: &std::path::Path, to: &std::path::Path| std::fs::rename(from, to).expect("move");
+    let all = segments(&log).expect("list");
+    let name = |path: &std::path::Path| path.file_name().expect("a name").to_owned();
+    for segment in &all {
+        moved(&segment.path, &aside.join(name(&segment.path)));
+    }
+    let made = snapshot::list(&snapshots).expect("list");
+    for found in &made {
+        moved(found.path(), &aside.join(name(found.path())));
+    }
+    // As it was written: an object for each segment, and each snapshot in its time.
+    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"))
+        .and("RETENTION__KEEP_LAST", "1")
+        .and("RETENTION__GRACE", "0s");
+    for (index, segment) in all.iter().enumerate() {
+        moved(&aside.join(name(&segment.path)), &segment.path);
+        let end = all.get(index + 1).map_or(fixture.last() + 1, |next| next.first.0);
+        for found in made.iter().filter(|found| segment.first <= found.offset && found.offset.0 < end) {
+            moved(&aside.join(name(found.path())), found.path());
+        }
+        sidecar.backup(&data);
+    }
+    let repository = fixture.scratch.path().join("repository");
+    let mut manifests: Vec<_> =
+        files(&repository).into_iter().filter(|file| path(file).contains("/snapshots/")).collect();
+    manifests.sort();
+    let packs = |manifest: &PathBuf| -> Vec<String> {
+        let manifest: Value = serde_json::from_slice(&std::fs::read(manifest).expect("read")).expect("JSON");
+        let packs = manifest["packs"].as_array().expect("packs").iter();
+        packs.map(|used| used["pack"].as_str().expect("a pack").to_owned()).collect()
+    };
+    let (newest, older) = manifests.split_last().expect("snapshots");
+    let known: Vec<_> = older.iter().flat_map(packs).collect();
+    let own = packs(newest).into_iter().find(|pack| !known.contains(pack)).expect("a pack of its own");
+    let rotten = files(&repository).into_iter().find(|file| path(file).contains(&own)).expect("the pack's file");
+    let mut bytes = std::fs::read(&rotten).expect("read");
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&rotten, bytes).expect("damage");
+
+    let run = sidecar.run(["prune", "--apply"]);
+    assert!(run.stderr.contains("cannot be read back"), "{}", run.stderr);
+    let report = run.ok();
+    assert!(report["deleted"]["objects"].as_u64().is_some_and(|objects| objects > 0), "older log goes: {report}");
+    let target = fixture.scratch.path().join("restored");
+    sidecar.restore(&target, "latest");
+    assert_eq!(oracle::last_offset(&oracle::log_dir(&target, replica.id)), Some(fixture.last()));
+}
+
 fn files(dir: &std::path::Path) -> Vec<PathBuf> {
     let (mut found, mut dirs) = (Vec::new(), vec![dir.to_owned()]);
     while let Some(next) = dirs.pop() {

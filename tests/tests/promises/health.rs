@@ -96,7 +96,7 @@ async fn an_instance_that_is_not_captured_makes_it_unready() {
         status.conditions.iter().any(|condition| condition.kind == ConditionKind::InstanceNotCaptured)
     });
     let reasons = until(&url, 503).await;
-    assert!(reasons.iter().any(|reason| reason.contains("has no id_ecdsa")), "{reasons:?}");
+    assert!(reasons.iter().any(|reason| reason.contains("id_ecdsa is not there")), "{reasons:?}");
     for key in ["id_ecdsa", "id_ecdsa.pub"] {
         std::fs::write(keys.join(key), "a key").expect("write");
     }

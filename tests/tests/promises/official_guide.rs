@@ -38,7 +38,11 @@ impl Machine {
     fn run(&self, arguments: &[&str]) -> Output {
         let arguments: Vec<_> = arguments.iter().map(|argument| self.place(argument)).collect();
         let mut command = Command::new(tools::inner_universe());
-        command.env("INNER_UNIVERSE_CONFIG", &self.config).env_remove("RUST_LOG").args(&arguments);
+        command.env_remove("RUST_LOG").args(&arguments);
+        // The page names it once it is there.
+        if self.config.exists() {
+            command.env("INNER_UNIVERSE_CONFIG", &self.config);
+        }
         command.output().expect("start the sidecar")
     }
 

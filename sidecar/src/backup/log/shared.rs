@@ -149,3 +149,76 @@ fn count_links_from_inside(
     // Where not even the first one agrees, nothing was compared that does.
     Ok(if is_whole && agreed == started { 0 } else { agreed })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datadir::commit::{SegmentHeader, encode};
+    use crate::datadir::log::{Times, segment_name};
+    use crate::ids::{ContentHash, Identity};
+    use crate::repository::log_object::Link;
+
+    const START: ContentHash = ContentHash([7; 32]);
+
+    /// A commit that tells nothing but its offset and one byte, as those of SQL statements do.
+    fn commit(offset: u64, byte: u8) -> Vec<u8> {
+        encode(1, Offset(offset), 0, 1, &[byte; 40])
+    }
+
+    /// An object of transactions 0 to 99 whose links end at each ten.
+    fn header(byte: impl Fn(u64) -> u8) -> LogHeader {
+        let mut chain = START;
+        let mut links = Vec::new();
+        for first in (0..100).step_by(10) {
+            let commits: Vec<u8> = (first..first + 10).flat_map(|offset| commit(offset, byte(offset))).collect();
+            chain = link(&chain, &commits, Hashing::Plain);
+            links.push(Link {
+                last: Offset(first + 9),
+                raw_len: commits.len() as u64,
+                chain,
+                last_commit: Hashing::Plain.name_of(&commit(first + 9, byte(first + 9))),
+                max_time: None,
+                history: None,
+            });
+        }
+        LogHeader {
+            sealed: false,
+            database: Identity([1; 32]),
+            timeline: TimelineId::FIRST,
+            log_version: 1,
+            level: 1,
+            first: Offset(0),
+            last: Offset(99),
+            times: Times::default(),
+            archived_at: 0,
+            raw_len: links.iter().map(|link| link.raw_len).sum(),
+            body_len: 0,
+            previous_chain: START,
+            previous_history: None,
+            links,
+            parts: Vec::new(),
+            len: 0,
+        }
+    }
+
+    async fn shared(from: u64, byte: impl Fn(u64) -> u8) -> Option<usize> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = SegmentHeader { log_version: 1, checksum_algorithm: 0 }.to_bytes().to_vec();
+        bytes.extend((from..100).flat_map(|offset| commit(offset, byte(offset))));
+        std::fs::write(dir.path().join(segment_name(Offset(from))), bytes).unwrap();
+        shared_links(dir.path(), &header(|_| 0), Hashing::Plain).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_follows_a_log_that_starts_inside_an_object_is_compared_byte_for_byte() {
+        let other = |changed: u64| move |offset| u8::from(offset == changed);
+        for from in [0, 60, 64] {
+            assert_eq!(shared(from, other(1000)).await, Some(10), "the same from {from} on");
+            // Every commit after it is the same, the last one too.
+            assert_eq!(shared(from, other(85)).await, Some(8), "another one at 85, from {from} on");
+        }
+        assert_eq!(shared(60, other(60)).await, Some(0), "nothing that was compared agrees");
+        assert_eq!(shared(64, other(69)).await, Some(0));
+        assert_eq!(shared(0, other(3)).await, Some(0));
+    }
+}
