@@ -56,6 +56,8 @@ pub struct Settings {
 pub struct Followed {
     pub identity: Identity,
     pub name: String,
+    /// When it began to be followed: until it has caught up once, it lags since then.
+    pub since: Timestamp,
     inner: Mutex<Progress>,
 }
 
@@ -93,8 +95,8 @@ fn kind_of(error: &BackupError) -> &'static str {
 }
 
 impl Followed {
-    pub fn new(identity: Identity, name: String) -> Self {
-        let followed = Self { identity, name, inner: Mutex::default() };
+    pub fn new(identity: Identity, name: String, since: Timestamp) -> Self {
+        let followed = Self { identity, name, since, inner: Mutex::default() };
         // Counters start at nothing rather than not at all, so that the first of each is seen as an increase.
         for kind in [LogEventKind::Fork, LogEventKind::Gap, LogEventKind::Damage] {
             metrics::ARCHIVE_EVENTS.add(0, &[followed.label(), KeyValue::new("kind", kind.name())]);

@@ -40,6 +40,7 @@ use crate::deploy::module::Module;
 use crate::deploy::report::Steps;
 use crate::ids::Identity;
 use crate::observe::server::{Database, SourceError};
+use crate::release::Release;
 use crate::standalone::command::Binary;
 
 pub use crate::deploy::history::{History, history, undo};
@@ -286,8 +287,16 @@ async fn compare(
     }
     let described = match Binary::find(&setup.config) {
         Ok(binary) => {
-            let module = module.clone();
-            Some(blocking(move || module.describe(&binary)).await??)
+            let (release, module) = (binary.release(), module.clone());
+            match blocking(move || module.describe(&binary)).await? {
+                Ok(described) => Some(described),
+                // Another server's binary that happens to be here may not know the module's kind.
+                Err(error) if Release::of(database.server_version().await?.as_deref()) != release => {
+                    problems.push(format!("the module's tables were not compared beforehand: {error}"));
+                    None
+                }
+                Err(error) => return Err(error),
+            }
         }
         Err(error) => {
             problems.push(format!("the module's tables were not compared beforehand: {error}"));

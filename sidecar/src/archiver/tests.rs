@@ -36,7 +36,7 @@ impl Following {
             observer: Arc::new(Unobserved),
             witness: None,
         });
-        let followed = Arc::new(Followed::new(Identity([3; 32]), "d".to_owned()));
+        let followed = Arc::new(Followed::new(Identity([3; 32]), "d".to_owned(), jiff::Timestamp::UNIX_EPOCH));
         let ten = Duration::from_millis(10);
         let settings = Settings { flush_interval: ten, flush_bytes: 1 << 20, poll: ten };
         let stop = CancellationToken::new();

@@ -87,10 +87,6 @@ impl Followers {
     pub(super) fn abort(&self) {
         self.tasks.lock().drain(..).for_each(|task| task.abort());
     }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.by_database.lock().is_empty()
-    }
 }
 
 impl LogSource for Followers {
@@ -255,7 +251,7 @@ impl Daemon {
     ) -> Follower {
         let name = database.display_name();
         tracing::info!(database = %name, "following its log");
-        let followed = Arc::new(Followed::new(database.identity, name));
+        let followed = Arc::new(Followed::new(database.identity, name, self.clock.now()));
         self.state.follow(Arc::clone(&followed));
         let stop = stop.child_token();
         let (position, written) = watch::channel(None);

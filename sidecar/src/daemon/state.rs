@@ -292,17 +292,16 @@ impl State {
         status.written_at = now;
         let fence = self.fence.lock().clone();
         status.lease_error = fence.and_then(|fence| fence.check().err()).map(|error| error.to_string());
-        status.databases =
-            self.followed.lock().iter().map(|followed| describe(followed, status.started_at, now)).collect();
+        status.databases = self.followed.lock().iter().map(|followed| describe(followed, now)).collect();
         self.conditions.replace(Source::Status, health::conditions(&status, self.lag_alert), now);
         status.conditions = self.conditions.list();
         status
     }
 }
 
-fn describe(followed: &Followed, started_at: Timestamp, now: Timestamp) -> FollowedStatus {
+fn describe(followed: &Followed, now: Timestamp) -> FollowedStatus {
     let progress = followed.progress();
-    let since = progress.caught_up_at.unwrap_or(started_at);
+    let since = progress.caught_up_at.unwrap_or(followed.since);
     FollowedStatus {
         identity: followed.identity,
         name: followed.name.clone(),
