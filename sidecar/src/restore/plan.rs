@@ -270,22 +270,35 @@ async fn plan_around(
     request: &RestoreRequest,
 ) -> Result<DatabasePlan, RestoreError> {
     let mut choice = ChainChoice { every_joint: request.every_joint, ..ChainChoice::default() };
+    // What is asked for may need none of what is lost. Only the end of what is left must not pass for the newest.
+    let need_not_be_whole = !matches!(request.target, Target::Latest);
+    let mut lost = None;
     loop {
         let error = match plan_database(repository, point, points, request, &choice).await {
             Err(RestoreError::Repository(
                 error @ (RepositoryError::Missing { .. } | RepositoryError::Damaged { .. }),
             )) => error,
-            result => return result,
+            Err(error) => return Err(lost.unwrap_or(error)),
+            plan => return plan,
         };
         let (RepositoryError::Missing { key } | RepositoryError::Damaged { key, .. }) = &error else {
             return Err(error.into());
         };
         let Some(entry) = LogEntry::of_key(&Key::from(key.as_str())) else { return Err(error.into()) };
         let is_new = choice.avoid.insert(entry.key());
-        if !is_new || repository.replacement(&point.identity, &entry, &choice.avoid).await?.is_none() {
-            return Err(error.into());
+        if !is_new {
+            return Err(lost.unwrap_or(error.into()));
         }
-        tracing::warn!(%error, "a log object cannot be used, and others are that hold the same transactions");
+        match repository.replacement(&point.identity, &entry, &choice.avoid).await? {
+            Some(_) => {
+                tracing::warn!(%error, "a log object cannot be used, and others are that hold the same transactions");
+            }
+            None if need_not_be_whole => {
+                tracing::warn!(%error, "a log object cannot be used, and what is asked for is looked for without it");
+                lost.get_or_insert(error.into());
+            }
+            None => return Err(lost.unwrap_or(error.into())),
+        }
     }
 }
 

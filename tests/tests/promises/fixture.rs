@@ -186,10 +186,8 @@ fn local_log_goes_only_where_it_is_proven_to_be_archived_and_two_whole_snapshots
     assert_eq!(restored, original[restored[0].offset as usize..=inside as usize]);
 }
 
-/// A pack can rot, with its size as it was. Then its snapshot must not stand for the log before it.
-#[test]
-fn a_snapshot_that_cannot_be_read_back_does_not_stand_for_log_that_a_prune_removes() {
-    let fixture = Fixture::unpack();
+/// Backs up after each segment, and so makes an object for each of them, and each snapshot in its time. Returns the replica.
+fn back_up_as_it_was_written(fixture: &Fixture, sidecar: &Sidecar) -> u64 {
     let data = fixture.data();
     let replica = DataDir::open(&data).expect("open").replicas().expect("replicas").remove(0);
     let (log, snapshots) = (replica.log_path(), replica.snapshots_path());
@@ -205,10 +203,6 @@ fn a_snapshot_that_cannot_be_read_back_does_not_stand_for_log_that_a_prune_remov
     for found in &made {
         moved(found.path(), &aside.join(name(found.path())));
     }
-    // As it was written: an object for each segment, and each snapshot in its time.
-    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"))
-        .and("RETENTION__KEEP_LAST", "1")
-        .and("RETENTION__GRACE", "0s");
     for (index, segment) in all.iter().enumerate() {
         moved(&aside.join(name(&segment.path)), &segment.path);
         let end = all.get(index + 1).map_or(fixture.last() + 1, |next| next.first.0);
@@ -217,6 +211,17 @@ fn a_snapshot_that_cannot_be_read_back_does_not_stand_for_log_that_a_prune_remov
         }
         sidecar.backup(&data);
     }
+    replica.id
+}
+
+/// A pack can rot, with its size as it was. Then its snapshot must not stand for the log before it.
+#[test]
+fn a_snapshot_that_cannot_be_read_back_does_not_stand_for_log_that_a_prune_removes() {
+    let fixture = Fixture::unpack();
+    let sidecar = Sidecar::at(&fixture.scratch.path().join("repository"))
+        .and("RETENTION__KEEP_LAST", "1")
+        .and("RETENTION__GRACE", "0s");
+    let replica = back_up_as_it_was_written(&fixture, &sidecar);
     let repository = fixture.scratch.path().join("repository");
     let mut manifests: Vec<_> =
         files(&repository).into_iter().filter(|file| path(file).contains("/snapshots/")).collect();
@@ -240,7 +245,33 @@ fn a_snapshot_that_cannot_be_read_back_does_not_stand_for_log_that_a_prune_remov
     assert!(report["deleted"]["objects"].as_u64().is_some_and(|objects| objects > 0), "older log goes: {report}");
     let target = fixture.scratch.path().join("restored");
     sidecar.restore(&target, "latest");
-    assert_eq!(oracle::last_offset(&oracle::log_dir(&target, replica.id)), Some(fixture.last()));
+    assert_eq!(oracle::last_offset(&oracle::log_dir(&target, replica)), Some(fixture.last()));
+}
+
+#[test]
+fn a_time_is_restored_whatever_is_damaged_that_a_restore_to_it_does_not_read() {
+    let fixture = Fixture::unpack();
+    let repository = fixture.scratch.path().join("repository");
+    let sidecar = Sidecar::at(&repository);
+    let replica = back_up_as_it_was_written(&fixture, &sidecar);
+    let time = sidecar.backup(&fixture.data())["databases"][0]["time"].as_str().expect("a time").to_owned();
+    let mut objects: Vec<_> = files(&repository).into_iter().filter(|file| path(file).ends_with(".iulog")).collect();
+    objects.sort();
+    assert!(objects.len() > 6, "{objects:?}");
+    // Its start, from which it is known what it holds: in the middle, where a search by halves looks first.
+    for object in &objects[1..objects.len() - 3] {
+        let mut bytes = std::fs::read(object).expect("read");
+        bytes[30] ^= 1;
+        std::fs::write(object, bytes).expect("damage");
+    }
+    let target = fixture.scratch.path().join("restored");
+    sidecar.restore(&target, &format!("time:{time}"));
+    assert_eq!(oracle::last_offset(&oracle::log_dir(&target, replica)), Some(fixture.last()));
+    // What is in a damaged one is not to be had, and is not passed over in silence.
+    std::fs::remove_dir_all(&target).expect("remove");
+    let run = sidecar.run(["restore", "--data-dir", path(&target), "--to", "offset:5000"]);
+    assert_ne!(run.code, 0);
+    assert!(!target.exists());
 }
 
 fn files(dir: &std::path::Path) -> Vec<PathBuf> {
