@@ -308,7 +308,7 @@ impl Server {
                     tracing::warn!(
                         %error,
                         address,
-                        "the HTTP interface cannot listen and is tried again; archiving goes on: set http.listen or http.enabled = false"
+                        "the HTTP interface cannot listen and tries again; archiving continues: set http.listen, or http.enabled = false"
                     );
                     // What asks there may be answered by somebody else.
                     let message = format!("it cannot listen on {address}: {error}");

@@ -318,11 +318,11 @@ async fn refuse_older_server(
 
 /// How a server comes to use restored keys; those that its `config.toml` names go before a directory.
 fn use_of_keys(data_dir: &Path, restored: &Path, named: Option<&KeyFiles>) -> String {
-    let told = KeyFiles::in_settings(data_dir).or_else(|| named.cloned());
-    match told.filter(|files| *files != KeyFiles::in_dir(restored)) {
+    let used = KeyFiles::in_settings(data_dir).or_else(|| named.cloned());
+    match used.filter(|files| *files != KeyFiles::in_dir(restored)) {
         None => "start the server with --jwt-key-dir".into(),
         Some(files) => format!(
-            "the server is told of {} and {}: copy {} and {} there, or start it with --jwt-priv-key-path and --jwt-pub-key-path",
+            "the server uses {} and {}: copy {} and {} there, or start it with --jwt-priv-key-path and --jwt-pub-key-path",
             files.private.display(),
             files.public.display(),
             key_files::PRIVATE,

@@ -233,7 +233,7 @@ async fn answer(daemon: &Daemon, request: Request) -> Answer {
     match request {
         Request::BackupCreate { url, .. } if url != daemon.url => Answer::Elsewhere,
         Request::BackupCreate { options, .. } if !options.is_empty() => Answer::Failed(format!(
-            "the sidecar here makes restore points, by its own configuration: leave {} out, or configure it and start it anew",
+            "the sidecar that runs here makes the restore point, with its own configuration: leave {} out, or change the configuration and restart it",
             options.join(", ")
         )),
         Request::BackupCreate { label, .. } => match daemon.restore_point(label).await {
@@ -255,7 +255,7 @@ async fn answer(daemon: &Daemon, request: Request) -> Answer {
         }
         Request::Prune { url, .. } if url != daemon.url => Answer::Elsewhere,
         Request::Prune { retention: Some(asked), .. } if asked != daemon.config.retention => Answer::Failed(
-            "the sidecar was started with another retention than is configured now, and would remove by the old one: start it anew"
+            "the running sidecar still uses the retention it was started with, which differs from the configuration: restart it, then prune"
                 .into(),
         ),
         Request::Prune { trust_clock, .. } => match daemon.prune(trust_clock).await {

@@ -24,7 +24,7 @@ impl KeyFiles {
     /// Those that the `config.toml` of a data directory names. A server takes them before its `--jwt-key-dir`.
     pub fn in_settings(data_dir: &Path) -> Option<Self> {
         let text = std::fs::read_to_string(data_dir.join("config.toml")).ok()?;
-        // A server does not start on a file that is no TOML, and says so itself.
+        // A server refuses to start with an invalid file, and reports it itself.
         let settings: Settings = toml::from_str(&text).ok()?;
         let named = settings.certificate_authority?;
         Some(Self { private: named.jwt_priv_key_path, public: named.jwt_pub_key_path })

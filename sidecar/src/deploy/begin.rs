@@ -9,7 +9,7 @@ use crate::deploy::report::Steps;
 use crate::deploy::{DeployError, Mode, Outcome, Setup, blocking, cut, host, rollback};
 use crate::ids::{Offset, RestorePointId};
 
-/// No deployment writes for longer than this after it began.
+/// No deployment takes longer than this.
 pub(super) const LONGEST: SignedDuration = SignedDuration::from_mins(15);
 
 pub(super) fn new_journal(setup: &Setup, module: &Module) -> Journal {
@@ -53,7 +53,7 @@ pub(super) async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> 
     if left.step != Step::RollBack && is_in_use(setup, &left).await? {
         tracing::warn!(
             deployment = %left.id,
-            "a deployment that was broken off long ago is kept, since its database was written to after it; what it had to do still is done by this one"
+            "an interrupted deployment is kept, since the database was used after it; this deployment does what is left of it"
         );
         complete(setup, &left).await?;
         return Ok(new_journal(setup, module));
@@ -66,7 +66,7 @@ pub(super) async fn begin(setup: &Setup, module: &Module, steps: &mut Steps) -> 
     Ok(new_journal(setup, module))
 }
 
-/// Was the database used after a deployment was broken off? Then to take it back would take back what others wrote.
+/// Was the database used after the deployment was interrupted? Then a rollback would remove what clients wrote since.
 async fn is_in_use(setup: &Setup, left: &Journal) -> Result<bool, DeployError> {
     let since = left.started_at.checked_add(LONGEST).unwrap_or(Timestamp::MAX);
     if setup.clock.now() < since || !left.publishes {

@@ -142,7 +142,7 @@ pub async fn undo(
     Ok(report)
 }
 
-/// The newest deployment of a program that was not taken back; those that changed settings alone left its program there.
+/// The newest deployment of a program that was not rolled back. Deployments that only changed settings are skipped.
 fn newest_standing(records: &[DeploymentRecord]) -> Option<&DeploymentRecord> {
     let mut undone = 0;
     let of_programs = |record: &&DeploymentRecord| record.previous != Some(record.module);

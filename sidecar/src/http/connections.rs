@@ -1,5 +1,5 @@
-//! Connections that are accepted: so many at once, and none for ever. Whoever opens more, or says nothing, takes no descriptor
-//! that archiving needs.
+//! Bounds on the connections of the HTTP interface: their number, and how long one may be silent. So clients cannot use up the
+//! file descriptors that archiving needs.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep};
 
 /// More than browsers, probes and scrapers hold.
 const MOST: usize = 64;
-/// Who sends nothing for so long is cut off; between two scrapes lies less.
+/// A connection that sends nothing for this long is closed. Scrape intervals are shorter.
 const SILENCE: Duration = Duration::from_secs(120);
 
 pub struct Connections {

@@ -361,7 +361,7 @@ async fn plan_database(
         let reason = format!("the state at {time} is gone: {}", describe(hole));
         return Err(match hole.removed {
             true => RestoreError::NothingToRestore(reason),
-            // What was lost is no database that was not there yet: a restore without it is for a person to ask for.
+            // The database existed, and its log was lost: a restore without it must be asked for.
             false => RestoreError::Unreachable {
                 wanted: hole.missing,
                 reason: format!("{reason}; `--database` restores others of that time"),

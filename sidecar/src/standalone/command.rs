@@ -54,7 +54,7 @@ impl Binary {
         command
     }
 
-    /// Refuses a data directory that a newer server used last, and tells of one that an older one did.
+    /// Refuses a data directory that a newer server used last, and warns of one that an older server did.
     ///
     /// # Errors
     /// [`StandaloneError::Older`] when this server would not open it.
@@ -71,7 +71,7 @@ impl Binary {
         }
         if !before.opens(release) {
             let data_dir = data_dir.display();
-            tracing::warn!(%data_dir, written, server, "an older server used the data last, and does not open it again after this one");
+            tracing::warn!(%data_dir, written, server, "an older server used the data last, and cannot open it after this one");
         }
         Ok(())
     }

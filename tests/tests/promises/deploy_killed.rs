@@ -186,7 +186,7 @@ fn journal(stage: &Stage) -> (std::path::PathBuf, Value) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deployment_that_was_broken_off_long_ago_and_used_since_is_not_taken_back() {
+async fn an_interrupted_deployment_whose_database_was_used_since_is_not_rolled_back() {
     let stage = Stage::new();
     stage.deploy("");
     stage.server("start");
@@ -210,7 +210,7 @@ async fn a_deployment_that_was_broken_off_long_ago_and_used_since_is_not_taken_b
     let used = entities(&stage.rows().await);
     assert!(!used.is_empty());
 
-    // The next one fails, and takes back itself alone.
+    // The next one fails, and rolls back only itself.
     let broken = stage.sidecar.run(["deploy", "--force", "--module-path", &stage.module("broken")]);
     assert_ne!(broken.code, 0);
     assert_eq!(entities(&stage.rows().await), used, "{}", broken.stderr);

@@ -267,7 +267,7 @@ fn a_time_is_restored_whatever_is_damaged_that_a_restore_to_it_does_not_read() {
     let target = fixture.scratch.path().join("restored");
     sidecar.restore(&target, &format!("time:{time}"));
     assert_eq!(oracle::last_offset(&oracle::log_dir(&target, replica)), Some(fixture.last()));
-    // What is in a damaged one is not to be had, and is not passed over in silence.
+    // What a damaged object held cannot be restored, and that is an error.
     std::fs::remove_dir_all(&target).expect("remove");
     let run = sidecar.run(["restore", "--data-dir", path(&target), "--to", "offset:5000"]);
     assert_ne!(run.code, 0);

@@ -225,7 +225,7 @@ pub fn files(dir: &Path) -> Vec<PathBuf> {
 
 /// The server's own settings name its keys before any directory that it is given.
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_in_files_that_the_server_is_told_of_are_captured_and_no_drill_touches_them() {
+async fn keys_in_files_that_the_servers_settings_name_are_captured_and_no_drill_touches_them() {
     let instance = Instance::new();
     let (data, etc) = (instance.path("data"), instance.path("etc"));
     std::fs::create_dir_all(&data).expect("create");
@@ -243,7 +243,7 @@ async fn keys_in_files_that_the_server_is_told_of_are_captured_and_no_drill_touc
     let mut random = Random::from_env();
     workload::run(&client, "ledger", &mut random, 10).await;
     server.written().await;
-    let key = std::fs::read(&private).expect("the server took the files that it was told of");
+    let key = std::fs::read(&private).expect("the server used the files that its settings name");
     assert!(!instance.path("keys").join("id_ecdsa").exists());
 
     let identity_file = instance.path("identity.txt");
@@ -271,7 +271,7 @@ async fn keys_in_files_that_the_server_is_told_of_are_captured_and_no_drill_touc
     let run = sidecar.run(restore).ok();
     let keys = PathBuf::from(run["keys"].as_str().expect("the keys"));
     assert_eq!(std::fs::read(keys.join("id_ecdsa")).expect("the key"), key);
-    // The restored settings still name the files, and a drill's server is told of its own.
+    // The restored settings still name those files; a drill's server gets its own.
     std::fs::remove_dir_all(&etc).expect("destroy");
     let drill = sidecar.run(["drill", "--identity", path(&identity_file)]);
     assert_eq!(drill.code, 0, "{}", drill.stderr);
