@@ -19,7 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::clock::Clock;
 use crate::config::value::Cron;
 use crate::daemon::conditions::{ConditionKind, Ends, Subject, watched};
-use crate::daemon::schedule::outcome::{Outcome, OutcomeFile};
+use crate::daemon::schedule::outcome::{Outcome, OutcomeFile, Running};
 use crate::daemon::schedule::times::Times;
 use crate::daemon::state::{ScheduleStatus, StateDir};
 use crate::daemon::{Daemon, DaemonError};
@@ -213,8 +213,9 @@ impl Schedule {
         self.keep(|progress| {
             progress.is_running = true;
             progress.outcome.repository = Some(self.daemon.repository.info.id);
-            progress.outcome.last_run = Some(clock.now());
-            progress.outcome.begun = progress.outcome.last_run;
+            let since = clock.now();
+            progress.outcome.last_run = Some(since);
+            progress.outcome.running = Some(Running { since, before });
         });
         let result = self.work().await;
         if let Err(message) = &result {
@@ -224,7 +225,7 @@ impl Schedule {
         self.count(if result.is_ok() { "ok" } else { "failed" });
         self.keep(|progress| {
             progress.is_running = false;
-            progress.outcome.begun = None;
+            (progress.outcome.running, progress.outcome.killed) = (None, 0);
             if result.is_ok() {
                 progress.outcome.last_success = Some(clock.now());
             }
@@ -344,7 +345,7 @@ impl Drop for Begun<'_> {
         self.schedule.count("cut_off");
         self.schedule.keep(|progress| {
             progress.is_running = false;
-            progress.outcome.begun = None;
+            progress.outcome.running = None;
             progress.outcome.last_run = self.before;
         });
     }

@@ -44,8 +44,8 @@ impl Rows {
             let condition = format!("{key} >= {} AND {key} <= {last}", self.next);
             let rows = match link.query(&format!("SELECT * FROM {} WHERE {condition}", table.name)).await {
                 Ok(rows) => rows,
-                Err(LinkError::TooLarge) if self.width > 1 => {
-                    self.width = (self.width / 8).max(1);
+                Err(LinkError::TooLarge) if last > self.next => {
+                    self.width = ((last - self.next) / 8).max(1);
                     continue;
                 }
                 Err(error) => return Err(error.into()),

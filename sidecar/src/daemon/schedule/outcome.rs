@@ -21,22 +21,36 @@ pub(super) struct Outcome {
     pub last_ok: Option<bool>,
     pub last_message: Option<String>,
     pub last_success: Option<Timestamp>,
-    /// When a run began that has not ended.
+    /// The run that began and has not ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub begun: Option<Timestamp>,
+    pub running: Option<Running>,
+    /// How many runs in a row were killed with their process.
+    #[serde(default)]
+    pub killed: u32,
     /// When the schedule was there first: what came due since then and never ran is made up for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_seen: Option<Timestamp>,
 }
 
+/// A run, and when the one before it began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Running {
+    pub since: Timestamp,
+    pub before: Option<Timestamp>,
+}
+
 impl Outcome {
-    /// As a process finds it that begins now.
+    /// As the next process finds it. A run that was killed has failed, and is made up for once: what kills its process each
+    /// time, such as a lack of memory, must not do so at each start.
     pub fn found(mut self, now: Timestamp) -> Self {
         self.first_seen.get_or_insert(now);
-        // Its process told nothing more: a run that was killed each time would look as the last that ended.
-        if let Some(begun) = self.begun.take() {
+        if let Some(Running { since, before }) = self.running.take() {
+            self.killed = self.killed.saturating_add(1);
             self.last_ok = Some(false);
-            self.last_message = Some(format!("the run of {begun} did not end: the sidecar was killed"));
+            self.last_message = Some(format!("the run of {since} did not end: the sidecar was killed"));
+            if self.killed == 1 {
+                self.last_run = before;
+            }
         }
         self
     }
@@ -103,9 +117,13 @@ mod tests {
         let fresh = Outcome::default().found(first);
         assert_eq!((fresh.first_seen, fresh.last_ok), (Some(first), None));
         assert_eq!(fresh.clone().found(now), fresh, "nothing was begun");
-        let killed = Outcome { begun: Some(first), last_ok: Some(true), ..fresh }.found(now);
-        assert_eq!((killed.last_ok, killed.begun, killed.first_seen), (Some(false), None, Some(first)));
-        assert!(killed.last_message.is_some_and(|message| message.contains("did not end")));
+        let running = |since| Some(Running { since, before: Some(first) });
+        let killed = Outcome { running: running(now), last_run: Some(now), last_ok: Some(true), ..fresh }.found(now);
+        assert_eq!((killed.last_ok, &killed.running, killed.first_seen), (Some(false), &None, Some(first)));
+        assert_eq!(killed.last_run, Some(first), "it is made up for");
+        assert!(killed.last_message.as_deref().is_some_and(|message| message.contains("did not end")));
+        let again = Outcome { running: running(now), last_run: Some(now), ..killed }.found(now);
+        assert_eq!((again.last_run, again.killed), (Some(now), 2), "once, and then at its next time");
     }
 
     #[test]
