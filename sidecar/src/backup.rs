@@ -135,6 +135,8 @@ pub(crate) struct Work {
 
 /// Tells what the live server has.
 pub trait Witness: Send + Sync {
+    /// Are tables asked for over connections, which have to be opened first?
+    fn connects(&self) -> BoxFuture<'_, bool>;
     /// Opens what asking for the tables of `databases` needs, so that its transactions are in the log beforehand. Returns
     /// true if something was written to them.
     fn prepare<'a>(&'a self, databases: &'a [Identity]) -> BoxFuture<'a, bool>;
@@ -227,7 +229,10 @@ pub(crate) async fn create_from(
     if options.token_keys.is_some() && !work.repository.keys.seals() && !options.allow_plain_keys {
         return Err(BackupError::PlainKeys);
     }
-    if let Some(witness) = &work.witness {
+    // Most need no connection: then the control database is not copied for it.
+    if let Some(witness) = &work.witness
+        && witness.connects().await
+    {
         let databases = copy_control_db(data).await?.databases;
         let databases: Vec<_> = databases.iter().map(|database| database.identity).collect();
         if witness.prepare(&databases).await {

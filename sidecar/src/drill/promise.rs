@@ -46,9 +46,6 @@ impl LiveServer {
 
     /// Opens the connections to `databases` that are not open. Returns true if one was opened.
     async fn connect(&self, databases: &[Identity]) -> Result<bool, SourceError> {
-        if !self.writes_when_asked().await? {
-            return Ok(false);
-        }
         let mut is_new = false;
         for database in databases {
             let reader = self.readers.get(&database.to_string())?;
@@ -83,6 +80,11 @@ impl LiveServer {
 }
 
 impl Witness for LiveServer {
+    fn connects(&self) -> BoxFuture<'_, bool> {
+        let asking = tokio::time::timeout(PATIENCE, self.writes_when_asked());
+        async move { matches!(asking.await, Ok(Ok(true))) }.boxed()
+    }
+
     fn prepare<'a>(&'a self, databases: &'a [Identity]) -> BoxFuture<'a, bool> {
         let connecting = tokio::time::timeout(PATIENCE, self.connect(databases));
         async move { matches!(connecting.await, Ok(Ok(true))) }.boxed()
