@@ -270,8 +270,9 @@ async fn plan_around(
     request: &RestoreRequest,
 ) -> Result<DatabasePlan, RestoreError> {
     let mut choice = ChainChoice { every_joint: request.every_joint, ..ChainChoice::default() };
-    // What is asked for may need none of what is lost. Only the end of what is left must not pass for the newest.
-    let need_not_be_whole = !matches!(request.target, Target::Latest);
+    // A transaction that is named may need none of what is lost. By time, or for the newest, the end of what is left must not
+    // pass for what was asked for.
+    let need_not_be_whole = !matches!(request.target, Target::Latest | Target::Time(_));
     let mut lost = None;
     loop {
         let error = match plan_database(repository, point, points, request, &choice).await {
